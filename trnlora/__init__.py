@@ -1,0 +1,1 @@
+"""What the pipeline's stages share: params, layouts, the one Llama, its parallel layers, data, scores, serving."""

@@ -1,0 +1,190 @@
+"""params.yaml as one validated model: an unknown key, a wrong type or an impossible combination is one clear line.
+
+The comments in params.yaml say what each key means; here stand the types, the bounds and the rules between keys.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from trnlora import paths
+from trnlora.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    """strict: no "3" for 3, no true for 1; forbid: a mistyped key is an error, not a silent default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Model(Section):
+    source: Annotated[str, StringConstraints(pattern=r"^(hf|pypi|path)://.+")]
+    sha256: Sha256 | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class Data(Section):
+    source: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")]
+    sha256: Sha256 | None
+    categories: list[str] | None
+    prompt_template: Literal["alpaca", "dolly", "chat"]
+    seq_len: Annotated[int, Field(ge=8)]
+    overlong: Literal["drop", "truncate"]
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)]
+    packing: bool
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def leaves_rows_to_train_on(self) -> "Data":
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must be below 1, or no row is left to train on")
+        return self
+
+
+class Convert(Section):
+    hw_backend: Literal["trn1", "trn2"]
+    tp_size: PositiveInt
+    kv_size_multiplier: PositiveInt
+    fuse_qkv: bool
+    max_logits_diff: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def multiplier_divides_tp(self) -> "Convert":
+        if self.tp_size % self.kv_size_multiplier:
+            raise ValueError(
+                f"tp_size {self.tp_size} must be a multiple of kv_size_multiplier {self.kv_size_multiplier}"
+            )
+        return self
+
+
+class Lora(Section):
+    r: PositiveInt
+    lora_alpha: PositiveInt
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: list[Literal["qkv_proj"]] = Field(min_length=1, max_length=1)
+
+
+class Train(Section):
+    epochs: PositiveInt
+    max_steps: PositiveInt | None
+    lr: Annotated[float, Field(gt=0)]
+    warmup_ratio: Fraction
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    dp_size: PositiveInt
+    micro_batch_size: PositiveInt
+    global_batch_size: PositiveInt
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def max_steps_is_not_minus_one(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_steps") == -1:
+            raise ValueError(
+                "max_steps: -1 is refused, since a schedule over -1 steps has a learning rate of 0 after warm-up; "
+                "write null for the steps that epochs and data give"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def global_batch_is_whole(self) -> "Train":
+        if self.global_batch_size % (self.micro_batch_size * self.dp_size):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} must be a multiple of "
+                f"micro_batch_size × dp_size = {self.micro_batch_size * self.dp_size}"
+            )
+        return self
+
+
+class Eval(Section):
+    max_tokens: PositiveInt
+    max_prompts: PositiveInt | None
+    min_changed_fraction: Fraction
+    max_loss_gap: Annotated[float, Field(gt=0)]
+
+
+class Serve(Section):
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)]
+    max_model_len: PositiveInt
+    max_num_seqs: PositiveInt
+    max_loras: PositiveInt
+    kv_cache_gib: PositiveInt
+
+
+class Params(Section):
+    backend: Literal["cpu", "cuda", "neuron"]
+    model: Model
+    data: Data
+    convert: Convert
+    lora: Lora
+    train: Train
+    eval: Eval
+    serve: Serve
+
+    @model_validator(mode="after")
+    def combinations_that_run(self) -> "Params":
+        if self.convert.fuse_qkv:
+            # NxD's LoRA forward adds in place to a split view of the fused output, which autograd refuses.
+            raise ValueError("convert.fuse_qkv: true cannot be trained with LoRA (it fails in NxD's forward); write false")
+        if self.eval.max_tokens >= self.serve.max_model_len:
+            raise ValueError(
+                f"eval.max_tokens {self.eval.max_tokens} leaves no room for a prompt in "
+                f"serve.max_model_len {self.serve.max_model_len}"
+            )
+        if self.data.seq_len >= self.serve.max_model_len:
+            # prompt_logprobs of a row of seq_len tokens asks vLLM for one more.
+            raise ValueError(
+                f"serve.max_model_len {self.serve.max_model_len} must be above data.seq_len {self.data.seq_len}, "
+                "or eval_vllm cannot score the longest validation row"
+            )
+        return self
+
+
+def load_params(path: Path = paths.PARAMS) -> Params:
+    """Read and check a params file.
+
+    Raises UserError with one line that names the file, the key and what is wrong with it.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run from the project's root, or name a file with --params") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no keys: copy a profile with `make profile NAME=smollm2-135m-cpu`")
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"{key} is not a known key (mistyped?)"
+    text = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    if isinstance(value, str) and _is_number(value):
+        text += f"; YAML reads {value} as a string, write {float(value):e}" if "e" in value.lower() else "; write it without quotes"
+    elif not isinstance(value, dict | list):
+        text += f" (it is {value!r})"
+    return f"{key}: {text}" if key else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,15 @@
+"""Where the stages read and write, relative to the project's root. dvc.yaml names the same paths."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+MODEL = Path("artifacts/model")  # fetch_model: the HF folder
+PREPARED = Path("artifacts/prepared")  # prepare_data: packed rows (parquet) and examples (jsonl)
+SHARDS = Path("artifacts/shards")  # convert_nxd: pretrained_weight/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt
+LORA_SHARDS = Path("artifacts/lora_adapter")  # finetune_lora: lora/model/…pt and adapter_config.json, as NxD
+ADAPTER = Path("artifacts/adapter")  # flatten_adapter: the PEFT folder
+ANSWERS = Path("artifacts/answers.jsonl")  # eval_vllm: prompt, reference, base and tuned answers
+
+METRICS = Path("metrics")  # <stage>.json, tracked by git so that `dvc metrics diff` needs no remote
+PLOTS = Path("plots")
