@@ -19,7 +19,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            sys.exit(f"error: no space left on the disk while writing {error.filename or 'an output'}: free some and rerun")
+            sys.exit(f"error: no space left on the disk (writing {error.filename or 'an output'}): free some and rerun")
         if error.errno in (errno.EACCES, errno.EROFS):
             sys.exit(f"error: cannot write {error.filename}: {error.strerror}; mend its permissions and rerun")
         raise

@@ -133,7 +133,7 @@ class Params(Section):
     def combinations_that_run(self) -> "Params":
         if self.convert.fuse_qkv:
             # NxD's LoRA forward adds in place to a split view of the fused output, which autograd refuses.
-            raise ValueError("convert.fuse_qkv: true cannot be trained with LoRA (it fails in NxD's forward); write false")
+            raise ValueError("convert.fuse_qkv: true cannot be trained with LoRA (NxD's forward fails); write false")
         if self.eval.max_tokens >= self.serve.max_model_len:
             raise ValueError(
                 f"eval.max_tokens {self.eval.max_tokens} leaves no room for a prompt in "
@@ -176,7 +176,8 @@ def _explain(detail: Any) -> str:
     text = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
     if isinstance(value, str) and _is_number(value):
-        text += f"; YAML reads {value} as a string, write {float(value):e}" if "e" in value.lower() else "; write it without quotes"
+        mantissa, e, exponent = value.lower().partition("e")
+        text += f"; YAML reads {value} as a string, write {float(mantissa)}e{exponent}" if e else "; write it unquoted"
     elif not isinstance(value, dict | list):
         text += f" (it is {value!r})"
     return f"{key}: {text}" if key else text

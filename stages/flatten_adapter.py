@@ -1,0 +1,76 @@
+"""Put the adapter's NxD shards together as a PEFT folder that PEFT, vLLM and NxDI load, and prove it.
+
+    python stages/flatten_adapter.py [--params FILE]
+
+Reads   artifacts/lora_adapter (NxD shards), artifacts/model, artifacts/prepared/validation.jsonl,
+        metrics/finetune_lora.json
+Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and nothing else),
+        metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
+
+The proof: HF + PEFT give the validation rows the loss that the trainer measured. A server that cannot match an
+adapter's keys serves the base model without a word, so the keys are PEFT's own.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.progress import track
+
+from trnlora import paths
+from trnlora.architecture import LlamaConfig
+from trnlora.errors import UserError, run
+from trnlora.files import atomic_dir, read_json, read_jsonl, write_json
+from trnlora.params import load_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE")
+    args = parser.parse_args()
+    params = load_params(args.params)
+    config = LlamaConfig.from_folder(paths.MODEL)
+    trainer_loss = read_json(paths.METRICS / "finetune_lora.json")["validation_loss"]
+    examples = read_jsonl(paths.PREPARED / "validation.jsonl")
+
+    import torch
+    import torch.nn.functional as F
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from trnlora.lora import load_adapter_shards, peft_adapter, peft_adapter_config
+
+    started = time.perf_counter()
+    shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
+    with atomic_dir(paths.ADAPTER) as partial:
+        save_file(peft_adapter(shards, config, params.convert), partial / "adapter_model.safetensors")
+        write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
+
+        base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=getattr(torch, params.model.dtype))
+        model = PeftModel.from_pretrained(base, partial).eval()
+        nats, labelled = 0.0, 0
+        with torch.no_grad():
+            for example in track(examples, description="scoring with HF + PEFT"):
+                response = torch.tensor(example["response_token_ids"])
+                ids = torch.tensor([example["prompt_token_ids"] + example["response_token_ids"]])  # (1, T)
+                logits = model(ids).logits[0, -len(response) - 1 : -1]  # the positions before the response's tokens
+                nats += F.cross_entropy(logits.float(), response, reduction="sum").item()
+                labelled += len(response)
+        peft_loss = nats / labelled
+        gap = abs(peft_loss - trainer_loss)
+        if not gap <= params.eval.max_loss_gap:  # also when it is NaN
+            raise UserError(
+                f"HF + PEFT give the validation rows a loss of {peft_loss:.5f}, the trainer measured "
+                f"{trainer_loss:.5f}: more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter "
+                "was not kept; check that artifacts/model is the model that was converted (`dvc status`)"
+            )
+
+    metrics = {"peft_validation_loss": peft_loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
+    write_json(paths.METRICS / "flatten_adapter.json", metrics)
+    write_json(paths.METRICS / "timing" / "flatten_adapter.json", {"seconds": time.perf_counter() - started})
+    print(f"adapter in {paths.ADAPTER}: loss {peft_loss:.4f} with HF + PEFT, {trainer_loss:.4f} in training")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,271 @@
+"""NxD's parallel layers on torch.distributed: gloo on a CPU, nccl on a GPU.
+
+Each layer has NxD's parameter names and shard shapes (neuronx_distributed/parallel_layers/layers.py,
+modules/qkv_linear.py). Weights are created empty and filled from shard files; biases do not occur in Llama.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class Group(Protocol):
+    """Ranks that reduce together."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """The sum or max of every rank's `x`; may write into `x`."""
+        ...
+
+
+class ProcessGroup:
+    """Ranks as processes."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
+        return x
+
+
+class ThreadGroup:
+    """Ranks as threads of one process: the same layers without processes, to check shards and layouts."""
+
+    def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier):
+        self.rank = rank
+        self.size = len(slots)
+        self._slots = slots
+        self._barrier = barrier
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        if self.size == 1:
+            return x
+        self._slots[self.rank] = x
+        self._barrier.wait()
+        stacked = torch.stack([slot for slot in self._slots if slot is not None])
+        result = stacked.sum(0) if op == "sum" else stacked.amax(0)
+        self._barrier.wait()  # nobody fills a slot anew before everybody has read it
+        return result
+
+
+def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBackend"], T]) -> list[T]:
+    """Run `work` for every rank of `thread_backends` at once; results in the order of ranks.
+
+    The first error of a rank is raised after all have ended.
+    """
+    results: list[Any] = [None] * len(backends)
+    errors: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        try:
+            results[rank] = work(backends[rank])
+        except threading.BrokenBarrierError:
+            pass  # another rank failed first
+        except BaseException as error:
+            errors.append(error)
+            backends[rank].abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(len(backends))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
+    """One backend a rank, for `run_as_threads`; `kv_groups` as `trnlora.layout.kv_replica_groups` gives them."""
+    size = sum(len(group) for group in kv_groups)
+    barrier = threading.Barrier(size)
+    slots: list[Tensor | None] = [None] * size
+    kv: dict[int, ThreadGroup] = {}
+    kv_barriers = []
+    for group in kv_groups:
+        kv_barriers.append(threading.Barrier(len(group)))
+        kv_slots: list[Tensor | None] = [None] * len(group)
+        kv.update({rank: ThreadGroup(index, kv_slots, kv_barriers[-1]) for index, rank in enumerate(group)})
+
+    def abort() -> None:
+        for each in (barrier, *kv_barriers):
+            each.abort()
+
+    return [TorchBackend(ThreadGroup(rank, slots, barrier), kv[rank], abort) for rank in range(size)]
+
+
+def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> "TorchBackend":
+    """The backend of this process. Every process must call it: it creates the KV groups of all replicas.
+
+    World ranks are laid out as NxD's: tensor-parallel neighbours first, rank = dp_rank · tp_size + tp_rank.
+    """
+    tp_size = dist.get_world_size(tp_group)
+    mine = None
+    for dp_rank in range(dp_size):
+        for group in kv_groups:
+            ranks = [dp_rank * tp_size + rank for rank in group]
+            kv_group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine = kv_group
+    assert mine is not None, "every rank is in one KV group"
+    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(mine), dist.destroy_process_group)
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.all_reduce(grad), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return group.all_reduce(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ParallelCrossEntropy(torch.autograd.Function):
+    """log Σ exp − label's logit over a vocabulary that is cut in tp parts."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group) -> Tensor:
+        # logits (N, V/tp), labels (N,)
+        part = logits.shape[-1]
+        local = labels - group.rank * part
+        here = (local >= 0) & (local < part)  # the label is in this rank's part
+        local = local.clamp(0, part - 1)
+        logits = logits.float()
+        peak = group.all_reduce(logits.amax(-1), "max")
+        exp = (logits - peak[:, None]).exp_()
+        total = group.all_reduce(exp.sum(-1))
+        label_logit = logits.gather(-1, local[:, None]).squeeze(-1) - peak
+        label_logit = group.all_reduce(label_logit * here)
+        ctx.save_for_backward(exp, total, local, here)
+        return total.log() - label_logit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        exp, total, local, here = ctx.saved_tensors
+        softmax = exp.div_(total[:, None])  # backward runs once, so the saved buffer can be used up
+        softmax.scatter_add_(-1, local[:, None], -here[:, None].to(softmax.dtype))
+        return softmax.mul_(grad[:, None]), None, None
+
+
+class ParallelEmbedding(nn.Module):
+    """Rows of the vocabulary cut over ranks; weight (V/tp, H)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, group: Group):
+        super().__init__()
+        self.group = group
+        self.part = num_embeddings // group.size
+        self.weight = nn.Parameter(torch.empty(self.part, embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.group.rank * self.part
+        here = (local >= 0) & (local < self.part)
+        vectors = F.embedding(local.clamp(0, self.part - 1), self.weight) * here[..., None].to(self.weight.dtype)
+        return _ReduceFromRegion.apply(vectors, self.group)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Outputs cut over ranks; weight (output/tp, input)."""
+
+    def __init__(self, input_size: int, output_size: int, group: Group):
+        super().__init__()
+        self.group = group
+        self.weight = nn.Parameter(torch.empty(output_size // group.size, input_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(_CopyToRegion.apply(x, self.group), self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """Inputs cut over ranks, partial outputs added; weight (output, input/tp)."""
+
+    def __init__(self, input_size: int, output_size: int, group: Group):
+        super().__init__()
+        self.group = group
+        self.weight = nn.Parameter(torch.empty(output_size, input_size // group.size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ReduceFromRegion.apply(F.linear(x, self.weight), self.group)
+
+
+class GQAQKVColumnParallelLinear(nn.Module):
+    """q, k and v in one layer, KV heads repeated kv_size_multiplier times over the ranks.
+
+    Ranks that hold copies of one KV head each see only their own queries' gradient of it: the gradients of
+    weight_k and weight_v are added over those ranks, so that the copies stay equal.
+    """
+
+    def __init__(
+        self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, group: Group, kv_group: Group
+    ):
+        super().__init__()
+        self.group = group
+        self.kv_group = kv_group
+        self.input_size = input_size
+        self.output_sizes = tuple(output_sizes)
+        self.kv_size_multiplier = kv_size_multiplier
+        kv_size = output_sizes[1] * kv_size_multiplier // group.size
+        self.weight_q = nn.Parameter(torch.empty(output_sizes[0] // group.size, input_size))
+        self.weight_k = nn.Parameter(torch.empty(kv_size, input_size))
+        self.weight_v = nn.Parameter(torch.empty(kv_size, input_size))
+        if kv_group.size > 1:
+            for weight in (self.weight_k, self.weight_v):
+                weight.register_hook(kv_group.all_reduce)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = _CopyToRegion.apply(x, self.group)
+        return F.linear(x, self.weight_q), F.linear(x, self.weight_k), F.linear(x, self.weight_v)
+
+
+class TorchBackend:
+    """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
+
+    def __init__(self, tp_group: Group, kv_group: Group, abort: Callable[[], None]):
+        self.tp_group = tp_group
+        self.kv_group = kv_group
+        self.tp_rank = tp_group.rank
+        self.tp_size = tp_group.size
+        self.abort = abort
+
+    def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
+        return ParallelEmbedding(num_embeddings, embedding_dim, self.tp_group)
+
+    def column_parallel_linear(self, input_size: int, output_size: int) -> nn.Module:
+        return ColumnParallelLinear(input_size, output_size, self.tp_group)
+
+    def row_parallel_linear(self, input_size: int, output_size: int) -> nn.Module:
+        return RowParallelLinear(input_size, output_size, self.tp_group)
+
+    def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
+        return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
+
+    def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _ParallelCrossEntropy.apply(logits, labels, self.tp_group)

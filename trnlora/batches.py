@@ -1,0 +1,85 @@
+"""Packed rows in the order that training reads them, cut into global batches, replicas and micro-batches."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from trnlora.errors import UserError
+
+COLUMNS = ("input_ids", "labels", "position_ids", "document_ids")
+
+
+def read_rows(path: Path) -> dict[str, Tensor]:
+    """The columns of a packed parquet file, each an int64 tensor (rows, seq_len).
+
+    Raises UserError naming the file when it is missing, unreadable or not of prepare_data's form.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: run prepare_data (`dvc repro prepare_data`)")
+    try:
+        table = pq.read_table(path, columns=list(COLUMNS))
+        lists = {name: table[name].combine_chunks() for name in COLUMNS}
+        rows = {
+            name: torch.from_numpy(column.flatten().to_numpy().astype("int64")).view(len(table), -1)
+            for name, column in lists.items()
+        }
+    except Exception as error:  # pyarrow raises its own and Python's errors for the same broken file
+        raise UserError(f"{path} cannot be read ({error}): run `dvc repro -f prepare_data`") from None
+    if len({tuple(column.shape) for column in rows.values()}) != 1:
+        raise UserError(f"{path} has columns of different lengths: run `dvc repro -f prepare_data`")
+    return rows
+
+
+class MicroBatches(Dataset):
+    """The micro-batches of one data-parallel replica for one epoch, as a dataset of ready batches.
+
+    A global batch is `global_batch_size` rows; the last one is filled up with empty rows (nothing labelled), so
+    that every replica passes the same number of times. Each item has the four columns (micro_batch_size, seq_len)
+    and `loss_scale`, by which the sum of a micro-batch's token losses is multiplied: the mean over the labelled
+    tokens of the whole global batch, whatever the replicas and micro-batches (mean of means would weigh a token
+    by its row's length). Lightning divides by the number of accumulated batches: that is multiplied in again.
+
+    order: row indices, in the order of the epoch.
+    """
+
+    def __init__(
+        self,
+        rows: dict[str, Tensor],
+        order: Tensor,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ):
+        self.rows = rows
+        self.accumulate = global_batch_size // (micro_batch_size * dp_size)
+        steps = -(-len(order) // global_batch_size)
+        filled = torch.cat([order, order.new_full((steps * global_batch_size - len(order),), -1)])
+        # (steps, accumulate, dp, micro): replicas take turns, so that the empty rows spread over them
+        self.index = filled.view(steps, self.accumulate, dp_size, micro_batch_size)[:, :, dp_rank]
+        labelled = torch.cat([(rows["labels"] != -100).sum(1), torch.zeros(1, dtype=torch.long)])  # [-1]: empty
+        self.tokens_of_step = labelled[filled].view(steps, -1).sum(1).clamp(min=1)
+
+    def __len__(self) -> int:
+        return self.index.shape[0] * self.index.shape[1]
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        if item >= len(self):
+            raise IndexError(item)
+        step, micro = divmod(item, self.accumulate)
+        index = self.index[step, micro]
+        batch = {name: self.rows[name][index.clamp(min=0)].clone() for name in COLUMNS}
+        batch["labels"][index < 0] = -100
+        batch["document_ids"][index < 0] = 0
+        batch["loss_scale"] = self.accumulate / self.tokens_of_step[step]
+        return batch
+
+
+def epoch_order(rows: int, epoch: int, seed: int) -> Tensor:
+    """A permutation of the rows for one epoch; a function of its arguments alone, so that a rerun has the same."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(rows, generator=generator)

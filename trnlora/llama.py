@@ -1,0 +1,171 @@
+"""The one Llama, written against a backend's parallel layers. Parameter names are NxD's, not HF's.
+
+Shapes: B batch, T tokens, H hidden, D head size, V vocabulary; q and k are this rank's query and KV heads.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trnlora.architecture import LlamaConfig
+from trnlora.backends import Backend
+from trnlora.errors import UserError
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_frequencies(config: LlamaConfig) -> Tensor:
+    """Angle per position of each pair of channels (D/2,), with HF's "llama3" long-context scaling where set.
+
+    Source: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`.
+    """
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling is None:
+        return frequency
+    factor = config.rope_scaling["factor"]
+    low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
+    turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow channels, stretched; 1: fast ones, as they are
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D) of position_ids (B, T); the 1 stands for the heads."""
+    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, heads, T, D): channel i is paired with i + D/2, as in HF's Llama."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
+    tokens = document_ids.shape[1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
+    return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (q_size, kv_size), kv_size_multiplier)
+        self.o_proj = backend.row_parallel_linear(q_size, config.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig, backend: Backend):
+        super().__init__()
+        self.gate_up_proj = backend.column_parallel_linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each rank holds [gate_r, up_r]
+        return self.down_proj(F.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, backend, kv_size_multiplier)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, backend)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+        super().__init__()
+        self.embed_tokens = backend.parallel_embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, backend, kv_size_multiplier) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """A dense Llama for training and scoring: no KV cache, every token at once."""
+
+    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.kv_size_multiplier = kv_size_multiplier
+        self.model = Decoder(config, backend, kv_size_multiplier)
+        self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
+
+    @classmethod
+    def from_shard(
+        cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int, shard: Mapping[str, Tensor]
+    ) -> "Llama":
+        """The model of one rank, frozen, over the shard's own tensors (nothing is copied).
+
+        Raises UserError when the shard's keys or shapes are not exactly the model's.
+        """
+        with torch.device("meta"):
+            model = cls(config, backend, kv_size_multiplier)
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in shard.items()}
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"the shard of rank {backend.tp_rank} does not fit the model: {name} has shape "
+                f"{found.get(name, 'none')}, expected {expected.get(name, 'none')} ({len(wrong)} such tensors): "
+                "run `dvc repro -f convert_nxd`"
+            )
+        model.load_state_dict(dict(shard), strict=True, assign=True)
+        return model.requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor:
+        """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors."""
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
+        mask = document_mask(document_ids)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, mask)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's part (…, V/tp) of the logits of hidden states (…, H)."""
+        return self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the next-token cross-entropy in nats over labelled tokens, and their number.
+
+        hidden (B, T, H) and labels (B, T) are aligned as in HF: position t predicts labels[t + 1], and −100 marks
+        what is not to be learnt. Logits are computed for labelled positions only.
+        """
+        targets = labels[:, 1:]
+        labelled = targets != -100
+        logits = self.logits(hidden[:, :-1][labelled])  # (N, V/tp)
+        return self.backend.parallel_cross_entropy(logits, targets[labelled]).sum(), labelled.sum()

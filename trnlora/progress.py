@@ -1,0 +1,79 @@
+"""What training shows while it runs: a bar on a terminal, a line now and then elsewhere; and what it counted."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINES = 20  # of progress in a log file, whatever the number of steps
+
+
+class TrainingProgress(pl.Callback):
+    """Counts real tokens (padding does not count) and the seconds of training steps; logs lr and tokens/s.
+
+    tokens: of all replicas; seconds: without validation and start-up.
+    """
+
+    def __init__(self, total_steps: int):
+        self.total_steps = total_steps
+        self.tokens = 0
+        self.seconds = 0.0
+        self._bar: Progress | None = None
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            print("scoring the base model on the validation rows", flush=True)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(),
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=self.total_steps, state="")
+            self._bar.start()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        dp_size = module.train_params.dp_size
+        tokens = (batch["document_ids"] > 0).sum()
+        if dp_size > 1:
+            dist.all_reduce(tokens, group=module.dp_group)
+        self.tokens += int(tokens)
+        self.seconds += time.perf_counter() - self._started
+        if (index + 1) % trainer.accumulate_grad_batches:
+            return
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        module.log_dict({"train/lr": lr, "train/tokens_per_second": self.tokens / self.seconds})
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step
+        state = f"loss {module.train_loss:.3f} · {self.tokens / self.seconds:.0f} tokens/s"
+        if self._bar:
+            self._bar.update(self._task, completed=step, state=state)
+        elif step == self.total_steps or step % max(1, self.total_steps // LINES) == 0:
+            left = self.seconds / step * (self.total_steps - step)
+            print(f"step {step}/{self.total_steps} · {state} · {left:.0f} s left", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            loss = module.base_validation_loss if trainer.sanity_checking else module.validation_loss
+            print(f"validation loss {loss:.4f}", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @staticmethod
+    def peak_rss_gib() -> list[float]:
+        """Peak resident memory of every rank, GiB. Call on all ranks."""
+        mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        peaks = [0.0] * dist.get_world_size()
+        dist.all_gather_object(peaks, mine)
+        return peaks
