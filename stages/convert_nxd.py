@@ -19,7 +19,7 @@ from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, write_json
-from trnlora.layout import check_divisible, kv_replica_groups, shard_pieces
+from trnlora.layout import check_divisible, shard_pieces
 from trnlora.params import load_params
 
 
@@ -32,7 +32,6 @@ def main() -> None:
     # The rules are checked before anything heavy is imported.
     config = LlamaConfig.from_folder(paths.MODEL)
     check_divisible(config, convert)
-    kv_groups = kv_replica_groups(config, convert)
 
     import torch
     from transformers import AutoModelForCausalLM
@@ -60,7 +59,9 @@ def main() -> None:
             model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shard)
             return model.logits(model(ids, positions, torch.ones_like(ids)))  # (1, T, V/tp)
 
-        sharded = torch.cat(run_as_threads(thread_backends(kv_groups), rank_logits), dim=-1)
+        # KV groups reduce gradients only, and there are none here: each rank is its own.
+        backends = thread_backends([[rank] for rank in range(convert.tp_size)])
+        sharded = torch.cat(run_as_threads(backends, rank_logits), dim=-1)
         hf = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=sharded.dtype, attn_implementation="eager")
         with torch.no_grad():
             difference = (sharded - hf(ids).logits).abs().max().item()

@@ -31,10 +31,13 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE")
     args = parser.parse_args()
     params = load_params(args.params)
+    if params.backend == "neuron":
+        raise UserError("backend: neuron cannot train yet; set backend: cpu (the shards and the adapter are the same)")
     config = LlamaConfig.from_folder(paths.MODEL)
     check_divisible(config, params.convert)
+    kv_groups = kv_replica_groups(config, params.convert)
     if "RANK" in os.environ:  # torchrun's, one process a rank
-        train(params, config)
+        train(params, config, kv_groups)
     else:
         launch(params.train.dp_size * params.convert.tp_size)
 
@@ -50,14 +53,15 @@ def launch(processes: int) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
     )  # fmt: skip
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page on a failure: see below
     try:
         elastic_launch(launch_config, sys.executable)("-u", __file__, *sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise UserError(f"training stopped: rank {rank} failed: {failure.message}") from None
+        raise UserError(f"training stopped, rank {rank} failed: {failure.message}") from None
 
 
-def train(params: Params, config: LlamaConfig) -> None:
+def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> None:
     import pytorch_lightning as pl
     import torch
     import torch.distributed as dist
@@ -73,7 +77,8 @@ def train(params: Params, config: LlamaConfig) -> None:
     from trnlora.progress import TrainingProgress
 
     # Lightning's banner and its advice on data loaders and logging, which do not hold for tensor-parallel ranks.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
@@ -85,7 +90,6 @@ def train(params: Params, config: LlamaConfig) -> None:
         total_steps = min(total_steps, params.train.max_steps)
 
     def build(mesh: Any) -> Llama:
-        kv_groups = kv_replica_groups(config, params.convert)
         backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, dp_size)
         shard = load_rank(rank_file(paths.SHARDS, PRETRAINED_TAG, backend.tp_rank))
         model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
@@ -105,7 +109,7 @@ def train(params: Params, config: LlamaConfig) -> None:
     curve_files = paths.PLOTS / "training"
     curves = DVCLiveLogger(dir=str(curve_files), dvcyaml=None, save_dvc_exp=False) if is_first else False
     trainer = pl.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if params.backend == "cuda" else "cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
         strategy=ModelParallelStrategy(data_parallel_size=dp_size, tensor_parallel_size=tp_size),
@@ -164,10 +168,19 @@ def train(params: Params, config: LlamaConfig) -> None:
 
 
 def rank_main() -> None:
-    """A rank's main: torchrun's launcher is told the reason, so that the user sees it once and not from every rank."""
-    from torch.distributed.elastic.multiprocessing.errors import record
+    """A rank's main. What ends it is told to the launcher, so that the user reads it once, not from every rank."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    record(main)()
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        main()
+    except UserError as error:
+        handler.record_exception(error)
+        sys.exit(1)
+    except Exception as error:
+        handler.record_exception(error)
+        raise
 
 
 if __name__ == "__main__":

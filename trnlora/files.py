@@ -68,9 +68,10 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line. Raises UserError naming the file (and line) otherwise."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would cut at U+2028 within a string
     rows = []
     for number, line in enumerate(lines, 1):
         try:

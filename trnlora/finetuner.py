@@ -83,7 +83,7 @@ class LoraFinetuner(pl.LightningModule):
         return self._batches(self.validation_rows, torch.arange(len(self.validation_rows["labels"])))
 
     def on_train_epoch_start(self) -> None:
-        self.step_loss = torch.zeros(())
+        self.step_loss = torch.zeros((), device=self.device)
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss_sum, _ = self._loss(batch)
@@ -104,7 +104,7 @@ class LoraFinetuner(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
         """Clip by the norm over all ranks: what is whole on every rank, or copied to several, counts once."""
-        squares = torch.zeros(2)  # of cut parameters (to be added over ranks), of replicated ones
+        squares = torch.zeros(2, device=self.device)  # of cut parameters (to be added over ranks), of replicated ones
         for name, parameter in self._trainable().items():
             assert parameter.grad is not None
             copies = self._copies(name)
@@ -121,11 +121,11 @@ class LoraFinetuner(pl.LightningModule):
         self.log("train/grad_norm", norm)
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = torch.zeros(2, dtype=torch.float64)  # nats, labelled tokens
+        self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, labelled tokens
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         loss_sum, tokens = self._loss(batch)
-        self.validation_sums += torch.stack([loss_sum.double(), tokens.double()]).cpu()
+        self.validation_sums += torch.stack([loss_sum.double(), tokens.double()])
 
     def on_validation_epoch_end(self) -> None:
         dist.all_reduce(self.validation_sums, group=self.dp_group)

@@ -1,0 +1,78 @@
+"""Global batches: every row once an epoch, and each labelled token of a step with the same weight."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trnlora.batches import COLUMNS, MicroBatches, epoch_order, read_rows
+from trnlora.errors import UserError
+from trnlora.finetuner import linear_schedule
+
+
+@given(
+    rows=st.integers(1, 40), micro=st.integers(1, 3), dp_size=st.integers(1, 3), accumulate=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_replicas_and_micro_batches_together_are_the_global_batch(
+    rows: int, micro: int, dp_size: int, accumulate: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.where(torch.rand(rows, 6, generator=generator) < 0.5, 1, -100)
+    table = {name: torch.arange(rows)[:, None].expand(rows, 6).clone() + 1 for name in COLUMNS} | {"labels": labels}
+    order = epoch_order(rows, 0, seed)
+    global_batch_size = micro * dp_size * accumulate
+    replicas = [
+        MicroBatches(
+            table, order, global_batch_size=global_batch_size, micro_batch_size=micro, dp_rank=rank, dp_size=dp_size
+        )
+        for rank in range(dp_size)
+    ]
+    assert {len(replica) for replica in replicas} == {-(-rows // global_batch_size) * accumulate}
+    seen: list[int] = []
+    for step in range(len(replicas[0]) // accumulate):
+        weight, step_rows = 0.0, []
+        for item in range(step * accumulate, (step + 1) * accumulate):
+            for replica in replicas:
+                batch = replica[item]
+                weight += float((batch["labels"] != -100).sum() * batch["loss_scale"]) / accumulate
+                step_rows += [int(row[0]) - 1 for row in batch["document_ids"] if row[0] > 0]
+        expected = order[step * global_batch_size : (step + 1) * global_batch_size].tolist()
+        assert sorted(step_rows) == sorted(expected)
+        has_labels = bool((labels[expected] != -100).any())
+        assert weight == pytest.approx(1.0 if has_labels else 0.0)
+        seen += step_rows
+    assert sorted(seen) == list(range(rows))
+
+
+def test_epochs_have_orders_of_their_own_that_repeat() -> None:
+    assert epoch_order(50, 0, 17).tolist() == epoch_order(50, 0, 17).tolist()
+    assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 1, 17).tolist()
+    assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 0, 18).tolist()
+
+
+def test_the_learning_rate_is_never_zero_while_training() -> None:
+    """The usual recipe's schedule over −1 steps is 0 from the end of warm-up on."""
+    factors = [linear_schedule(step, total_steps=10, warmup_steps=4) for step in range(10)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 not parquet"], ids=["empty", "garbage"])
+def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "train.parquet"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
+        read_rows(path)
+
+
+def test_rows_come_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    values = [[1, 2, 3], [4, 5, -100]]
+    pq.write_table(pa.table({name: pa.array(values, pa.list_(pa.int32())) for name in COLUMNS}), path)
+    rows = read_rows(path)
+    assert all(rows[name].tolist() == values and rows[name].dtype == torch.int64 for name in COLUMNS)

@@ -1,0 +1,154 @@
+"""Training through the real stages: reproducible to the byte, independent of the cut, and stopped by one line."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "stages" / f"{name}.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_stage(name: str, folder: Path) -> None:
+    done = stage(name, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def set_params(folder: Path, **sections: dict[str, Any]) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load((path if path.exists() else ROOT / "params.yaml").read_text())
+    for section, values in sections.items():
+        params[section].update(values)
+    path.write_text(yaml.safe_dump(params))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def metrics(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "metrics" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with the tiny Llama and prepared rows."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "model").symlink_to(tiny_llama)
+    rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:200]), "utf-8")
+    set_params(
+        folder,
+        data={"source": "path://rows.jsonl", "sha256": None, "seq_len": 256},
+        train={"epochs": 1, "lr": 1.0e-2, "global_batch_size": 2},
+    )
+    run_stage("prepare_data", folder)
+    return folder
+
+
+@pytest.fixture
+def trained(prepared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """trained(name, **sections): a copy of `prepared` with other params, converted and trained."""
+
+    def train(name: str, **sections: dict[str, Any]) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(prepared, folder, symlinks=True)
+        set_params(folder, **sections)
+        run_stage("convert_nxd", folder)
+        run_stage("finetune_lora", folder)
+        return folder
+
+    return train
+
+
+def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path]) -> None:
+    first, second = trained("first"), trained("second")
+    adapter = "artifacts/lora_adapter"
+    assert digests(first / adapter) == digests(second / adapter)
+    assert sorted(digests(first / adapter)) == [
+        "adapter_config.json",
+        *(f"lora/model/dp_rank_00_tp_rank_0{rank}_pp_rank_00.pt" for rank in range(3)),
+    ]
+    found = metrics(first, "finetune_lora")
+    assert found == metrics(second, "finetune_lora")
+    assert found["validation_loss"] < found["base_validation_loss"] - 0.1  # it learns
+    for folder in (first, second):
+        run_stage("flatten_adapter", folder)
+    assert digests(first / "artifacts" / "adapter") == digests(second / "artifacts" / "adapter")
+    assert sorted(digests(first / "artifacts" / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
+
+
+def test_losses_do_not_depend_on_the_cut(trained: Callable[..., Path]) -> None:
+    """tp 1, tp 3, tp 6 with every KV head twice, and two data-parallel replicas: the same run. Without dropout,
+    whose masks differ between replicas."""
+    lora = {"lora_dropout": 0.0}
+    cuts = {
+        "tp1": {"convert": {"tp_size": 1}},
+        "tp3": {"convert": {"tp_size": 3}},
+        "tp6x2": {"convert": {"tp_size": 6, "kv_size_multiplier": 2}},
+        "tp6x2-trn1": {"convert": {"tp_size": 6, "kv_size_multiplier": 2, "hw_backend": "trn1"}},
+        "tp1-dp2": {"convert": {"tp_size": 1}, "train": {"dp_size": 2}},
+    }
+    found = {name: metrics(trained(name, lora=lora, **cut), "finetune_lora") for name, cut in cuts.items()}
+    for name, run in found.items():
+        for key in ("base_validation_loss", "train_loss", "validation_loss"):
+            assert run[key] == pytest.approx(found["tp1"][key], abs=1e-3), (name, key)
+        assert run["train_tokens"] == found["tp1"]["train_tokens"]
+        assert run["steps"] == found["tp1"]["steps"]
+
+
+def test_dropout_is_alike_on_tensor_parallel_ranks(trained: Callable[..., Path]) -> None:
+    """With a mask of its own on every rank, the copies of lora_A would part and flatten_adapter would refuse them."""
+    lora = {"lora_dropout": 0.3}
+    one, three = trained("one", lora=lora, convert={"tp_size": 1}), trained("three", lora=lora)
+    losses = [metrics(folder, "finetune_lora")["validation_loss"] for folder in (one, three)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    run_stage("flatten_adapter", three)
+
+
+def test_max_steps_ends_the_schedule_and_is_validated(trained: Callable[..., Path]) -> None:
+    found = metrics(trained("short", train={"max_steps": 2}), "finetune_lora")
+    assert found["steps"] == 2
+    assert found["validation_loss"] != found["base_validation_loss"]
+
+
+def test_a_failing_rank_ends_the_run_with_one_line(trained: Callable[..., Path]) -> None:
+    folder = trained("broken", train={"max_steps": 1})
+    shard = folder / "artifacts/shards/pretrained_weight/model/dp_rank_00_tp_rank_01_pp_rank_00.pt"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    before = digests(folder / "artifacts" / "lora_adapter")
+    done = stage("finetune_lora", folder)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "rank 1" in line
+    assert "tp_rank_01_pp_rank_00.pt cannot be read" in line
+    assert digests(folder / "artifacts" / "lora_adapter") == before  # the last good adapter is untouched
+
+
+def test_minus_one_steps_are_refused_with_the_reason(prepared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "minus_one"
+    shutil.copytree(prepared, folder, symlinks=True)
+    set_params(folder, train={"max_steps": -1})
+    done = stage("finetune_lora", folder)
+    assert done.returncode == 1
+    assert "max_steps: -1 is refused, since a schedule over -1 steps has a learning rate of 0" in done.stderr

@@ -1,0 +1,168 @@
+"""Layouts: the golden digests of NxD's right shards, the rules, and the heads' arithmetic."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trnlora.architecture import LlamaConfig
+from trnlora.errors import UserError
+from trnlora.layout import Piece, check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.params import Convert
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
+
+
+def llama(**sizes: int) -> LlamaConfig:
+    return LlamaConfig.from_hf({"model_type": "llama", **sizes})
+
+
+LLAMA3_8B = llama(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
+)  # fmt: skip
+
+
+def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2", fuse_qkv: bool = False) -> Convert:
+    return Convert(
+        hw_backend=hw_backend,
+        tp_size=tp_size,
+        kv_size_multiplier=kv_size_multiplier,
+        fuse_qkv=fuse_qkv,
+        max_logits_diff=1.0e-4,
+    )
+
+
+def golden_weights(model: LlamaConfig) -> dict[str, torch.Tensor]:
+    """The golden file's input: arange over all elements, keys in sorted order."""
+    hidden, mlp, vocabulary = model.hidden_size, model.intermediate_size, model.vocab_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    shapes = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for index in range(model.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (q, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, q),
+            f"{layer}.mlp.gate_proj.weight": (mlp, hidden),
+            f"{layer}.mlp.up_proj.weight": (mlp, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, mlp),
+        }
+    weights, offset = {}, 0
+    for key in sorted(shapes):
+        size = math.prod(shapes[key])
+        weights[key] = (torch.arange(size, dtype=torch.float32) + offset).view(shapes[key])
+        offset += size
+    return weights
+
+
+def assemble(weights: dict[str, torch.Tensor], pieces: list[Piece]) -> torch.Tensor:
+    parts = [
+        weights[p.hf_key] if p.dim is None else weights[p.hf_key].narrow(p.dim, p.start, p.stop - p.start)
+        for p in pieces
+    ]
+    return torch.cat(parts, dim=pieces[0].dim or 0).contiguous()
+
+
+def case_name(case: dict) -> str:
+    fused = "fused" if case["fuse_qkv"] else "split"
+    return f"{case['config']}-{case['hw_backend']}-tp{case['tp']}x{case['kv_size_multiplier']}-{fused}"
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=case_name)
+def test_golden_digests(case: dict) -> None:
+    model = llama(**GOLDEN["configs"][case["config"]])
+    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"], case["fuse_qkv"])
+    check_divisible(model, convert)
+    weights = golden_weights(model)
+    for rank, expected in enumerate(case["ranks"]):
+        table = shard_pieces(model, convert, rank)
+        assert table.keys() == expected["tensors"].keys()
+        for name, pieces in table.items():
+            tensor = assemble(weights, pieces)
+            assert list(tensor.shape) == expected["tensors"][name]["shape"], name
+            assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["tensors"][name]["sha256"], name
+
+
+def test_llama3_8b_on_trn2_holds_each_kv_head_on_four_neighbours() -> None:
+    convert = conversion(32, 4)
+    for rank in range(32):
+        heads = heads_of_rank(LLAMA3_8B, convert, rank)
+        assert heads.q == [rank]
+        assert heads.kv == [rank // 4]
+    assert kv_replica_groups(LLAMA3_8B, convert)[:2] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_llama3_8b_on_trn1_repeats_rounds_of_kv_heads() -> None:
+    convert = conversion(32, 4, "trn1")
+    heads = [heads_of_rank(LLAMA3_8B, convert, rank) for rank in range(32)]
+    assert [h.q[0] for h in heads[:10]] == [0, 4, 8, 12, 16, 20, 24, 28, 1, 5]
+    assert [h.kv[0] for h in heads] == list(range(8)) * 4
+    assert kv_replica_groups(LLAMA3_8B, convert)[0] == [0, 8, 16, 24]
+
+
+@given(
+    hw_backend=st.sampled_from(["trn1", "trn2"]),
+    kv_heads=st.integers(1, 12),
+    queries_per_kv=st.integers(1, 12),
+    tp=st.integers(1, 48),
+    multiplier=st.integers(1, 12),
+)
+def test_every_query_head_meets_its_own_kv_head(
+    hw_backend: str, kv_heads: int, queries_per_kv: int, tp: int, multiplier: int
+) -> None:
+    heads = kv_heads * queries_per_kv
+    model = llama(
+        vocab_size=tp, intermediate_size=tp, hidden_size=heads * 2, num_hidden_layers=1, num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    if tp % multiplier:
+        return
+    convert = conversion(tp, multiplier, hw_backend)
+    try:
+        check_divisible(model, convert)
+    except UserError:
+        return
+    ranks = [heads_of_rank(model, convert, rank) for rank in range(tp)]
+    assert sorted(head for rank in ranks for head in rank.q) == list(range(heads))
+    assert sorted(head for rank in ranks for head in rank.kv) == sorted(list(range(kv_heads)) * multiplier)
+    for rank in ranks:
+        group = len(rank.q) // len(rank.kv)  # attention pairs query i of a rank with its KV head i // group
+        assert [rank.kv[i // group] for i in range(len(rank.q))] == [head // queries_per_kv for head in rank.q]
+
+
+@pytest.mark.parametrize(
+    ("tp", "multiplier", "hw_backend", "rule"),
+    [
+        (5, 1, "trn2", "vocab_size % tp_size"),
+        (64, 8, "trn2", "num_attention_heads % tp_size"),
+        (32, 2, "trn2", "num_key_value_heads × kv_size_multiplier % tp_size"),
+        (4, 1, "trn1", "num_key_value_heads × kv_size_multiplier == tp_size on trn1"),
+        (6, 1, "trn2", "intermediate_size % tp_size"),
+    ],
+)
+def test_a_broken_rule_is_named_with_what_fits(tp: int, multiplier: int, hw_backend: str, rule: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_divisible(LLAMA3_8B, conversion(tp, multiplier, hw_backend))
+    assert rule in str(error.value)
+    assert "32 × 4" in str(error.value)
+
+
+def test_copies_of_a_kv_head_on_one_rank_convert_but_do_not_train() -> None:
+    model = llama(**GOLDEN["configs"]["A"])  # 2 KV heads
+    convert = conversion(2, 2)
+    check_divisible(model, convert)
+    with pytest.raises(UserError, match="cannot be trained: use 1"):
+        kv_replica_groups(model, convert)

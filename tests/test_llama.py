@@ -1,0 +1,251 @@
+"""The one Llama over parallel layers: logits, losses and gradients equal HF's and PEFT's, whatever the cut."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers import LlamaConfig as HFLlamaConfig
+from transformers import LlamaForCausalLM as HFLlama
+
+from trnlora.architecture import LlamaConfig
+from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
+from trnlora.checkpoint import HFCheckpoint
+from trnlora.errors import UserError
+from trnlora.layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.llama import Llama
+from trnlora.lora import add_lora, peft_adapter
+from trnlora.params import Convert, Lora
+
+CUTS = [("trn2", 1, 1), ("trn2", 3, 1), ("trn2", 6, 2), ("trn1", 3, 1), ("trn1", 6, 2)]  # of the tiny Llama: 3 KV heads
+
+
+def conversion(hw_backend: str, tp_size: int, kv_size_multiplier: int) -> Convert:
+    return Convert(
+        hw_backend=hw_backend,
+        tp_size=tp_size,
+        kv_size_multiplier=kv_size_multiplier,
+        fuse_qkv=False,
+        max_logits_diff=1.0e-4,
+    )
+
+
+def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
+    with HFCheckpoint(folder) as source:
+        return [
+            {name: source.assemble(pieces) for name, pieces in shard_pieces(config, convert, rank).items()}
+            for rank in range(convert.tp_size)
+        ]
+
+
+def sharded_logits(folder: Path, convert: Convert, ids: torch.Tensor) -> torch.Tensor:
+    config = LlamaConfig.from_folder(folder)
+    check_divisible(config, convert)
+    shards = shards_of(folder, config, convert)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+
+    @torch.no_grad()
+    def work(backend: TorchBackend) -> torch.Tensor:
+        model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
+        return model.logits(model(ids, positions, torch.ones_like(ids)))
+
+    return torch.cat(run_as_threads(thread_backends([[rank] for rank in range(convert.tp_size)]), work), dim=-1)
+
+
+def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+@st.composite
+def sized_conversions(draw: st.DrawFn) -> tuple[dict, Convert]:
+    """Sizes of a small Llama and a conversion that fits it."""
+    hw_backend = draw(st.sampled_from(["trn1", "trn2"]))
+    multiplier = draw(st.integers(1, 4))
+    kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
+    tp = kv_heads * multiplier
+    if hw_backend == "trn2" and multiplier == 1:
+        tp = draw(st.sampled_from([n for n in range(1, kv_heads + 1) if kv_heads % n == 0]))
+    heads = kv_heads * multiplier * draw(st.integers(1, 2))
+    head_dim = draw(st.sampled_from([4, 8]))
+    sizes = {
+        "vocab_size": tp * draw(st.integers(4, 9)),
+        "hidden_size": heads * head_dim,
+        "intermediate_size": tp * draw(st.integers(2, 5)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": draw(st.booleans()),
+        "initializer_range": 0.3,
+    }
+    if draw(st.booleans()):
+        sizes["rope_parameters"] = {
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+        }  # fmt: skip
+    return sizes, conversion(hw_backend, tp, multiplier)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=sized_conversions(), seed=st.integers(0, 99))
+def test_sharded_logits_equal_hf(
+    case: tuple[dict, Convert], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sizes, convert = case
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(seed)
+    HFLlama(HFLlamaConfig(**sizes)).save_pretrained(folder)
+    ids = torch.randint(sizes["vocab_size"], (2, 24))
+    torch.testing.assert_close(sharded_logits(folder, convert, ids), hf_logits(folder, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K and V repeated as K0,K1,K2,K0,K1,K2 beside queries in order: what NxD's converter writes for trn2."""
+    convert = conversion("trn2", 6, 2)
+    ids = torch.randint(1536, (1, 16), generator=torch.Generator().manual_seed(0))
+    right = sharded_logits(tiny_llama, convert, ids)
+
+    def stock(config: LlamaConfig, convert: Convert, rank: int):  # type: ignore[no-untyped-def]
+        heads = heads_of_rank(config, convert, rank)
+        heads.kv[:] = [rank % config.num_key_value_heads]
+        return heads
+
+    monkeypatch.setattr("trnlora.layout.heads_of_rank", stock)
+    wrong = sharded_logits(tiny_llama, convert, ids)
+    reference = hf_logits(tiny_llama, ids)
+    assert (right - reference).abs().max() < 1e-4
+    assert (wrong - reference).abs().max() > 0.1
+
+
+def packed(lengths: list[int], seq_len: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    """One packed row of random documents, the first half of each masked."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(vocabulary, (1, seq_len), generator=generator)
+    labels, positions = ids.clone(), torch.zeros_like(ids)
+    documents = torch.zeros_like(ids)
+    start = 0
+    for number, length in enumerate(lengths, 1):
+        documents[0, start : start + length] = number
+        positions[0, start : start + length] = torch.arange(length)
+        labels[0, start : start + length // 2] = -100
+        start += length
+    labels[documents == 0] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": documents}
+
+
+def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
+    lengths = [7, 19, 11]
+    row = packed(lengths, 48, 1536)
+    config = LlamaConfig.from_folder(tiny_llama)
+    (shard,) = shards_of(tiny_llama, config, conversion("trn2", 1, 1))
+    model = Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
+    with torch.no_grad():
+        loss, labelled = model.loss(model(row["input_ids"], row["position_ids"], row["document_ids"]), row["labels"])
+        hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        expected, start = torch.zeros(()), 0
+        for length in lengths:
+            cut = slice(start, start + length)
+            labels = row["labels"][:, cut]
+            expected += hf(row["input_ids"][:, cut], labels=labels).loss * (labels[:, 1:] != -100).sum()
+            start += length
+    assert int(labelled) == sum(length - length // 2 for length in lengths)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+
+
+def sharded_gradients(
+    folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient."""
+    config = LlamaConfig.from_folder(folder)
+    shards = shards_of(folder, config, convert)
+    generator = torch.Generator().manual_seed(5)
+    head_dim = config.head_dim
+    whole_a = {n: torch.randn(lora.r, config.hidden_size, generator=generator) for n in range(config.num_hidden_layers)}
+    whole_b = {
+        (n, name): torch.randn(heads, head_dim, lora.r, generator=generator)
+        for n in range(config.num_hidden_layers)
+        for name, heads in (
+            ("q", config.num_attention_heads), ("k", config.num_key_value_heads), ("v", config.num_key_value_heads)
+        )
+    }  # fmt: skip
+    backends = thread_backends(kv_replica_groups(config, convert))
+    models = []
+    for backend in backends:
+        model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
+        add_lora(model, lora)
+        heads = heads_of_rank(config, convert, backend.tp_rank)
+        for index, layer in enumerate(model.model.layers):
+            qkv = layer.self_attn.qkv_proj
+            qkv.lora_A.weight.data = whole_a[index].clone()
+            for name in "qkv":
+                own = whole_b[index, name][heads.q if name == "q" else heads.kv].reshape(-1, lora.r)
+                getattr(qkv.lora_B, f"weight_{name}").data = own.clone()
+        models.append(model)
+
+    def work(backend: TorchBackend) -> torch.Tensor:
+        model = models[backend.tp_rank]
+        loss, _ = model.loss(model(row["input_ids"], row["position_ids"], row["document_ids"]), row["labels"])
+        loss.backward()
+        return loss.detach()
+
+    losses = run_as_threads(backends, work)
+    trainable = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    adapters = [{n: p.detach() for n, p in each.items()} for each in trainable]
+    return losses[0], adapters, [{n: p.grad for n, p in each.items()} for each in trainable]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-tp{cut[1]}x{cut[2]}")
+def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[str, int, int]) -> None:
+    """lora_A's gradient is whole on every rank, copies of lora_B's agree, and both equal HF + PEFT's."""
+    convert = conversion(*cut)
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
+    row = packed([20, 28], 48, 1536)
+    row = {name: column[:, :20] for name, column in row.items()}  # one document: HF needs no mask
+    config = LlamaConfig.from_folder(tiny_llama)
+    loss, adapters, gradients = sharded_gradients(tiny_llama, convert, lora, row)
+
+    hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    peft = get_peft_model(
+        hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
+    whole = peft_adapter(adapters, config, convert)
+    peft.load_state_dict({name.replace(".weight", ".default.weight"): t for name, t in whole.items()}, strict=False)
+    expected_loss = peft(row["input_ids"], labels=row["labels"]).loss * (row["labels"][:, 1:] != -100).sum()
+    expected_loss.backward()
+    torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-3, rtol=1e-5)
+
+    expected = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
+    found = peft_adapter(gradients, config, convert)
+    for index in range(config.num_hidden_layers):
+        attention = f"base_model.model.model.layers.{index}.self_attn"
+        shared_a = torch.zeros(())
+        for name in "qkv":
+            torch.testing.assert_close(
+                found[f"{attention}.{name}_proj.lora_B.weight"],
+                expected[f"{attention}.{name}_proj.lora_B.default.weight"],
+                atol=1e-3,
+                rtol=1e-3,
+            )
+            shared_a = shared_a + expected[f"{attention}.{name}_proj.lora_A.default.weight"]
+        for rank in gradients:  # one A serves q, k and v: its gradient is the sum of PEFT's three
+            own = rank[f"model.layers.{index}.self_attn.qkv_proj.lora_A.weight"]
+            torch.testing.assert_close(own, shared_a, atol=1e-3, rtol=1e-3)
+    for group in kv_replica_groups(config, convert):
+        for name in gradients[0]:
+            if name.endswith((".weight_k", ".weight_v")):
+                for rank in group:
+                    torch.testing.assert_close(gradients[rank][name], gradients[group[0]][name], atol=0, rtol=0)
+
+
+def test_a_fused_shard_is_refused_by_a_split_model(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "llama")
+    config = LlamaConfig.from_folder(folder)
+    convert = conversion("trn2", 1, 1).model_copy(update={"fuse_qkv": True})
+    (shard,) = shards_of(folder, config, convert)
+    with pytest.raises(UserError, match=r"does not fit the model: .*weight_"):
+        Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
