@@ -102,7 +102,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, conversion())
     for rank in range(6):
         edit(tmp_path, rank, lambda tensors: [t.zero_() for name, t in tensors.items() if ".lora_B." in name])
-    with pytest.raises(UserError, match="every lora_B .* is zero"):
+    with pytest.raises(UserError, match=r"every lora_B .* is zero"):
         load_adapter_shards(tmp_path, CONFIG, conversion(), LORA)
 
 

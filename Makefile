@@ -1,0 +1,65 @@
+# `make help` lists the targets. Every one that runs Python makes the environment first, where it is not up to date.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Settings, e.g. `make setup PYTHON=/opt/python3.11/bin/python3.11 TORCH_INDEX=https://mirror.example/whl/cpu`
+PYTHON ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+HOST ?=
+PORT ?=
+NAME ?=
+ARGS ?=
+
+# The stages and tools of this project, whatever Python environment the caller is in.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
+export PYTHONUNBUFFERED := 1
+# Nothing is reported to anyone.
+export DO_NOT_TRACK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export VLLM_NO_USAGE_STATS := 1
+
+READY := .venv/.ready
+
+.PHONY: help setup repro test lint serve smoke doctor profile lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## the environment alone, from requirements.lock
+	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
+
+$(READY): requirements.lock overrides.txt pyproject.toml tools/setup.sh
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/setup.sh $@
+
+repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date do not run again
+	@python tools/doctor.py --repro
+	@dvc repro
+	@python tools/show_metrics.py
+
+test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"'
+	@pytest $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	@ruff check
+	@ruff format --check
+	@mypy trnlora stages tools tests data
+
+serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= override params.yaml
+	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+
+smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
+	@python tools/smoke.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+
+doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml?
+	@python tools/doctor.py
+
+profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
+	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \
+	    echo "error: no profile '$(NAME)': use NAME= with one of" $(basename $(notdir $(wildcard profiles/*.yaml))) >&2; exit 1; fi
+	@cp 'profiles/$(NAME).yaml' params.yaml
+	@echo "params.yaml is now profiles/$(NAME).yaml; 'git diff params.yaml' shows the change, 'make doctor' checks it"
+
+lock: $(READY) ## compile requirements.in into requirements.lock
+	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh

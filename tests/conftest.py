@@ -1,0 +1,164 @@
+"""Fixtures: tiny random Llamas with a real tokenizer, and copies of the project to run DVC in."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+# <|im_start|> opens a turn and <|im_end|> closes it and is EOS, as in SmolLM2's ChatML.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., Path]:
+    """make_llama(folder, **config): write a random Llama and its tokenizer to `folder`; config overrides the default.
+
+    The default divides by tp 1, 3 (multiplier 1), 2 and 6 (multiplier 2): 6 heads, 3 KV heads, vocabulary 1536.
+    """
+
+    def make(folder: Path, **config: Any) -> Path:
+        import torch
+        from tokenizers import ByteLevelBPETokenizer
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(
+            [row[key] for row in rows for key in ("instruction", "context", "response")],
+            vocab_size=1536,
+            special_tokens=["<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+        )
+        assert bpe.get_vocab_size() == 1536
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bpe._tokenizer,
+            bos_token="<|im_start|>",
+            eos_token="<|im_end|>",
+            pad_token="<|im_end|>",
+            chat_template=CHAT_TEMPLATE,
+        )
+        sizes: dict[str, Any] = {
+            "vocab_size": 1536,
+            "hidden_size": 192,  # head size 32: the smallest that vLLM's attention on the CPU takes
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            # Ten times the usual: with 0.02 a tiny model's attention is so flat that swapped heads change little.
+            "initializer_range": 0.2,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(17)
+            model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, make_llama: Callable[..., Path]) -> Path:
+    """An HF folder: random float32 Llama with tied embeddings, 1 M parameters, tokenizer with a chat template."""
+    return make_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
+
+
+class Project:
+    """A copy of the project's files in a Git and DVC repository of its own.
+
+    Its .venv is this environment, which is not on PATH: commands are called as by a user who has activated nothing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        environment = Path(sys.executable).parent
+        self.env = {
+            **os.environ,
+            "PATH": ":".join(entry for entry in os.environ["PATH"].split(":") if Path(entry) != environment),
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.com",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.com",
+        }
+        for name in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+            self.env.pop(name, None)
+
+    def run(self, *command: str | Path, check: bool = True) -> str:
+        """Run a command in the project and return what it printed, errors included."""
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+    def dvc(self, *arguments: str) -> str:
+        return self.run(".venv/bin/dvc", *arguments)
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
+
+    def set_params(self, **sections: dict[str, Any]) -> None:
+        """Overwrite keys of params.yaml, section by section."""
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text("utf-8"))
+        for section, values in sections.items():
+            assert values.keys() <= params[section].keys()
+            params[section].update(values)
+        path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_llama: Path) -> Project:
+    """The working tree's files (without results) as a fresh repository, with params for the tiny Llama."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    copy = Project(tmp_path / "project")
+    for name in filter(None, listed.stdout.split("\0")):
+        source = ROOT / name
+        if source.is_file() and name != "dvc.lock" and not name.startswith(("metrics/", "plots/", "tests/")):
+            target = copy.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    copy.set_params(
+        model={"source": f"path://{tiny_llama}", "sha256": None},
+        data={"seq_len": 256},
+        train={"max_steps": 20, "lr": 1.0e-2},
+        eval={"max_tokens": 16, "max_prompts": 8, "min_changed_fraction": 0.0},
+        serve={"max_model_len": 512},
+    )
+    (copy.root / ".venv").symlink_to(sys.prefix)
+    copy.run("git", "init", "-q")
+    with (copy.root / ".git" / "info" / "exclude").open("a") as exclude:
+        exclude.write("/.venv\n")  # .gitignore's /.venv/ is a folder, not a link
+    copy.commit("The project")
+    return copy

@@ -1,0 +1,189 @@
+"""The pipeline as DVC sees it: its dependency lists, and all six stages run end to end on a tiny random Llama."""
+
+import ast
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Project
+
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
+ORDER = ["fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm"]
+
+# Appended to the library of a project under test: notes which stage reads which param.
+NOTE_READS = """
+import os as _os, sys as _sys
+
+def _noted(self, name):
+    if name in type(self).model_fields and _sys._getframe(1).f_code.co_filename != __file__:
+        section = type(self).__name__.lower()
+        with open(".params_read", "a") as notes:
+            notes.write(f"{_os.environ.get('DVC_STAGE')} {name if section == 'params' else section + '.' + name}\\n")
+    return BaseModel.__getattribute__(self, name)
+
+Section.__getattribute__ = _noted
+"""
+
+
+def modules_of(script: str) -> set[str]:
+    """The files of trnlora that a script imports, at any level and in any of its functions."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / script).read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "trnlora"]
+    candidates = {"/".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
+    files = {f"{candidate}{suffix}" for candidate in candidates for suffix in (".py", "/__init__.py")}
+    # The package's own __init__ holds a docstring (see below).
+    return {file for file in files if (ROOT / file).is_file()} - {"trnlora/__init__.py"}
+
+
+def imported_by(script: str) -> set[str]:
+    seen: set[str] = set()
+    todo = {script}
+    while todo:
+        seen |= todo
+        todo = set().union(*map(modules_of, todo)) - seen
+    return seen
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_deps_are_what_the_stage_imports(stage: str) -> None:
+    listed = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
+    assert sorted(listed) == sorted(imported_by(f"stages/{stage}.py"))
+
+
+def test_the_package_init_holds_no_code() -> None:
+    (docstring,) = ast.parse((ROOT / "trnlora/__init__.py").read_text("utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+
+
+def test_a_scorer_does_not_retrain_and_the_layout_does() -> None:
+    depends = {stage for stage in ORDER if "trnlora/scoring.py" in STAGES[stage]["deps"]}
+    assert depends == {"eval_vllm"}
+    assert "trnlora/layout.py" in STAGES["finetune_lora"]["deps"]
+
+
+def test_stages_stand_in_flow_order() -> None:
+    assert list(STAGES) == ORDER
+    made: set[str] = set()
+    for stage in STAGES.values():
+        for dep in stage["deps"]:
+            if dep.startswith(("artifacts/", "metrics/")):
+                assert any(dep == out or dep.startswith(f"{out}/") for out in made), f"{dep} is made later or nowhere"
+        made |= set(outs_of(stage))
+
+
+def test_no_stage_depends_on_a_measured_time() -> None:
+    for name, stage in STAGES.items():
+        assert not [dep for dep in stage["deps"] if "timing" in dep], name
+
+
+def outs_of(stage: dict[str, Any]) -> list[str]:
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"Running stage '(\w+)'", output)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_pipeline_end_to_end(project: Project) -> None:
+    params_py = project.root / "trnlora" / "params.py"
+    params_py.write_text(params_py.read_text("utf-8") + NOTE_READS, "utf-8")
+    project.commit("Note which params are read")
+
+    assert ran(project.dvc("repro")) == ORDER
+    for stage in STAGES.values():
+        for out in outs_of(stage):
+            assert (project.root / out).exists(), out
+    listed = {stage: set(STAGES[stage]["params"]) for stage in ORDER}
+    listed["fetch_model"] -= {"model.dtype"}  # read for a GGUF alone
+    listed["fetch_model"] |= {"convert.fuse_qkv"}  # of a Convert that it makes itself
+    assert params_read(project) == listed
+    project.commit("A run")
+
+    again = project.dvc("repro")
+    assert ran(again) == []
+    assert "up to date" in again
+
+    # Another learning rate: training and what follows. -S wants the dot, as params.yaml says.
+    changed = project.dvc("exp", "run", "-S", "train.lr=1.0e-4")
+    assert ran(changed) == ["finetune_lora", "flatten_adapter", "eval_vllm"]
+    project.commit("A lower learning rate")
+    assert re.search(r"train\.lr +0\.01 +0\.0001", project.dvc("params", "diff", "HEAD~1"))
+    difference = project.dvc("metrics", "diff", "HEAD~1")
+    assert re.search(r"metrics/finetune_lora\.json +validation_loss +\d+\.\d+ +\d+\.\d+ +-?\d+", difference)
+
+    # Back again: the run cache knows all that this needs.
+    project.run("git", "checkout", "-q", "HEAD~1", "--", "params.yaml")
+    back = project.dvc("repro")
+    assert ran(back) == []
+    assert project.run("git", "diff", "HEAD~1", "--", "metrics/finetune_lora.json", "metrics/eval_vllm.json") == ""
+
+    eval_py = project.root / "stages" / "eval_vllm.py"
+    eval_py.write_text(eval_py.read_text("utf-8") + "# a comment\n", "utf-8")
+    assert ran(project.dvc("repro", "--dry")) == ["eval_vllm"]
+
+    check_cache(project)
+
+
+def params_read(project: Project) -> dict[str, set[str]]:
+    """The params that each stage read in a run."""
+    sections = {"model", "data", "convert", "lora", "train", "eval", "serve"}
+    reads: dict[str, set[str]] = {}
+    for line in (project.root / ".params_read").read_text("utf-8").splitlines():
+        stage, key = line.split()
+        if key not in sections:  # reading a section alone reads no value
+            reads.setdefault(stage, set()).add(key)
+    return reads
+
+
+def check_cache(project: Project) -> None:
+    """Nothing in the cache has been written to: a file's name there is its md5."""
+    files = [path for path in (project.root / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        assert path.parent.name + path.name.removesuffix(".dir") == digest, f"{path} was changed in place"
+
+
+@pytest.mark.slow
+def test_a_damaged_out_is_restored_from_the_cache(project: Project) -> None:
+    """Damaged in place, as the stage left it and as a checkout brought it back: it must not be the cache itself."""
+    project.dvc("repro", "fetch_model")
+    weights = project.root / "artifacts/model/model.safetensors"
+    whole = weights.read_bytes()
+    for _ in range(2):
+        with weights.open("rb+") as file:
+            file.seek(len(whole) // 2)
+            file.write(b"damage")
+        assert ran(project.dvc("repro", "fetch_model")) == []  # the run cache has it
+        assert weights.read_bytes() == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_type", ["reflink,copy", "hardlink,symlink"])
+def test_a_rewritten_out_leaves_the_cache_alone(
+    project: Project, tmp_path: Path, make_llama: Callable[..., Path], cache_type: str
+) -> None:
+    """A stage run by hand changes its out, not the cached copy, even where the two are one file (a setting)."""
+    project.dvc("config", "cache.type", cache_type)
+    project.dvc("repro", "fetch_model")
+    weights = project.root / "artifacts/model/model.safetensors"
+    size = weights.stat().st_size
+    smaller = make_llama(tmp_path / "smaller", num_hidden_layers=1)
+    project.set_params(model={"source": f"path://{smaller}"})
+    project.run(".venv/bin/python", "stages/fetch_model.py")
+    assert weights.stat().st_size < size
+    check_cache(project)
+    project.dvc("checkout", "--force", "fetch_model")
+    assert weights.stat().st_size == size

@@ -1,0 +1,182 @@
+"""The environment and what makes it: lock file, Makefile, doctor. Nothing here installs a package."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+
+def doctor(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/doctor.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> "Make":
+    return Make(tmp_path)
+
+
+class Make:
+    """`make` on this Makefile in a folder of its own, with nothing of the caller's make in its environment."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in (
+            "Makefile",
+            "pyproject.toml",
+            "requirements.in",
+            "requirements.lock",
+            "overrides.txt",
+            "params.yaml",
+        ):
+            shutil.copyfile(ROOT / name, root / name)
+        for name in ("tools", "profiles"):
+            shutil.copytree(ROOT / name, root / name)
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", *arguments]
+        return subprocess.run(command, cwd=self.root, env=self.env | env, capture_output=True, text=True)
+
+
+def test_the_lock_pins_every_requirement_with_a_hash() -> None:
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    locked = {
+        name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==(\S+) \\$", lock, re.M)
+    }
+    wanted = re.findall(r"^([\w.-]+)(?:==([\w.+*]+))?", (ROOT / "requirements.in").read_text("utf-8"), re.M)
+    assert wanted
+    for name, version in wanted:
+        if name != "torch":  # installed on its own
+            assert locked[name.lower()].startswith(version.removesuffix("*")), name
+    assert "torch" not in locked
+    for block in re.split(r"^(?=\S)", lock, flags=re.M)[1:]:
+        assert "--hash=sha256:" in block, block
+    assert not re.search(r"^(nvidia-cu|torchvision|torchaudio|torchcodec)", lock, re.M)
+
+
+def test_nothing_of_the_cuda_build_is_installed() -> None:
+    installed = {found.name.lower(): found.version for found in distributions()}
+    assert not {"torchvision", "torchaudio", "torchcodec"} & installed.keys()
+    assert not [name for name in installed if name.startswith("nvidia-cu")]
+    assert installed["torch"].endswith("+cpu")
+
+
+def test_help_names_every_target(make: Make) -> None:
+    (declared,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
+    for arguments in ((), ("help",)):
+        shown = re.findall(r"^  make (\w+) +\S", make.run(*arguments).stdout, re.M)
+        assert shown == declared.split()
+
+
+def test_profile_is_written(make: Make) -> None:
+    done = make.run("profile", "NAME=llama3-8b-trn2")
+    assert done.returncode == 0, done.stderr
+    assert (make.root / "params.yaml").read_text("utf-8") == (ROOT / "profiles/llama3-8b-trn2.yaml").read_text("utf-8")
+    for arguments in (("profile",), ("profile", "NAME=no-such")):
+        done = make.run(*arguments)
+        assert done.returncode != 0
+        assert "use NAME= with one of llama3-8b-trn2 smollm2-135m-cpu" in done.stderr
+
+
+def test_a_wrong_python_is_named(make: Make) -> None:
+    done = make.run("setup", "PYTHON=/bin/false")
+    assert done.returncode != 0
+    assert "error: Python 3.11 is needed and /bin/false is not that" in done.stderr
+    assert not (make.root / ".venv").exists()
+
+
+@pytest.mark.slow
+def test_a_setup_that_fails_is_not_taken_for_done(make: Make) -> None:
+    """No torch from an index that is not there: one line says so, and the next call starts over."""
+    (make.root / "requirements.in").write_text("uv==0.0.1\ntorch==2.13.0\n", "utf-8")
+    for _ in range(2):
+        done = make.run("setup", f"PYTHON={sys.executable}", PIP_NO_INDEX="1", PIP_FIND_LINKS="/nowhere")
+        assert done.returncode != 0
+        assert "uv==0.0.1" in done.stderr
+        assert not (make.root / ".venv/.ready").exists()
+
+
+def test_doctor_passes_here() -> None:
+    done = doctor("--repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
+
+
+def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
+    """A project whose lock, DVC lock, divisors, memory and port are all wrong: a line each, and exit 1."""
+    import socket
+
+    params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    params["convert"]["tp_size"] = 5
+    params["train"]["dp_size"] = params["train"]["global_batch_size"] = 100_000
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    (tmp_path / "requirements.lock").write_text(lock.replace("\ndvc==", "\ndvc==0.", 1), "utf-8")
+    shutil.copyfile(ROOT / "requirements.in", tmp_path / "requirements.in")
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    (tmp_path / ".dvc/tmp/rwlock").write_text('{"half": ', "utf-8")
+    source = params["model"]["source"]
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/fetch_model.json").write_text(f'{{"source": "{source}", "weights_gib": 0.5}}', "utf-8")
+    (tmp_path / "artifacts/model").mkdir(parents=True)
+    config = '{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, '
+    config += '"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}'
+    (tmp_path / "artifacts/model/config.json").write_text(config, "utf-8")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    git = [
+        "git",
+        "-c",
+        "user.name=test",
+        "-c",
+        "user.email=test@example.com",
+        "commit",
+        "-q",
+        "--allow-empty",
+        "-m",
+        ".",
+    ]
+    subprocess.run(git, cwd=tmp_path, check=True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        params["serve"]["port"] = taken.getsockname()[1]
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+        done = doctor(cwd=tmp_path)
+    assert done.returncode == 1
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("✗")]
+    assert len(wrong) == 5, done.stdout
+    for line, part in zip(
+        wrong,
+        [
+            "run `make setup`",
+            "rwlock is unreadable",
+            "num_attention_heads % tp_size",
+            "of memory available",
+            "cannot bind",
+        ],
+        strict=True,
+    ):
+        assert part in line
+    assert "mend the lines with ✗" in done.stderr
+
+
+def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
+    done = doctor("--params", ROOT / "profiles/llama3-8b-trn2.yaml", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert re.search(r"^✗ backend neuron lacks .*torch_neuronx", done.stdout, re.M)
+    assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
+    assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
+
+
+def test_metrics_table_without_metrics(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/show_metrics.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: there are no metrics yet: run `make repro`\n"

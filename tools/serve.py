@@ -1,0 +1,191 @@
+"""Serve the base model as `base` and the adapter as `tuned` behind vLLM's OpenAI-compatible server, until Ctrl-C.
+
+    python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--dry-run]     (make serve HOST= PORT=)
+
+Chat requests are rendered with the template that training used (data.prompt_template). The API key comes from the
+environment alone, VLLM_API_KEY; without one the server binds to loopback addresses only.
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from trnlora import paths, serving, templates
+from trnlora.errors import UserError, run
+from trnlora.params import Params, load_params
+
+STOP_SECONDS = 20  # from SIGTERM to SIGKILL
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=paths.PARAMS, help="params file (default: %(default)s)")
+    parser.add_argument("--host", help="address to bind (default: serve.host)")
+    parser.add_argument("--port", type=int, help="port to bind (default: serve.port)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
+    args = parser.parse_args()
+
+    params = load_params(args.params)
+    host = args.host or params.serve.host
+    port = args.port if args.port is not None else params.serve.port
+    check_address(host, port, has_key=bool(os.environ.get("VLLM_API_KEY")))
+    serving.check_adapter(paths.ADAPTER, paths.MODEL, params.lora.r)
+    env = serving.environment(params)
+
+    with tempfile.TemporaryDirectory(prefix="vllm-serve-") as scratch:
+        template = Path(scratch) / "chat_template.jinja"
+        template.write_text(chat_template(params), encoding="utf-8")
+        command = serving.serve_command(params, host, port, template)
+        if args.dry_run:
+            key = "VLLM_API_KEY: set" if os.environ.get("VLLM_API_KEY") else "VLLM_API_KEY: not set"
+            print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()))
+            print(shlex.join(command))
+            print(f"({key}; the chat template is written to a temporary file)")
+            return
+        supervise(command, env, serving.base_url(host, port))
+
+
+def check_address(host: str, port: int, has_key: bool) -> None:
+    """Raise UserError unless `host`:`port` can be bound, and is on loopback or behind an API key."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"port {port} is not in 1..65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UserError(f"host {host} is not known ({error.strerror}): give an address of this machine") from None
+    family, kind, protocol, _, address = found[0]
+    if not has_key and not all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found):
+        raise UserError(
+            f"refusing to serve on {host}, which other machines can reach, without an API key: "
+            "set VLLM_API_KEY in the environment, or bind 127.0.0.1"
+        )
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is no obstacle
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            raise UserError(
+                f"cannot bind {host} port {port} ({error.strerror}): stop what uses it, or take another with PORT=8001"
+            ) from None
+
+
+def chat_template(params: Params) -> str:
+    """The Jinja source of data.prompt_template."""
+    tokenizer: Any = None
+    if params.data.prompt_template == "chat":  # the tokenizer's own: the only one that needs transformers' import
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+    return templates.chat_template(params.data.prompt_template, tokenizer)
+
+
+def supervise(command: list[str], env: dict[str, str], url: str) -> None:
+    """Run the server in a process group of its own until it ends or a signal comes, and leave nothing of it behind.
+
+    What it prints while it starts and stops (warnings of its libraries) is shown only when VLLM_LOGGING_LEVEL is set.
+    Raises UserError with the reason when it ends on its own.
+    """
+    verbose = "VLLM_LOGGING_LEVEL" in os.environ
+    stopping = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda *_: stopping.set())
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches us alone, and killpg reaches its children
+    )
+    try:
+        start_up: list[str] = []
+        ready = threading.Event()
+        threading.Thread(target=relay, args=(server, start_up, ready, stopping, verbose), daemon=True).start()
+        print(f"starting vLLM for {url} …", flush=True)
+        while server.poll() is None and not stopping.wait(0.5):
+            if not ready.is_set() and is_healthy(url):
+                ready.set()
+                print(f"ready: {url}/v1, models {serving.BASE} and {serving.TUNED}; Ctrl-C stops it", flush=True)
+        if not stopping.is_set():
+            if ready.is_set():
+                raise UserError(f"vLLM's server ended on its own with exit code {server.returncode}")
+            raise UserError(serving.start_failure(reason(start_up)))
+    finally:
+        stop(server)
+    print("stopped", flush=True)
+
+
+def relay(
+    server: "subprocess.Popen[str]",
+    start_up: list[str],
+    ready: threading.Event,
+    stopping: threading.Event,
+    verbose: bool,
+) -> None:
+    """Keep the server's lines until it is ready; print those between ready and the stop, or all if `verbose`."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        if verbose or (ready.is_set() and not stopping.is_set()):
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        if not ready.is_set():
+            start_up.append(line)
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def reason(lines: list[str]) -> str:
+    """The first exception that the server's output names: those after it only say that the engine did not start."""
+    for number, line in enumerate(lines):
+        if match := re.search(r"\b[\w.]*(?:Error|Exception): +(\S.*)", line):
+            # pydantic's first line only counts the errors, the next ones tell them
+            more = lines[number + 2 : number + 3] if "validation error" in match[1] else []
+            return [match[1], *more][-1]
+    return lines[-1].strip() if lines else "it printed nothing"
+
+
+def stop(server: "subprocess.Popen[str]") -> None:
+    """SIGTERM to the server, which ends its engine; whatever is left of its process group after a while is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        server.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    while group_alive(server.pid) and time.monotonic() < deadline:
+        server.poll()  # reaps it, or it would count as alive
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    run(main)

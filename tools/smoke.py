@@ -1,0 +1,91 @@
+"""Ask the running server the same question as `base` and as `tuned`, and print both answers side by side.
+
+    python tools/smoke.py [--params FILE] [--host HOST] [--port PORT] [--question TEXT]     (make smoke)
+
+The default question is the first test row. Decoding is greedy. A server with an API key wants VLLM_API_KEY here too.
+"""
+
+import argparse
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from trnlora import paths, serving, templates
+from trnlora.errors import UserError, run
+from trnlora.files import read_jsonl
+from trnlora.params import load_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=paths.PARAMS, help="params file (default: %(default)s)")
+    parser.add_argument("--host", help="address of the server (default: serve.host)")
+    parser.add_argument("--port", type=int, help="port of the server (default: serve.port)")
+    parser.add_argument("--question", help="what the user asks (default: the first test row)")
+    args = parser.parse_args()
+
+    params = load_params(args.params)
+    url = serving.base_url(args.host or params.serve.host, args.port or params.serve.port)
+    question, reference = args.question, None
+    if question is None:
+        rows = read_jsonl(paths.PREPARED / "test.jsonl")
+        if not rows:
+            raise UserError(f"{paths.PREPARED / 'test.jsonl'} has no rows: give a --question")
+        row = rows[0]
+        question = templates.user_message(params.data.prompt_template, row["instruction"], row["context"])
+        reference = row["response"]
+    answers = {name: ask(url, name, question, params.eval.max_tokens) for name in (serving.BASE, serving.TUNED)}
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    for name, (_, seconds) in answers.items():
+        table.add_column(f"{name} ({seconds:.2f} s)", ratio=1)
+    table.add_row(*(Text(text) for text, _ in answers.values()))  # Text: answers may hold what looks like markup
+    console = Console()
+    console.print(Text(question), style="bold")
+    console.print(table)
+    if reference is not None:
+        console.print(Text(f"reference: {reference}"))
+
+
+def ask(url: str, model: str, question: str, max_tokens: int) -> tuple[str, float]:
+    """The greedy answer of `model` to one user message through /v1/chat/completions, and the seconds it took.
+
+    Raises UserError when there is no server, or when it refuses.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    begun = time.perf_counter()
+    try:
+        with urllib.request.urlopen(request, timeout=300) as response:
+            reply: dict[str, Any] = json.load(response)
+        return reply["choices"][0]["message"]["content"] or "", time.perf_counter() - begun
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise UserError(f"the server at {url} wants an API key: set VLLM_API_KEY as for `make serve`") from None
+        said = " ".join(error.read().decode(errors="replace").split())[:200]
+        raise UserError(f"{url} refused the request for {model}: {error.code} {said}") from None
+    except (OSError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"no server answers at {url} ({reason}): start one with `make serve`") from None
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise UserError(f"what listens at {url} is not vLLM's server: name another --port") from None
+
+
+if __name__ == "__main__":
+    run(main)
