@@ -122,6 +122,10 @@ def test_pipeline_end_to_end(project: Project) -> None:
     assert re.search(r"train\.lr +0\.01 +0\.0001", project.dvc("params", "diff", "HEAD~1"))
     difference = project.dvc("metrics", "diff", "HEAD~1")
     assert re.search(r"metrics/finetune_lora\.json +validation_loss +\d+\.\d+ +\d+\.\d+ +-?\d+", difference)
+    project.dvc("plots", "diff", "HEAD~1", "-o", ".plots")
+    page = (project.root / ".plots/index.html").read_text("utf-8")
+    for title in ("Loss", "Exact match by category", "plots/training/plots/metrics/train/lr.tsv"):
+        assert f'"text": "{title}"' in page, title
 
     # Back again: the run cache knows all that this needs.
     project.run("git", "checkout", "-q", "HEAD~1", "--", "params.yaml")

@@ -55,7 +55,8 @@ def main() -> None:
             print(shlex.join(command))
             print(f"({key}; the chat template is written to a temporary file)")
             return
-        supervise(command, env, serving.base_url(host, port))
+        # vLLM leaves sockets in its temporary folder; in ours they go with it.
+        supervise(command, env | {"TMPDIR": scratch}, serving.base_url(host, port))
 
 
 def check_address(host: str, port: int, has_key: bool) -> None:
@@ -160,9 +161,9 @@ def reason(lines: list[str]) -> str:
     """The first exception that the server's output names: those after it only say that the engine did not start."""
     for number, line in enumerate(lines):
         if match := re.search(r"\b[\w.]*(?:Error|Exception): +(\S.*)", line):
-            # pydantic's first line only counts the errors, the next ones tell them
-            more = lines[number + 2 : number + 3] if "validation error" in match[1] else []
-            return [match[1], *more][-1]
+            # pydantic counts the errors in its first line and tells them in the next ones, each with its [type=…]
+            told = [text.split(" [type=")[0] for text in lines[number + 1 : number + 3] if " [type=" in text]
+            return [match[1], *told][-1]
     return lines[-1].strip() if lines else "it printed nothing"
 
 

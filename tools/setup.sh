@@ -21,8 +21,12 @@ rm -f "$ready"
 # A virtual environment whose Python has gone, or that is half made, is made anew.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 
+export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+# The certificates that the system trusts, as pip does: a company's proxy signs with its own. uv brings others for a
+# system that has none.
+if compgen -G '/etc/ssl/certs/*' >/dev/null; then export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}; fi
 uv_install() {
-    UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180} .venv/bin/uv pip install --no-config --quiet --python .venv/bin/python --no-deps "$@"
+    .venv/bin/uv pip install --no-config --quiet --python .venv/bin/python --no-deps "$@"
 }
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$(grep '^uv==' requirements.in)"
 

@@ -6,16 +6,18 @@ Reads   metrics/*.json, metrics/timing/*.json (`dvc metrics show` and `dvc metri
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 
+MODELS = ("base", "tuned")
 STAGES = ("fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm")
 
 
@@ -24,21 +26,21 @@ def main() -> None:
     found = {stage: stage_metrics(stage) for stage in STAGES}
     if not any(found.values()):
         raise UserError("there are no metrics yet: run `make repro`")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
 
-    table = Table("stage", "metric", "value", title="Metrics", title_justify="left")
+    table = Table("stage", Column("metric", no_wrap=True), Column("value", overflow="fold"), title="Metrics")
     for stage, metrics in found.items():
-        for number, (key, value) in enumerate(flat(without_models(metrics))):
+        rest = {key: value for key, value in metrics.items() if not key.startswith(MODELS) and key != "sha256"}
+        for number, (key, value) in enumerate(flat(rest)):
             table.add_row(stage if number == 0 else "", key, shown(value))
         table.add_section()
     console.print(table)
 
-    evaluation = found["eval_vllm"]
-    if "base" in evaluation:
-        base, tuned = dict(flat(evaluation["base"])), dict(flat(evaluation["tuned"]))
-        scores = Table("test rows", "base", "tuned", title="Base model against adapter", title_justify="left")
-        for key in base:
-            scores.add_row(key, shown(base[key]), shown(tuned[key]))
+    base, tuned = (dict(of_model(found["eval_vllm"], name)) for name in MODELS)
+    if base:
+        scores = Table("test rows", *MODELS, title="Base model and adapter")
+        for key, value in base.items():
+            scores.add_row(key, shown(value), shown(tuned[key]))
         console.print(scores)
     print(f"adapter in {paths.ADAPTER}, answers in {paths.ANSWERS}; next: make serve, dvc metrics diff, dvc plots show")
 
@@ -49,8 +51,13 @@ def stage_metrics(stage: str) -> dict[str, Any]:
     return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
 
 
-def without_models(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if key not in ("base", "tuned")}
+def of_model(evaluation: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """eval_vllm's values of one model: {name: {…}, name_exact_match_by_category: {…}}."""
+    for key, value in evaluation.items():
+        if key == name:
+            yield from flat(value)
+        elif key.startswith(f"{name}_"):
+            yield from flat(value, f"{key.removeprefix(f'{name}_')}.")
 
 
 def flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

