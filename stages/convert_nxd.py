@@ -10,6 +10,7 @@ Writes  artifacts/shards/pretrained_weight/model/dp_rank_00_tp_rank_RR_pp_rank_0
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main() -> None:
     config = LlamaConfig.from_folder(paths.MODEL)
     check_divisible(config, convert)
 
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars, before it is imported
     import torch
     from transformers import AutoModelForCausalLM
 

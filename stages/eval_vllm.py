@@ -170,11 +170,18 @@ def generate(llm: Any, title: str, name: str, prompts: list[list[int]], sampling
     from vllm.lora.request import LoRARequest
 
     adapter = LoRARequest(serving.TUNED, 1, str(paths.ADAPTER)) if name == serving.TUNED else None
-    # vLLM divides by the bar's elapsed time, which is 0 for a disabled bar: no bar at all where nobody watches.
-    bar = (lambda **kwargs: tqdm(**{**kwargs, "desc": title, "leave": False})) if sys.stderr.isatty() else False
+
+    def bar(rows: Any = None, **options: Any) -> Any:
+        # vLLM asks for two bars: one over the rows as it queues them, which is over at once, and the one that counts.
+        return rows if rows is not None else tqdm(**{**options, "desc": title, "leave": False})
+
     begun = time.perf_counter()
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], sampling, lora_request=adapter, use_tqdm=bar
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling,
+        lora_request=adapter,
+        # Not a disabled bar where nobody watches: vLLM divides by its elapsed time, which is then 0.
+        use_tqdm=bar if sys.stderr.isatty() else False,
     )
     return outputs, time.perf_counter() - begun
 
@@ -249,7 +256,7 @@ def gate(metrics: dict[str, Any], limits: Eval) -> list[str]:
         if not gap <= limits.max_loss_gap:
             failures.append(
                 f"vLLM's loss of the adapter is {tuned_loss:.6f}, {gap:.6f} nats from that of {name} "
-                f"(eval.max_loss_gap {limits.max_loss_gap})"
+                f"(eval.max_loss_gap {limits.max_loss_gap}): are adapter and prepared rows of one run? `dvc repro`"
             )
     return failures
 

@@ -57,15 +57,26 @@ def launch(processes: int) -> None:
     try:
         elastic_launch(launch_config, sys.executable)("-u", __file__, *sys.argv[1:])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise UserError(f"training stopped, rank {rank} failed: {failure.message}") from None
+        # The ranks that waited for the failed one fail too, within the same second: a reason for the user goes first.
+        told = [rank for rank in error.failures if failure_text(error.failures[rank])[0].startswith("UserError: ")]
+        rank = told[0] if told else error.get_first_failure()[0]
+        reason, traceback = failure_text(error.failures[rank])
+        if not told:
+            print(traceback, file=sys.stderr)
+        raise UserError(f"training stopped, rank {rank} failed: {reason.removeprefix('UserError: ')}") from None
+
+
+def failure_text(failure: Any) -> tuple[str, str]:
+    """What a failed rank said: its exception (or the signal that ended it) and its traceback, if it left one."""
+    said = failure.error_file_data["message"]
+    return (said["message"], said["extraInfo"]["py_callstack"]) if isinstance(said, dict) else (failure.message, "")
 
 
 def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> None:
     import pytorch_lightning as pl
     import torch
     import torch.distributed as dist
-    from dvclive.lightning import DVCLiveLogger
+    from dvclive import Live
     from pytorch_lightning.strategies import ModelParallelStrategy
 
     from trnlora.backends.torch import process_backend
@@ -104,10 +115,9 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         return model
 
     module = LoraFinetuner(build, params.train, train_rows, validation_rows, total_steps)
-    progress = TrainingProgress(total_steps)
     is_first = os.environ["RANK"] == "0"
-    curve_files = paths.PLOTS / "training"
-    curves = DVCLiveLogger(dir=str(curve_files), dvcyaml=None, save_dvc_exp=False) if is_first else False
+    curves = Live(str(paths.PLOTS / "training"), dvcyaml=None, save_dvc_exp=False) if is_first else None
+    progress = TrainingProgress(total_steps, curves)
     trainer = pl.Trainer(
         accelerator="gpu" if params.backend == "cuda" else "cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -119,17 +129,18 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         num_sanity_val_steps=-1,  # the whole validation set once before the first step: the base model's loss
         reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         use_distributed_sampler=False,  # MicroBatches cuts the rows for each replica
-        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,  # TrainingProgress, which also counts tokens
         enable_model_summary=False,
         callbacks=[progress],
-        logger=curves,
+        logger=False,  # TrainingProgress keeps the curves
     )
     started = time.perf_counter()
     trainer.fit(module)
     if module.validated_step != trainer.global_step:  # max_steps ended in the middle of an epoch
         trainer.validate(module, verbose=False)
+    if curves:
+        curves.end()
 
     # Every rank writes its file below the folder that the first rank renames at the end.
     assert module.model is not None
@@ -168,19 +179,16 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
 
 
 def rank_main() -> None:
-    """A rank's main. What ends it is told to the launcher, so that the user reads it once, not from every rank."""
+    """A rank's main. What ends it is told to the launcher alone, which shows it once and not from every rank."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
     handler.initialize()
     try:
         main()
-    except UserError as error:
-        handler.record_exception(error)
-        sys.exit(1)
     except Exception as error:
         handler.record_exception(error)
-        raise
+        sys.exit(1)
 
 
 if __name__ == "__main__":

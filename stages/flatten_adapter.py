@@ -12,8 +12,10 @@ adapter's keys serves the base model without a word, so the keys are PEFT's own.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -22,6 +24,8 @@ from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, read_json, read_jsonl, write_json
 from trnlora.params import load_params
+
+BATCH_TOKENS = 1024
 
 
 def main() -> None:
@@ -33,10 +37,12 @@ def main() -> None:
     trainer_loss = read_json(paths.METRICS / "finetune_lora.json")["validation_loss"]
     examples = read_jsonl(paths.PREPARED / "validation.jsonl")
 
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' bars, before it is imported
     import torch
     import torch.nn.functional as F
     from peft import PeftModel
     from safetensors.torch import save_file
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
     from trnlora.lora import load_adapter_shards, peft_adapter, peft_adapter_config
@@ -51,12 +57,17 @@ def main() -> None:
         model = PeftModel.from_pretrained(base, partial).eval()
         nats, labelled = 0.0, 0
         with torch.no_grad():
-            for example in track(examples, description="scoring with HF + PEFT"):
-                response = torch.tensor(example["response_token_ids"])
-                ids = torch.tensor([example["prompt_token_ids"] + example["response_token_ids"]])  # (1, T)
-                logits = model(ids).logits[0, -len(response) - 1 : -1]  # the positions before the response's tokens
-                nats += F.cross_entropy(logits.float(), response, reduction="sum").item()
-                labelled += len(response)
+            for batch in track(batches(examples), description="scoring with HF + PEFT"):
+                rows = [torch.tensor(example["prompt_token_ids"] + example["response_token_ids"]) for example in batch]
+                ids = pad_sequence(rows, batch_first=True)  # (B, T); padding is on the right, where no label looks
+                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+                logits = model(ids, attention_mask=mask).logits
+                for example, row_logits in zip(batch, logits, strict=True):
+                    response = torch.tensor(example["response_token_ids"])
+                    before = len(example["prompt_token_ids"]) - 1  # the position that predicts its first token
+                    predicted = row_logits[before : before + len(response)].float()
+                    nats += F.cross_entropy(predicted, response, reduction="sum").item()
+                    labelled += len(response)
         peft_loss = nats / labelled
         gap = abs(peft_loss - trainer_loss)
         if not gap <= params.eval.max_loss_gap:  # also when it is NaN
@@ -70,6 +81,20 @@ def main() -> None:
     write_json(paths.METRICS / "flatten_adapter.json", metrics)
     write_json(paths.METRICS / "timing" / "flatten_adapter.json", {"seconds": time.perf_counter() - started})
     print(f"adapter in {paths.ADAPTER}: loss {peft_loss:.4f} with HF + PEFT, {trainer_loss:.4f} in training")
+
+
+def batches(examples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The examples by length, as many together as fit BATCH_TOKENS with their padding: memory goes with tokens."""
+    grouped: list[list[dict[str, Any]]] = [[]]
+    for example in sorted(examples, key=length):
+        if grouped[-1] and length(example) * (len(grouped[-1]) + 1) > BATCH_TOKENS:
+            grouped.append([])
+        grouped[-1].append(example)
+    return grouped
+
+
+def length(example: dict[str, Any]) -> int:
+    return len(example["prompt_token_ids"]) + len(example["response_token_ids"])
 
 
 if __name__ == "__main__":

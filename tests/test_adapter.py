@@ -26,7 +26,7 @@ QKV = "model.layers.1.self_attn.qkv_proj"
 
 def conversion(hw_backend: str = "trn2", tp_size: int = 6, kv_size_multiplier: int = 2) -> Convert:
     return Convert(
-        hw_backend=hw_backend,
+        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
         tp_size=tp_size,
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=False,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "stages" / f"{name}.py", *arguments]
+    command = [sys.executable, str(ROOT / "stages" / f"{name}.py"), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -101,7 +101,7 @@ def test_losses_do_not_depend_on_the_cut(trained: Callable[..., Path]) -> None:
     """tp 1, tp 3, tp 6 with every KV head twice, and two data-parallel replicas: the same run. Without dropout,
     whose masks differ between replicas."""
     lora = {"lora_dropout": 0.0}
-    cuts = {
+    cuts: dict[str, dict[str, Any]] = {
         "tp1": {"convert": {"tp_size": 1}},
         "tp3": {"convert": {"tp_size": 3}},
         "tp6x2": {"convert": {"tp_size": 6, "kv_size_multiplier": 2}},

@@ -30,7 +30,7 @@ LLAMA3_8B = llama(
 
 def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2", fuse_qkv: bool = False) -> Convert:
     return Convert(
-        hw_backend=hw_backend,
+        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
         tp_size=tp_size,
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=fuse_qkv,

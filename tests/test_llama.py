@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ CUTS = [("trn2", 1, 1), ("trn2", 3, 1), ("trn2", 6, 2), ("trn1", 3, 1), ("trn1",
 
 def conversion(hw_backend: str, tp_size: int, kv_size_multiplier: int) -> Convert:
     return Convert(
-        hw_backend=hw_backend,
+        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
         tp_size=tp_size,
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=False,
@@ -72,7 +73,7 @@ def sized_conversions(draw: st.DrawFn) -> tuple[dict, Convert]:
         tp = draw(st.sampled_from([n for n in range(1, kv_heads + 1) if kv_heads % n == 0]))
     heads = kv_heads * multiplier * draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([4, 8]))
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": tp * draw(st.integers(4, 9)),
         "hidden_size": heads * head_dim,
         "intermediate_size": tp * draw(st.integers(2, 5)),
@@ -179,8 +180,9 @@ def sharded_gradients(
         model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
         add_lora(model, lora)
         heads = heads_of_rank(config, convert, backend.tp_rank)
-        for index, layer in enumerate(model.model.layers):
-            qkv = layer.self_attn.qkv_proj
+        layers: Any = model.model.layers
+        for index, layer in enumerate(layers):
+            qkv: Any = layer.self_attn.qkv_proj
             qkv.lora_A.weight.data = whole_a[index].clone()
             for name in "qkv":
                 own = whole_b[index, name][heads.q if name == "q" else heads.kv].reshape(-1, lora.r)
@@ -196,7 +198,7 @@ def sharded_gradients(
     losses = run_as_threads(backends, work)
     trainable = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
     adapters = [{n: p.detach() for n, p in each.items()} for each in trainable]
-    return losses[0], adapters, [{n: p.grad for n, p in each.items()} for each in trainable]
+    return losses[0], adapters, [{n: p.grad for n, p in each.items() if p.grad is not None} for each in trainable]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-tp{cut[1]}x{cut[2]}")
@@ -238,8 +240,8 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[str, int, int]) -> No
     for group in kv_replica_groups(config, convert):
         for name in gradients[0]:
             if name.endswith((".weight_k", ".weight_v")):
-                for rank in group:
-                    torch.testing.assert_close(gradients[rank][name], gradients[group[0]][name], atol=0, rtol=0)
+                for other in group:
+                    torch.testing.assert_close(gradients[other][name], gradients[group[0]][name], atol=0, rtol=0)
 
 
 def test_a_fused_shard_is_refused_by_a_split_model(make_llama: Callable[..., Path], tmp_path: Path) -> None:

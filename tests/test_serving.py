@@ -1,7 +1,9 @@
 """What is checked before vLLM starts, then vLLM for real: the server with its signals, and the evaluation stage."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import runpy
 import shutil
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -426,9 +429,20 @@ def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_p
 @pytest.mark.slow
 def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
     (evaluated / "artifacts" / "answers.rejected.jsonl").write_text("of an earlier run\n")
-    done = script("stages/eval_vllm.py", cwd=evaluated)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    # with a terminal for its progress bars
+    terminal, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (40, 120))
+    command = [sys.executable, str(ROOT / "stages" / "eval_vllm.py")]
+    with subprocess.Popen(command, cwd=evaluated, stdout=subprocess.DEVNULL, stderr=inside) as process:
+        os.close(inside)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+    os.close(terminal)
+    assert process.returncode == 0, shown.decode()
+    assert b"tuned answers: 100%" in shown
+    assert b"Warning" not in shown
     metrics = json.loads((evaluated / "metrics" / "eval_vllm.json").read_text("utf-8"))
     assert metrics["prompts"] == 10
     assert metrics["loss_gap_peft"] < 1e-4  # fp32: the same loss to rounding

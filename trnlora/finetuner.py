@@ -50,7 +50,9 @@ class LoraFinetuner(pl.LightningModule):
         self.base_validation_loss = math.nan  # before the first step: lora_B is 0, so this is the base model
         self.validation_loss = math.nan
         self.validated_step = -1
-        self.train_loss = math.nan  # of the last step
+        self.train_loss = math.nan  # of the last step, like the next two
+        self.grad_norm = math.nan  # before clipping
+        self.lr = math.nan
 
     def configure_model(self) -> None:
         if self.model is None:  # Lightning calls this again for a validation after the fit
@@ -100,7 +102,7 @@ class LoraFinetuner(pl.LightningModule):
             dist.all_reduce(self.step_loss, group=self.dp_group)
         self.train_loss = self.step_loss.item()
         self.step_loss.zero_()
-        self.log("train/loss", self.train_loss)
+        self.lr = optimizer.param_groups[0]["lr"]
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
         """Clip by the norm over all ranks: what is whole on every rank, or copied to several, counts once."""
@@ -118,7 +120,7 @@ class LoraFinetuner(pl.LightningModule):
         scale = (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in self._trainable().values():
             parameter.grad.mul_(scale)  # type: ignore[union-attr]
-        self.log("train/grad_norm", norm)
+        self.grad_norm = norm.item()
 
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, labelled tokens
@@ -135,7 +137,6 @@ class LoraFinetuner(pl.LightningModule):
             return
         self.validation_loss = loss
         self.validated_step = self.global_step
-        self.log("validation/loss", loss)
 
     def configure_optimizers(self) -> Any:
         train = self.train_params

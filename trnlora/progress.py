@@ -1,4 +1,4 @@
-"""What training shows while it runs: a bar on a terminal, a line now and then elsewhere; and what it counted."""
+"""What training shows and keeps while it runs: a bar or lines, DVCLive's curves, and what it counted."""
 
 import resource
 import sys
@@ -7,19 +7,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch.distributed as dist
+from dvclive import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINES = 20  # of progress in a log file, whatever the number of steps
 
 
 class TrainingProgress(pl.Callback):
-    """Counts real tokens (padding does not count) and the seconds of training steps; logs lr and tokens/s.
+    """Counts real tokens (padding does not count) and the seconds of training steps, and keeps the curves.
 
-    tokens: of all replicas; seconds: without validation and start-up.
+    total_steps: optimizer steps to come; curves: DVCLive's, on the first rank (DVCLive's own Lightning logger counts
+    steps from 0 and logs the first of them twice). tokens: of all replicas; seconds: without validation and start-up.
     """
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, curves: Live | None):
         self.total_steps = total_steps
+        self.curves = curves
         self.tokens = 0
         self.seconds = 0.0
         self._bar: Progress | None = None
@@ -49,11 +52,18 @@ class TrainingProgress(pl.Callback):
         self.seconds += time.perf_counter() - self._started
         if (index + 1) % trainer.accumulate_grad_batches:
             return
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        module.log_dict({"train/lr": lr, "train/tokens_per_second": self.tokens / self.seconds})
         if not trainer.is_global_zero:
             return
         step = trainer.global_step
+        self._keep(
+            step,
+            {
+                "train/loss": module.train_loss,
+                "train/grad_norm": module.grad_norm,
+                "train/lr": module.lr,
+                "train/tokens_per_second": self.tokens / self.seconds,
+            },
+        )
         state = f"loss {module.train_loss:.3f} · {self.tokens / self.seconds:.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, state=state)
@@ -65,6 +75,13 @@ class TrainingProgress(pl.Callback):
         if trainer.is_global_zero:
             loss = module.base_validation_loss if trainer.sanity_checking else module.validation_loss
             print(f"validation loss {loss:.4f}", flush=True)
+            self._keep(trainer.global_step, {"validation/loss": loss})
+
+    def _keep(self, step: int, values: dict[str, float]) -> None:
+        if self.curves:
+            self.curves.step = step
+            for name, value in values.items():
+                self.curves.log_metric(name, value)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._bar:
