@@ -210,13 +210,13 @@ def check_weights(folder: Path, config: LlamaConfig) -> int:
     with HFCheckpoint(folder) as checkpoint:
         for pieces in shard_pieces(config, whole, rank=0).values():
             for piece in pieces:
-                shape = checkpoint.shape(piece.hf_key)
+                shape = checkpoint[piece.hf_key].shape
                 if piece.dim is not None and shape[piece.dim] != piece.stop:
                     raise UserError(
                         f"{piece.hf_key} has the shape {shape}, its config.json says {piece.stop} in dimension "
                         f"{piece.dim}: config and weights are of different models"
                     )
-        return sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
+        return sum(math.prod(tensor.shape) for tensor in checkpoint.stored.values())
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
