@@ -26,8 +26,8 @@ from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, read_json, sha256, write_json
-from trnlora.layout import check_divisible, shard_pieces
-from trnlora.params import Convert, Model, load_params
+from trnlora.layout import check_divisible, hf_shapes
+from trnlora.params import Model, load_params
 from trnlora.sources import Source, hub_snapshot, parse_source
 
 INDEX = "model.safetensors.index.json"
@@ -206,17 +206,14 @@ def check_weights(folder: Path, config: LlamaConfig) -> int:
 
     from trnlora.checkpoint import HFCheckpoint
 
-    whole = Convert(hw_backend="trn2", tp_size=1, kv_size_multiplier=1, fuse_qkv=False, max_logits_diff=1.0)
     with HFCheckpoint(folder) as checkpoint:
-        for pieces in shard_pieces(config, whole, rank=0).values():
-            for piece in pieces:
-                shape = checkpoint.shape(piece.hf_key)
-                if piece.dim is not None and shape[piece.dim] != piece.stop:
-                    raise UserError(
-                        f"{piece.hf_key} has the shape {shape}, its config.json says {piece.stop} in dimension "
-                        f"{piece.dim}: config and weights are of different models"
-                    )
-        return sum(math.prod(checkpoint.shape(key)) for key in checkpoint.keys())  # noqa: SIM118
+        for key, shape in hf_shapes(config).items():
+            if checkpoint[key].shape != shape:
+                raise UserError(
+                    f"{key} has the shape {checkpoint[key].shape}, its config.json says {shape}: "
+                    "config and weights are of different models"
+                )
+        return sum(math.prod(tensor.shape) for tensor in checkpoint.stored.values())
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -31,6 +31,7 @@ def conversion(hw_backend: str = "trn2", tp_size: int = 6, kv_size_multiplier: i
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=False,
         max_logits_diff=1.0e-4,
+        buffer_mib=1,
     )
 
 

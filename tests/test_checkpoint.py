@@ -36,10 +36,13 @@ def test_slices_of_one_file_and_of_several_are_equal(llama_folder: Path) -> None
     key = "model.layers.0.self_attn.o_proj.weight"
     pieces = [Piece(key, 1, 4, 9), Piece(key, 1, 0, 2)]
     expected = torch.cat([tensors[key][:, 4:9], tensors[key][:, 0:2]], dim=1)
+    rows = [Piece(key, 0, 7, 9), Piece(key, 0, 1, 4)]
+    expected_rows = torch.cat([tensors[key][7:9], tensors[key][1:4]])
     for folder in (llama_folder, sharded(llama_folder)):
         with HFCheckpoint(folder) as source:
-            assert source.keys() == sorted(tensors)
+            assert source.stored.keys() == tensors.keys()
             assert torch.equal(source.assemble(pieces), expected)
+            assert torch.equal(source.assemble(rows), expected_rows)
             assert torch.equal(source.assemble([Piece("model.norm.weight")]), tensors["model.norm.weight"])
 
 
@@ -65,7 +68,7 @@ def test_an_index_naming_a_missing_file_is_named(llama_folder: Path) -> None:
 
 def test_a_missing_tensor_is_named(llama_folder: Path) -> None:
     with HFCheckpoint(llama_folder) as source, pytest.raises(UserError, match=r"has no tensor lm_head\.weight"):
-        source.read(Piece("lm_head.weight"))
+        source["lm_head.weight"]
 
 
 def test_rank_files_are_whole_or_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2", 
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=fuse_qkv,
         max_logits_diff=1.0e-4,
+        buffer_mib=1,
     )
 
 

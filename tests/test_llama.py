@@ -32,6 +32,7 @@ def conversion(hw_backend: str, tp_size: int, kv_size_multiplier: int) -> Conver
         kv_size_multiplier=kv_size_multiplier,
         fuse_qkv=False,
         max_logits_diff=1.0e-4,
+        buffer_mib=1,
     )
 
 

@@ -1,20 +1,34 @@
-"""Checkpoint files: HF folders of safetensors read slice by slice, and NxD's one file a rank."""
+"""Checkpoint files: HF folders of safetensors and NxD's one file a rank, read and written slice by slice.
+
+Nothing here holds more of a model than a caller asks for: a `StoredTensor` says where in which file a tensor's bytes
+are, and rows of it are read or written in place.
+"""
 
 import contextlib
+import dataclasses
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
-from trnlora.files import atomic_file, read_json
+from trnlora.files import atomic_file, read_json, write_json
 from trnlora.layout import Piece
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")
+
+MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file, as save_pretrained cuts them
+
+# Names of dtypes in safetensors headers.
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def rank_file(folder: Path, tag: str, tp_rank: int) -> Path:
@@ -22,23 +36,74 @@ def rank_file(folder: Path, tag: str, tp_rank: int) -> Path:
     return folder / tag / "model" / f"dp_rank_00_tp_rank_{tp_rank:02d}_pp_rank_00.pt"
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's bytes within an open file: row-major, little-endian, rows along dim 0."""
+
+    fd: int
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as bytes, uint8 (stop − start, row_bytes)."""
+        block = np.empty((stop - start, self.row_bytes), dtype=np.uint8)
+        view, position = memoryview(block.data).cast("B"), self.offset + start * self.row_bytes
+        while view:  # a read may be short
+            count = os.preadv(self.fd, [view], position)
+            if count == 0:
+                raise UserError("a checkpoint file became shorter while it was read: rerun the stage that writes it")
+            view, position = view[count:], position + count
+        return block
+
+    def write_rows(self, start: int, block: np.ndarray) -> None:
+        """Write bytes (rows, row_bytes) from row `start` on."""
+        view, position = memoryview(np.ascontiguousarray(block).data).cast("B"), self.offset + start * self.row_bytes
+        while view:
+            count = os.pwrite(self.fd, view, position)
+            view, position = view[count:], position + count
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) as a tensor of its own."""
+        stop = self.rows if stop is None else stop
+        block = torch.from_numpy(self.read_rows(start, stop).reshape(-1))
+        return block.view(self.dtype).view(stop - start, *self.shape[1:])
+
+
 class HFCheckpoint:
-    """The tensors of an HF folder (one safetensors file, or several with an index), read only where asked.
+    """The tensors of an HF folder (one safetensors file, or several with an index).
 
     Raises UserError naming the file for a missing, truncated or unreadable one.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.stored: dict[str, StoredTensor] = {}
         self._open = contextlib.ExitStack()
         index = folder / "model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        self._file_of: dict[str, safe_open] = {}
         for name in files:
-            path = folder / name
-            check_safetensors(path)
-            file = self._open.enter_context(safe_open(path, framework="pt"))
-            self._file_of.update(dict.fromkeys(file.keys(), file))
+            header, data_start = safetensors_header(folder / name)
+            file = self._open.enter_context((folder / name).open("rb", buffering=0))
+            for key, entry in header.items():
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                    raise UserError(
+                        f"{folder / name}: {key} is {entry['dtype']}, not a dense float: fetch another model"
+                    )
+                self.stored[key] = StoredTensor(
+                    file.fileno(),
+                    data_start + entry["data_offsets"][0],
+                    SAFETENSORS_DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                )
 
     def __enter__(self) -> "HFCheckpoint":
         return self
@@ -46,48 +111,137 @@ class HFCheckpoint:
     def __exit__(self, *exc: object) -> None:
         self._open.close()
 
-    def keys(self) -> list[str]:
-        return sorted(self._file_of)
+    def __getitem__(self, key: str) -> StoredTensor:
+        if key not in self.stored:
+            raise UserError(f"{self.folder} has no tensor {key}: fetch the model again (`dvc repro -f fetch_model`)")
+        return self.stored[key]
 
-    def shape(self, key: str) -> list[int]:
-        return self._slice(key).get_shape()
-
-    def read(self, piece: Piece) -> torch.Tensor:
-        """The piece as a tensor, in the file's dtype."""
-        whole = self._slice(piece.hf_key)
-        if piece.dim is None:
-            return whole[:]
-        return whole[piece.start : piece.stop] if piece.dim == 0 else whole[:, piece.start : piece.stop]
+    def spec(self, pieces: list[Piece]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the NxD tensor that these pieces make."""
+        first = self[pieces[0].hf_key]
+        shape = list(first.shape)
+        if pieces[0].dim is not None:
+            shape[pieces[0].dim] = sum(piece.stop - piece.start for piece in pieces)
+        return tuple(shape), first.dtype
 
     def assemble(self, pieces: list[Piece]) -> torch.Tensor:
-        """One NxD tensor: its pieces, concatenated along their dim; contiguous, with storage of its own."""
-        parts = [self.read(piece) for piece in pieces]
-        return (torch.cat(parts, dim=pieces[0].dim or 0) if len(parts) > 1 else parts[0]).contiguous()
+        """One NxD tensor in memory: its pieces, concatenated along their dim."""
+        parts = []
+        for piece in pieces:
+            stored = self[piece.hf_key]
+            if piece.dim == 0:
+                parts.append(stored.read(piece.start, piece.stop))
+            else:
+                parts.append(stored.read() if piece.dim is None else stored.read()[:, piece.start : piece.stop])
+        return torch.cat(parts, dim=pieces[0].dim or 0)
 
-    def _slice(self, key: str):  # type: ignore[no-untyped-def]  # safetensors exports no type for it
-        if key not in self._file_of:
-            raise UserError(f"{self.folder} has no tensor {key}: fetch the model again (`dvc repro -f fetch_model`)")
-        return self._file_of[key].get_slice(key)
 
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header by tensor, and where the data begin, after checking that the file is whole.
 
-def check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is there and as long as its header says.
-
-    Raises UserError otherwise. The format: an 8-byte little-endian header length, the JSON header, the data.
+    The format: an 8-byte little-endian header length, the JSON header, the data.
+    Raises UserError naming the file when it is missing, has no readable header or another length than this says.
     """
     if not path.exists():
         raise UserError(f"{path} is missing: fetch the model again (`dvc repro -f fetch_model`)")
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
         try:
-            (header_size,) = struct.unpack("<Q", prefix)
+            (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_size) if header_size < size else b"")
-            end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} has no readable safetensors header: fetch the model again") from None
     if size != 8 + header_size + end:
         raise UserError(f"{path} has {size} bytes where its header says {8 + header_size + end}: fetch the model again")
+    return header, 8 + header_size
+
+
+@contextlib.contextmanager
+def create_safetensors(
+    path: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> Iterator[dict[str, StoredTensor]]:
+    """Create a safetensors file with room for tensors of these shapes and dtypes, to be written in place."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (shape, dtype) in specs.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format allows spaces; tensors then begin at a multiple of 8
+    with path.open("w+b", buffering=0) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+        yield {
+            key: StoredTensor(file.fileno(), 8 + len(text) + header[key]["data_offsets"][0], dtype, shape)
+            for key, (shape, dtype) in specs.items()
+        }
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def create_hf_folder(
+    folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> Iterator[dict[str, StoredTensor]]:
+    """Create a model's safetensors in `folder`, to be written in place: one file, or files of at most 5 GB and an
+    index, as transformers' save_pretrained names and cuts them."""
+    files: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
+    filled = 0
+    for key, (shape, dtype) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
+        if filled + size > MAX_FILE_BYTES and files[-1]:
+            files.append({})
+            filled = 0
+        files[-1][key] = (shape, dtype)
+        filled += size
+    names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = ["model.safetensors"]
+    else:
+        weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
+        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, StoredTensor] = {}
+        for name, keys in zip(names, files, strict=True):
+            stored.update(stack.enter_context(create_safetensors(folder / name, keys)))
+        yield stored
+
+
+@contextlib.contextmanager
+def create_rank_file(
+    path: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> Iterator[dict[str, StoredTensor]]:
+    """Create what `torch.save` writes for a flat dict of tensors, with room for the data, to be written in place.
+
+    The zip's checksums of the data stay 0; torch does not look at them (it is built without miniz's CRC check).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.serialization.skip_data():  # the tensors' memory is never touched, so it costs none
+        torch.save({name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}, path)
+    with path.open("r+b", buffering=0) as file:
+        yield _stored_tensors(path, file.fileno())
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_rank_file(path: Path) -> Iterator[dict[str, StoredTensor]]:
+    """The tensors of one rank's file, to be read in place. Raises UserError as `load_rank` does."""
+    _check_exists(path)
+    with path.open("rb", buffering=0) as file:
+        yield _stored_tensors(path, file.fileno())
+
+
+def _stored_tensors(path: Path, fd: int) -> dict[str, StoredTensor]:
+    with FakeTensorMode():  # reads the pickle alone, and where each storage lies
+        tensors = _load(path)
+    return {
+        name: StoredTensor(fd, int(tensor.untyped_storage()._checkpoint_offset or 0), tensor.dtype, tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
 
 
 def save_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -101,10 +255,18 @@ def load_rank(path: Path) -> dict[str, torch.Tensor]:
 
     Raises UserError naming the file when it is missing, cut short or holds anything but tensors.
     """
+    _check_exists(path)
+    return _load(path, mmap=True)
+
+
+def _check_exists(path: Path) -> None:
     if not path.exists():
         raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)")
+
+
+def _load(path: Path, mmap: bool | None = None) -> dict[str, torch.Tensor]:
     try:
-        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        tensors = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError … for the same broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): delete it and run `dvc repro`") from None

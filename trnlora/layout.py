@@ -166,3 +166,27 @@ def shard_pieces(model: LlamaConfig, convert: Convert, rank: int) -> dict[str, l
         block(embeddings if model.tie_word_embeddings else "lm_head.weight", model.vocab_size, 0)
     ]
     return table
+
+
+def hf_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the HF folder and its shape, in the order of the model. Tied embeddings have no lm_head."""
+    hidden, mlp = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
+    for index in range(model.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (q, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, q),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (mlp, hidden),
+            f"{layer}.mlp.up_proj.weight": (mlp, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, mlp),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not model.tie_word_embeddings:
+        shapes["lm_head.weight"] = (model.vocab_size, hidden)
+    return shapes

@@ -124,6 +124,24 @@ class Llama(nn.Module):
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
 
     @classmethod
+    def empty(cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int) -> "Llama":
+        """The model of one rank, frozen, its weights without memory (on torch's meta device)."""
+        with torch.device("meta"):
+            return cls(config, backend, kv_size_multiplier).requires_grad_(False)
+
+    def check_shard(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise UserError when a shard's keys or shapes are not exactly the model's."""
+        expected = {name: tuple(parameter.shape) for name, parameter in self.named_parameters()}
+        wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+        if wrong:
+            name = wrong[0]
+            raise UserError(
+                f"the shard of rank {self.backend.tp_rank} does not fit the model: {name} has shape "
+                f"{shapes.get(name, 'none')}, expected {expected.get(name, 'none')} ({len(wrong)} such tensors): "
+                "run `dvc repro -f convert_nxd`"
+            )
+
+    @classmethod
     def from_shard(
         cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int, shard: Mapping[str, Tensor]
     ) -> "Llama":
@@ -131,18 +149,8 @@ class Llama(nn.Module):
 
         Raises UserError when the shard's keys or shapes are not exactly the model's.
         """
-        with torch.device("meta"):
-            model = cls(config, backend, kv_size_multiplier)
-        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        found = {name: tuple(tensor.shape) for name, tensor in shard.items()}
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        if wrong:
-            name = wrong[0]
-            raise UserError(
-                f"the shard of rank {backend.tp_rank} does not fit the model: {name} has shape "
-                f"{found.get(name, 'none')}, expected {expected.get(name, 'none')} ({len(wrong)} such tensors): "
-                "run `dvc repro -f convert_nxd`"
-            )
+        model = cls.empty(config, backend, kv_size_multiplier)
+        model.check_shard({name: tuple(tensor.shape) for name, tensor in shard.items()})
         model.load_state_dict(dict(shard), strict=True, assign=True)
         return model.requires_grad_(False)
 

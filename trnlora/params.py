@@ -54,6 +54,7 @@ class Convert(Section):
     kv_size_multiplier: PositiveInt
     fuse_qkv: bool
     max_logits_diff: Annotated[float, Field(gt=0)]
+    buffer_mib: PositiveInt
 
     @model_validator(mode="after")
     def multiplier_divides_tp(self) -> "Convert":

@@ -1,0 +1,183 @@
+"""How fast, and in how much memory, convert_nxd cuts a model: against a plain copy, and against loading it whole.
+
+    python bench/convert.py [--preset 1b|8b] [--pairs N] [--dir DIR]       (make bench runs the 1b preset)
+
+Makes a checkpoint of random bf16 weights of the preset's shape, in files of 5 GB as the hub has it, converts it at
+tp 32 with every KV head 4 times for trn2, and prints for each way of doing it the median of N runs, which alternate:
+
+ours       `write_shards` of stages/convert_nxd.py, fsync at the end of each file
+copy       the same output bytes, file by file with shutil.copyfile and fsync
+baseline   what NxD's converter does: load everything, for each rank clone its slices, torch.save (and fsync)
+
+Every run is a process of its own; seconds are of its work without imports, memory is the process's peak resident set.
+The baseline holds the whole model in memory, so it runs for the 1b preset alone.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "stages"))
+
+from trnlora.architecture import LlamaConfig
+from trnlora.layout import hf_shapes, shard_pieces
+from trnlora.params import Convert
+
+PRESETS = {
+    "1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+CONVERT = Convert(
+    hw_backend="trn2", tp_size=32, kv_size_multiplier=4, fuse_qkv=False, max_logits_diff=1.0, buffer_mib=32
+)
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="1b")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each way (default: %(default)s)")
+    parser.add_argument("--dir", type=Path, help="where the checkpoints are made (default: the temporary folder)")
+    parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        run_one(args.run[0], Path(args.run[1]), LlamaConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]}))
+        return
+
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-convert-") as folder:
+        root = Path(folder)
+        config = LlamaConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]})
+        print(f"making a {args.preset} checkpoint of random weights", flush=True)
+        make_checkpoint(root / "model", config)
+        ways = ["ours", "copy"] + (["baseline"] if args.preset == "1b" else [])
+        runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for number in range(args.pairs):
+            for way in ways:
+                command = [sys.executable, __file__, "--preset", args.preset, "--run", way, str(root)]
+                result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                runs[way].append(result)
+                print(f"run {number + 1}: {way} {result['seconds']:.1f} s", flush=True)
+        report(args.preset, runs)
+
+
+def report(preset: str, runs: dict[str, list[dict[str, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{preset}: {runs['ours'][0]['gib']:.1f} GiB written, tp 32 × 4, trn2", title_justify="left")
+    for column in ("", "seconds", "GiB/s", "peak RSS GiB", "seconds / ours", "ours / this"):
+        table.add_column(column, justify="right" if column else "left")
+    ours = statistics.median(run["seconds"] for run in runs["ours"])
+    for way, results in runs.items():
+        seconds = statistics.median(run["seconds"] for run in results)
+        # run by run, since a machine's speed drifts
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs["ours"], results, strict=True)]
+        table.add_row(
+            way, f"{seconds:.1f}", f"{results[0]['gib'] / seconds:.2f}", f"{max(r['rss_gib'] for r in results):.2f}",
+            f"{seconds / ours:.2f}", f"{statistics.median(ratios):.2f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
+    """An HF folder of random bf16 weights, written in place like everything else."""
+    import numpy as np
+    import torch
+
+    from trnlora.checkpoint import create_hf_folder
+    from trnlora.reshard import each_block
+
+    folder.mkdir()
+    noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    noise_bytes = noise.view(torch.uint8).numpy()
+
+    def fill(name, tensor, first, end):  # type: ignore[no-untyped-def]
+        size = (end - first) * tensor.row_bytes
+        shift = hash((len(name), first)) % 2**20 * 2
+        tensor.write_rows(first, np.resize(noise_bytes[shift:], size))
+        return size
+
+    specs = {name: (shape, torch.bfloat16) for name, shape in hf_shapes(config).items()}
+    with create_hf_folder(folder, specs) as tensors:
+        for _ in each_block(tensors, fill, 16 * 2**20):
+            pass
+
+
+def run_one(way: str, root: Path, config: LlamaConfig) -> None:
+    """One run in this process; prints its figures as JSON."""
+    target = root / f"{way}-out"
+    shutil.rmtree(target, ignore_errors=True)
+    if way == "ours":
+        from convert_nxd import write_shards
+
+        import trnlora.checkpoint  # noqa: F401  # torch's import is no part of the work
+
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(sys.stderr):  # its progress
+            write_shards(root / "model", target, config, CONVERT)
+    elif way == "copy":
+        started = time.perf_counter()
+        for file in sorted((root / "ours-out").rglob("*.pt")):
+            copied = target / file.relative_to(root / "ours-out")
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copied)
+            fsync(copied)
+    else:
+        import torch
+        from safetensors.torch import load_file
+
+        from trnlora.checkpoint import PRETRAINED_TAG, rank_file
+
+        started = time.perf_counter()
+        state: dict[str, torch.Tensor] = {}
+        for file in sorted((root / "model").glob("*.safetensors")):
+            state.update(load_file(file))
+        for rank in range(CONVERT.tp_size):
+            shard = {
+                name: torch.cat(
+                    [
+                        (
+                            state[p.hf_key]
+                            if p.dim is None
+                            else state[p.hf_key].narrow(p.dim, p.start, p.stop - p.start)
+                        ).clone()
+                        for p in pieces
+                    ],
+                    dim=pieces[0].dim or 0,
+                )
+                for name, pieces in shard_pieces(config, CONVERT, rank).items()
+            }
+            path = rank_file(target, PRETRAINED_TAG, rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(shard, path)
+            fsync(path)
+    seconds = time.perf_counter() - started
+    size = sum(file.stat().st_size for file in target.rglob("*.pt"))
+    if way != "ours":  # what `copy` copies
+        shutil.rmtree(target)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    print(json.dumps({"seconds": seconds, "gib": size / GIB, "rss_gib": rss}))
+
+
+def fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The proof of a conversion: the sharded model's logits equal HF's, with a layer at a time in memory.
+
+A round trip back to HF proves nothing (the order that NxD's converter writes for trn2 survives it): both models run.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trnlora.architecture import LlamaConfig
+from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
+from trnlora.checkpoint import HFCheckpoint, StoredTensor
+from trnlora.llama import Llama
+
+VOCABULARY_ROWS = 8192  # of the head at a time
+
+
+def max_logits_difference(
+    folder: Path, config: LlamaConfig, ranks: Sequence[Mapping[str, StoredTensor]], kv_size_multiplier: int, ids: Tensor
+) -> float:
+    """Largest absolute difference of the logits of `ids` (1, T), all layers and the whole vocabulary, in float32.
+
+    folder: the HF folder; ranks: every rank's open shard. Raises UserError when a shard does not fit the model.
+    """
+    positions = torch.arange(ids.shape[1])[None]
+
+    @torch.no_grad()
+    def rank_logits(backend: TorchBackend) -> Tensor:
+        tensors = ranks[backend.tp_rank]
+        model = Llama.empty(config, backend, kv_size_multiplier)
+        model.check_shard({name: tensor.shape for name, tensor in tensors.items()})
+        stream_weights(model, lambda name: tensors[name].read().float())
+        return model.logits(model(ids, positions, torch.ones_like(ids)))  # (1, T, V/tp)
+
+    # KV groups reduce gradients only, and there are none here: each rank is its own.
+    backends = thread_backends([[rank] for rank in range(len(ranks))])
+    sharded = torch.cat(run_as_threads(backends, rank_logits), dim=-1)
+
+    largest = torch.zeros(())
+    with HFCheckpoint(folder) as checkpoint:
+        hidden = _hf_hidden(folder, checkpoint, ids)
+        head = checkpoint["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+        for first in range(0, config.vocab_size, VOCABULARY_ROWS):
+            rows = slice(first, min(first + VOCABULARY_ROWS, config.vocab_size))
+            logits = hidden @ head.read(rows.start, rows.stop).float().T
+            largest = torch.maximum(largest, (logits - sharded[..., rows]).abs().max())  # NaN stays NaN
+    return largest.item()
+
+
+@torch.no_grad()
+def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
+    """HF's last hidden states (1, T, H) in float32, its weights read module by module."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, LlamaModel
+
+    hf_config = AutoConfig.from_pretrained(folder)
+    hf_config._attn_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        model = LlamaModel(hf_config)
+    stream_weights(model, lambda name: checkpoint[f"model.{name}"].read().float())
+    embeddings = checkpoint["model.embed_tokens.weight"]
+    vectors = torch.cat([embeddings.read(token, token + 1) for token in ids[0].tolist()]).float()
+    return model(inputs_embeds=vectors[None], use_cache=False).last_hidden_state
+
+
+def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Let each module's own parameters exist only while it runs: `read(full name)` before, none after."""
+    for prefix, module in model.named_modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        if not names:
+            continue
+
+        def load(module: nn.Module, inputs: object, prefix: str = prefix, names: list[str] = names) -> None:
+            for name in names:
+                setattr(module, name, nn.Parameter(read(f"{prefix}.{name}"), requires_grad=False))
+
+        def drop(module: nn.Module, inputs: object, output: object, names: list[str] = names) -> None:
+            for name in names:
+                setattr(module, name, nn.Parameter(getattr(module, name).to("meta"), requires_grad=False))
+
+        module.register_forward_pre_hook(load)
+        module.register_forward_hook(drop)
