@@ -150,6 +150,7 @@ def test_every_query_head_meets_its_own_kv_head(
         (5, 1, "trn2", "vocab_size % tp_size"),
         (64, 8, "trn2", "num_attention_heads % tp_size"),
         (32, 2, "trn2", "num_key_value_heads × kv_size_multiplier % tp_size"),
+        (32, 8, "trn2", "num_attention_heads % (num_key_value_heads × kv_size_multiplier)"),
         (4, 1, "trn1", "num_key_value_heads × kv_size_multiplier == tp_size on trn1"),
         (6, 1, "trn2", "intermediate_size % tp_size"),
     ],

@@ -59,6 +59,11 @@ def _broken_rules(model: LlamaConfig, hw_backend: str, tp: int, multiplier: int)
             model.num_key_value_heads * multiplier % tp == 0,
             model.num_key_value_heads,
         ),
+        (  # else a rank has more KV heads than queries
+            "num_attention_heads % (num_key_value_heads × kv_size_multiplier) == 0",
+            model.num_attention_heads % (model.num_key_value_heads * multiplier) == 0,
+            model.num_attention_heads,
+        ),
     ]
     if hw_backend == "trn1":
         rules.append(
