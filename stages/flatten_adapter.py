@@ -5,6 +5,7 @@
 Reads   artifacts/lora_adapter (NxD shards), artifacts/model, artifacts/prepared/validation.jsonl,
         metrics/finetune_lora.json
 Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and nothing else),
+        artifacts/merged (with flatten.merged_model: base + adapter as a plain HF folder; else empty),
         metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
 
 The proof: HF + PEFT give the validation rows the loss that the trainer measured. A server that cannot match an
@@ -46,11 +47,13 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from trnlora.lora import load_adapter_shards, peft_adapter, peft_adapter_config
+    from trnlora.merge import write_merged
 
     started = time.perf_counter()
     shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
     with atomic_dir(paths.ADAPTER) as partial:
-        save_file(peft_adapter(shards, config, params.convert), partial / "adapter_model.safetensors")
+        adapter = peft_adapter(shards, config, params.convert)
+        save_file(adapter, partial / "adapter_model.safetensors")
         write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
 
         base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=getattr(torch, params.model.dtype))
@@ -76,6 +79,10 @@ def main() -> None:
                 f"{trainer_loss:.5f}: more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter "
                 "was not kept; check that artifacts/model is the model that was converted (`dvc status`)"
             )
+
+    with atomic_dir(paths.MERGED) as partial:
+        if params.flatten.merged_model:
+            write_merged(paths.MODEL, partial, adapter, params.lora, params.convert.buffer_mib * 2**20)
 
     metrics = {"peft_validation_loss": peft_loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
     write_json(paths.METRICS / "flatten_adapter.json", metrics)

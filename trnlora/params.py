@@ -72,6 +72,10 @@ class Lora(Section):
     target_modules: list[Literal["qkv_proj"]] = Field(min_length=1, max_length=1)
 
 
+class Flatten(Section):
+    merged_model: bool
+
+
 class Train(Section):
     epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -127,6 +131,7 @@ class Params(Section):
     convert: Convert
     lora: Lora
     train: Train
+    flatten: Flatten
     eval: Eval
     serve: Serve
 

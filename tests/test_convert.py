@@ -1,0 +1,186 @@
+"""The conversion stage's files: golden digests through real files, the way back, dtypes, kills, no space."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from test_layout import GOLDEN, case_name, conversion, golden_weights, llama
+
+from trnlora.architecture import LlamaConfig
+from trnlora.checkpoint import PRETRAINED_TAG, load_rank, rank_file, save_rank
+from trnlora.errors import UserError
+from trnlora.params import Convert
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "stages"))
+
+from convert_nxd import check_space, to_hf, write_shards  # noqa: E402
+
+# Every layout of the tiny Llama: 6 heads, 3 KV heads.
+LAYOUTS = [
+    conversion(tp, multiplier, hw_backend, fuse_qkv)
+    for hw_backend, tp, multiplier in (
+        ("trn2", 1, 1),
+        ("trn2", 3, 1),
+        ("trn2", 2, 2),
+        ("trn2", 6, 2),
+        ("trn1", 3, 1),
+        ("trn1", 6, 2),
+    )
+    for fuse_qkv in (False, True)
+]
+
+
+def layout_name(convert: Convert) -> str:
+    fused = "fused" if convert.fuse_qkv else "split"
+    return f"{convert.hw_backend}-tp{convert.tp_size}x{convert.kv_size_multiplier}-{fused}"
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=case_name)
+def test_golden_digests_in_files(case: dict[str, Any], tmp_path: Path) -> None:
+    config = llama(**GOLDEN["configs"][case["config"]])
+    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"], case["fuse_qkv"])
+    (tmp_path / "model").mkdir()
+    save_file(golden_weights(config), tmp_path / "model" / "model.safetensors")
+    write_shards(tmp_path / "model", tmp_path / "shards", config, convert)
+    for rank, expected in enumerate(case["ranks"]):
+        path = rank_file(tmp_path / "shards", PRETRAINED_TAG, rank)
+        assert str(path).endswith(expected["file"])
+        tensors = torch.load(path, weights_only=True)  # as NxD reads it: no mmap
+        assert tensors.keys() == expected["tensors"].keys()
+        for name, tensor in tensors.items():
+            assert str(tensor.dtype) == expected["tensors"][name]["dtype"]
+            assert list(tensor.shape) == expected["tensors"][name]["shape"]
+            assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["tensors"][name]["sha256"], name
+
+
+def use_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr("trnlora.paths.MODEL", folder)
+
+
+@pytest.mark.parametrize("convert", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_way_back_is_exact(
+    convert: Convert, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From every layout, in every dtype, tied embeddings: the HF folder's own bytes."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, model / "model.safetensors")
+    config = LlamaConfig.from_folder(model)
+    write_shards(model, tmp_path / "shards", config, convert)
+    shard = load_rank(rank_file(tmp_path / "shards", PRETRAINED_TAG, 0))
+    assert {tensor.dtype for tensor in shard.values()} == {dtype}
+    use_model(monkeypatch, model)
+    to_hf(config, convert, tmp_path / "shards", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
+    write_shards(tiny_llama, tmp_path / "whole", config, convert)
+    use_model(monkeypatch, tiny_llama)
+    monkeypatch.setattr("trnlora.checkpoint.MAX_FILE_BYTES", 400_000)
+    to_hf(config, convert, tmp_path / "whole", tmp_path / "cut")
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    write_shards(tmp_path / "cut", tmp_path / "again", config, convert)
+    for rank in range(3):
+        first, second = (load_rank(rank_file(tmp_path / name, PRETRAINED_TAG, rank)) for name in ("whole", "again"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_shards_of_the_stock_converter_for_trn2_are_recognised(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries in order beside K and V in rounds: what NxD's converter writes for trn2 with a multiplier."""
+    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(6, 2)
+    for hw_backend in ("trn1", "trn2"):
+        write_shards(tiny_llama, tmp_path / hw_backend, config, conversion(6, 2, hw_backend))
+    for rank in range(6):
+        grouped, rounds = (load_rank(rank_file(tmp_path / name, PRETRAINED_TAG, rank)) for name in ("trn2", "trn1"))
+        stock = {
+            name: (rounds if name.endswith(("weight_k", "weight_v")) else grouped)[name].clone() for name in grouped
+        }
+        save_rank(rank_file(tmp_path / "stock", PRETRAINED_TAG, rank), stock)
+    use_model(monkeypatch, tiny_llama)
+    with pytest.raises(UserError, match=r"in trn1's order, convert\.hw_backend is trn2: NxD's converter writes such"):
+        to_hf(config, convert, tmp_path / "stock", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_copies_that_differ_are_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
+    write_shards(tiny_llama, tmp_path / "shards", config, convert)
+    path = rank_file(tmp_path / "shards", PRETRAINED_TAG, 2)
+    shard = {name: tensor.clone() for name, tensor in load_rank(path).items()}
+    shard["model.norm.weight"].add_(1)
+    save_rank(path, shard)
+    use_model(monkeypatch, tiny_llama)
+    with pytest.raises(UserError, match=r"different copies of model\.norm\.weight"):
+        to_hf(config, convert, tmp_path / "shards", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
+    with pytest.raises(UserError, match=r"needs 15\.0 GiB and its disk has 1\.0 GiB free"):
+        check_space(tmp_path / "shards", 15 * 2**30)
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """Ten kills at random moments of the stage, then a rerun: the same digests as an undisturbed run's."""
+    (tmp_path / "artifacts").mkdir()
+    make_llama(
+        tmp_path / "artifacts" / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=8, head_dim=128
+    )
+    params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
+    params["convert"].update(tp_size=3, kv_size_multiplier=1, buffer_mib=1)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    shards = tmp_path / "artifacts" / "shards"
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "stages" / "convert_nxd.py")]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+
+    def digests() -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(shards.rglob("*.pt"))}
+
+    begun = time.monotonic()
+    assert start().wait(timeout=120) == 0
+    seconds = time.monotonic() - begun
+    clean = digests()
+    assert len(clean) == 3
+    moments = random.Random(0)
+    for _ in range(10):
+        shutil.rmtree(shards, ignore_errors=True)
+        process = start()
+        # most of the time goes to imports: half of the kills fall into the last third
+        time.sleep(seconds * moments.choice([moments.uniform(0.1, 1.0), moments.uniform(0.66, 1.0)]))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+        assert digests() in ({}, clean)  # nothing under a final name, or everything
+    assert start().wait(timeout=120) == 0
+    assert digests() == clean
+    assert not list((tmp_path / "artifacts").glob(".*.partial"))

@@ -1,0 +1,41 @@
+"""The merged model: logits and weights equal PEFT's merge."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from trnlora.merge import write_merged
+from trnlora.params import Lora
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_logits_equal_pefts_merge(tiny_llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    save_file({k: t.to(dtype) for k, t in load_file(model / "model.safetensors").items()}, model / "model.safetensors")
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+
+    (tmp_path / "merged").mkdir()
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
+    write_merged(model, tmp_path / "merged", adapter, lora, buffer_bytes=20_000)  # several blocks a tensor
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)(ids).logits
+        assert (found(ids).logits - plain).abs().max() > 0.1
