@@ -46,7 +46,7 @@ def main() -> None:
 
     table = Table(show_lines=True)
     for name, (_, seconds) in answers.items():
-        table.add_column(f"{name} ({seconds:.2f} s)", ratio=1)
+        table.add_column(f"{name} ({seconds:.2f} s)", ratio=1, overflow="fold")
     table.add_row(*(Text(text) for text, _ in answers.values()))  # Text: answers may hold what looks like markup
     console = Console()
     console.print(Text(question), style="bold")
