@@ -22,7 +22,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: help setup repro test lint serve smoke doctor profile lock
+.PHONY: help setup repro test lint serve smoke doctor profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,11 +55,14 @@ smoke: $(READY) ## ask the running server one question of base and adapter; HOST
 doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml?
 	@python tools/doctor.py
 
-profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
+profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \
 	    echo "error: no profile '$(NAME)': use NAME= with one of" $(basename $(notdir $(wildcard profiles/*.yaml))) >&2; exit 1; fi
 	@cp 'profiles/$(NAME).yaml' params.yaml
 	@echo "params.yaml is now profiles/$(NAME).yaml; 'git diff params.yaml' shows the change, 'make doctor' checks it"
+
+bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
+	@python bench/convert.py
 
 lock: $(READY) ## compile requirements.in into requirements.lock
 	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh
