@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_layout import conversion
 
 from trnlora.architecture import LlamaConfig
 from trnlora.checkpoint import LORA_TAG, load_rank, rank_file, save_rank
@@ -22,17 +23,6 @@ CONFIG = LlamaConfig.from_hf(
 )  # fmt: skip
 LORA = Lora(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["qkv_proj"])
 QKV = "model.layers.1.self_attn.qkv_proj"
-
-
-def conversion(hw_backend: str = "trn2", tp_size: int = 6, kv_size_multiplier: int = 2) -> Convert:
-    return Convert(
-        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
-        tp_size=tp_size,
-        kv_size_multiplier=kv_size_multiplier,
-        fuse_qkv=False,
-        max_logits_diff=1.0e-4,
-        buffer_mib=1,
-    )
 
 
 def write_shards(folder: Path, convert: Convert) -> None:
@@ -63,7 +53,7 @@ def edit(folder: Path, rank: int, change: Callable[[dict[str, torch.Tensor]], ob
     ("hw_backend", "tp", "multiplier"), [("trn2", 6, 2), ("trn1", 6, 2), ("trn2", 3, 1), ("trn2", 1, 1)]
 )
 def test_heads_come_back_in_hf_order(tmp_path: Path, hw_backend: str, tp: int, multiplier: int) -> None:
-    convert = conversion(hw_backend, tp, multiplier)
+    convert = conversion(tp, multiplier, hw_backend)
     write_shards(tmp_path, convert)
     whole = peft_adapter(load_adapter_shards(tmp_path, CONFIG, convert, LORA), CONFIG, convert)
     attention = "base_model.model.model.layers.1.self_attn"
@@ -93,18 +83,18 @@ def test_heads_come_back_in_hf_order(tmp_path: Path, hw_backend: str, tp: int, m
     ids=["missing-rank", "extra-rank", "missing-key", "kv-replica", "lora-a", "nan", "other-config", "no-config"],
 )  # fmt: skip
 def test_broken_shards_are_named(tmp_path: Path, break_it: Callable[[Path], object], message: str) -> None:
-    write_shards(tmp_path, conversion())
+    write_shards(tmp_path, conversion(6, 2))
     break_it(tmp_path)
     with pytest.raises(UserError, match=message):
-        load_adapter_shards(tmp_path, CONFIG, conversion(), LORA)
+        load_adapter_shards(tmp_path, CONFIG, conversion(6, 2), LORA)
 
 
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
-    write_shards(tmp_path, conversion())
+    write_shards(tmp_path, conversion(6, 2))
     for rank in range(6):
         edit(tmp_path, rank, lambda tensors: [t.zero_() for name, t in tensors.items() if ".lora_B." in name])
     with pytest.raises(UserError, match=r"every lora_B .* is zero"):
-        load_adapter_shards(tmp_path, CONFIG, conversion(), LORA)
+        load_adapter_shards(tmp_path, CONFIG, conversion(6, 2), LORA)
 
 
 def test_the_peft_config_is_complete_and_always_the_same() -> None:

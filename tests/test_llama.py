@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from test_layout import conversion
 from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM as HFLlama
@@ -22,18 +23,7 @@ from trnlora.llama import Llama
 from trnlora.lora import add_lora, peft_adapter
 from trnlora.params import Convert, Lora
 
-CUTS = [("trn2", 1, 1), ("trn2", 3, 1), ("trn2", 6, 2), ("trn1", 3, 1), ("trn1", 6, 2)]  # of the tiny Llama: 3 KV heads
-
-
-def conversion(hw_backend: str, tp_size: int, kv_size_multiplier: int) -> Convert:
-    return Convert(
-        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
-        tp_size=tp_size,
-        kv_size_multiplier=kv_size_multiplier,
-        fuse_qkv=False,
-        max_logits_diff=1.0e-4,
-        buffer_mib=1,
-    )
+CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
 
 
 def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
@@ -90,7 +80,7 @@ def sized_conversions(draw: st.DrawFn) -> tuple[dict, Convert]:
             "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
         }  # fmt: skip
-    return sizes, conversion(hw_backend, tp, multiplier)
+    return sizes, conversion(tp, multiplier, hw_backend)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -108,7 +98,7 @@ def test_sharded_logits_equal_hf(
 
 def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V repeated as K0,K1,K2,K0,K1,K2 beside queries in order: what NxD's converter writes for trn2."""
-    convert = conversion("trn2", 6, 2)
+    convert = conversion(6, 2)
     ids = torch.randint(1536, (1, 16), generator=torch.Generator().manual_seed(0))
     right = sharded_logits(tiny_llama, convert, ids)
 
@@ -144,7 +134,7 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
     lengths = [7, 19, 11]
     row = packed(lengths, 48, 1536)
     config = LlamaConfig.from_folder(tiny_llama)
-    (shard,) = shards_of(tiny_llama, config, conversion("trn2", 1, 1))
+    (shard,) = shards_of(tiny_llama, config, conversion(1, 1))
     model = Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
     with torch.no_grad():
         loss, labelled = model.loss(model(row["input_ids"], row["position_ids"], row["document_ids"]), row["labels"])
@@ -202,8 +192,8 @@ def sharded_gradients(
     return losses[0], adapters, [{n: p.grad for n, p in each.items() if p.grad is not None} for each in trainable]
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[0]}-tp{cut[1]}x{cut[2]}")
-def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[str, int, int]) -> None:
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
+def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> None:
     """lora_A's gradient is whole on every rank, copies of lora_B's agree, and both equal HF + PEFT's."""
     convert = conversion(*cut)
     lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
@@ -248,7 +238,7 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[str, int, int]) -> No
 def test_a_fused_shard_is_refused_by_a_split_model(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama")
     config = LlamaConfig.from_folder(folder)
-    convert = conversion("trn2", 1, 1).model_copy(update={"fuse_qkv": True})
+    convert = conversion(1, 1, fuse_qkv=True)
     (shard,) = shards_of(folder, config, convert)
     with pytest.raises(UserError, match=r"does not fit the model: .*weight_"):
         Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
