@@ -156,7 +156,8 @@ def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Pat
         tmp_path / "artifacts" / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=8, head_dim=128
     )
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    params["convert"].update(tp_size=3, kv_size_multiplier=1, buffer_mib=1)
+    # This random model has logits in the hundreds: float32 rounds them by more than the default tolerance.
+    params["convert"].update(tp_size=3, kv_size_multiplier=1, buffer_mib=1, max_logits_diff=0.01)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     shards = tmp_path / "artifacts" / "shards"
 

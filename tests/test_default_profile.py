@@ -12,7 +12,7 @@ from conftest import ROOT, Project
 def test_the_default_profile_learns(project: Project) -> None:
     shutil.copyfile(ROOT / "profiles" / "smollm2-135m-cpu.yaml", project.root / "params.yaml")
     project.set_params(train={"epochs": 1}, eval={"max_prompts": 60, "min_changed_fraction": 0.9})
-    project.run("dvc", "repro")
+    project.dvc("repro")
 
     def metrics(stage: str) -> dict:
         return json.loads((project.root / "metrics" / f"{stage}.json").read_text())

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
+from trnlora.params import Params
+
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
 ORDER = ["fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm"]
 
@@ -142,7 +144,7 @@ def test_pipeline_end_to_end(project: Project) -> None:
 
 def params_read(project: Project) -> dict[str, set[str]]:
     """The params that each stage read in a run."""
-    sections = {"model", "data", "convert", "lora", "train", "eval", "serve"}
+    sections = set(Params.model_fields)
     reads: dict[str, set[str]] = {}
     for line in (project.root / ".params_read").read_text("utf-8").splitlines():
         stage, key = line.split()
