@@ -175,7 +175,7 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             "peak_rss_gib_all_ranks": sum(peaks),
         }
         write_json(paths.METRICS / "timing" / "finetune_lora.json", timing)
-    dist.destroy_process_group()
+    dist.barrier()  # nobody leaves while another still talks
 
 
 def rank_main() -> None:
@@ -189,6 +189,11 @@ def rank_main() -> None:
     except Exception as error:
         handler.record_exception(error)
         sys.exit(1)
+    # All is written. An ordinary exit can abort instead ("terminate called without an active exception") when gloo's
+    # threads meet the interpreter's end, which would fail a run that is done.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
