@@ -152,14 +152,17 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
 def sharded_gradients(
     folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient."""
+    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient; both are
+    small, since attention that a large adapter saturates has gradients of rounding errors."""
     config = LlamaConfig.from_folder(folder)
     shards = shards_of(folder, config, convert)
     generator = torch.Generator().manual_seed(5)
     head_dim = config.head_dim
-    whole_a = {n: torch.randn(lora.r, config.hidden_size, generator=generator) for n in range(config.num_hidden_layers)}
+    whole_a = {
+        n: 0.05 * torch.randn(lora.r, config.hidden_size, generator=generator) for n in range(config.num_hidden_layers)
+    }
     whole_b = {
-        (n, name): torch.randn(heads, head_dim, lora.r, generator=generator)
+        (n, name): 0.05 * torch.randn(heads, head_dim, lora.r, generator=generator)
         for n in range(config.num_hidden_layers)
         for name, heads in (
             ("q", config.num_attention_heads), ("k", config.num_key_value_heads), ("v", config.num_key_value_heads)
@@ -192,6 +195,11 @@ def sharded_gradients(
     return losses[0], adapters, [{n: p.grad for n, p in each.items() if p.grad is not None} for each in trainable]
 
 
+def assert_same_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for float32's rounding, measured against the whole tensor: single entries are sums that cancel."""
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
 def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> None:
     """lora_A's gradient is whole on every rank, copies of lora_B's agree, and both equal HF + PEFT's."""
@@ -218,16 +226,13 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
         attention = f"base_model.model.model.layers.{index}.self_attn"
         shared_a = torch.zeros(())
         for name in "qkv":
-            torch.testing.assert_close(
+            assert_same_gradient(
                 found[f"{attention}.{name}_proj.lora_B.weight"],
                 expected[f"{attention}.{name}_proj.lora_B.default.weight"],
-                atol=1e-3,
-                rtol=1e-3,
             )
             shared_a = shared_a + expected[f"{attention}.{name}_proj.lora_A.default.weight"]
         for rank in gradients:  # one A serves q, k and v: its gradient is the sum of PEFT's three
-            own = rank[f"model.layers.{index}.self_attn.qkv_proj.lora_A.weight"]
-            torch.testing.assert_close(own, shared_a, atol=1e-3, rtol=1e-3)
+            assert_same_gradient(rank[f"model.layers.{index}.self_attn.qkv_proj.lora_A.weight"], shared_a)
     for group in kv_replica_groups(config, convert):
         for name in gradients[0]:
             if name.endswith((".weight_k", ".weight_v")):
