@@ -152,8 +152,8 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
 def sharded_gradients(
     folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient; both are
-    small, since attention that a large adapter saturates has gradients of rounding errors."""
+    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient;
+    both are small, since attention that a large adapter saturates has gradients of rounding errors."""
     config = LlamaConfig.from_folder(folder)
     shards = shards_of(folder, config, convert)
     generator = torch.Generator().manual_seed(5)
