@@ -55,7 +55,7 @@ smoke: $(READY) ## ask the running server one question of base and adapter; HOST
 doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml?
 	@python tools/doctor.py
 
-profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
+profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \
 	    echo "error: no profile '$(NAME)': use NAME= with one of" $(basename $(notdir $(wildcard profiles/*.yaml))) >&2; exit 1; fi
 	@cp 'profiles/$(NAME).yaml' params.yaml
