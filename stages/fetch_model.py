@@ -9,6 +9,7 @@ Reads   params.yaml (model; convert, to refuse a model that it cannot cut before
           path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies anew)
 Writes  artifacts/model                     config, safetensors, tokenizer (a chat template where the model has one)
         metrics/fetch_model.json            source, revision, sha256 of the weights, parameter count, sizes
+        metrics/timing/fetch_model.json
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params(args.params)
     source = parse_source(params.model.source)
+    started = time.perf_counter()
 
     def check_config(config: dict[str, Any]) -> None:
         check_divisible(LlamaConfig.from_hf(config), params.convert)
@@ -80,6 +83,7 @@ def main() -> None:
             "sha256": {file.name: sha256(file) for file in weights},
         }
     write_json(paths.METRICS / "fetch_model.json", metrics)
+    write_json(paths.METRICS / "timing" / "fetch_model.json", {"seconds": time.perf_counter() - started})
     print(f"{paths.MODEL}: {parameters / 1e6:.1f} M parameters, {metrics['weights_gib']} GiB, from {source.uri}")
 
 

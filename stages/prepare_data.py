@@ -6,10 +6,11 @@
 Reads   params.yaml (data), the data set, artifacts/model (the tokenizer)
 Writes  artifacts/prepared/{train,validation}.parquet   packed rows of data.seq_len tokens
         artifacts/prepared/{validation,test}.jsonl      one example a line, with its prompt and token ids
-        metrics/prepare_data.json
+        metrics/prepare_data.json, metrics/timing/prepare_data.json
 """
 
 import argparse
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.show is not None and args.show < 1:
         parser.error("--show wants a number of at least 1")
+    started = time.perf_counter()
 
     from trnlora import data
     from trnlora.files import atomic_dir, write_json, write_jsonl
@@ -76,6 +78,7 @@ def main() -> None:
     metrics["rows_by_category"] = dict(sorted(Counter(row.category for row in everything).items()))
     metrics["responses"] = data.response_statistics([row.response for row in everything])
     write_json(paths.METRICS / "prepare_data.json", metrics)
+    write_json(paths.METRICS / "timing" / "prepare_data.json", {"seconds": time.perf_counter() - started})
     report(metrics)
 
 
