@@ -9,6 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 HOST ?=
 PORT ?=
 NAME ?=
+COMPARE ?=
 ARGS ?=
 
 # The stages and tools of this project, whatever Python environment the caller is in.
@@ -22,7 +23,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: help setup repro test lint serve smoke doctor profile bench lock
+.PHONY: help setup repro report test lint serve smoke doctor profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,10 @@ repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date
 	@python tools/doctor.py --repro
 	@dvc repro
 	@python tools/show_metrics.py
+	@python tools/report.py
+
+report: $(READY) ## reports/report.html and summary.md of the current results; COMPARE=REV shows another commit beside
+	@python tools/report.py $(if $(COMPARE),--compare '$(COMPARE)')
 
 test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"'
 	@pytest $(ARGS)
