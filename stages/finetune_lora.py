@@ -24,6 +24,7 @@ from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, partial_path, write_json
 from trnlora.layout import check_divisible, kv_replica_groups
 from trnlora.params import Params, load_params
+from trnlora.trainium import training_environment
 
 
 def main() -> None:
@@ -31,15 +32,27 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE")
     args = parser.parse_args()
     params = load_params(args.params)
-    if params.backend == "neuron":
-        raise UserError("backend: neuron cannot train yet; set backend: cpu (the shards and the adapter are the same)")
     config = LlamaConfig.from_folder(paths.MODEL)
     check_divisible(config, params.convert)
     kv_groups = kv_replica_groups(config, params.convert)
     if "RANK" in os.environ:  # torchrun's, one process a rank
         train(params, config, kv_groups)
     else:
+        if params.backend == "neuron":
+            enter_neuron(params)
         launch(params.train.dp_size * params.convert.tp_size)
+
+
+def enter_neuron(params: Params) -> None:
+    """Run this script anew with the Python and the environment variables that Trainium needs, if it is not so yet."""
+    python = params.neuron.python or sys.executable
+    env = training_environment(params)
+    if python == sys.executable and env.items() <= os.environ.items():
+        return
+    if not os.access(python, os.X_OK):
+        raise UserError(f"neuron.python {python} is no Python: name that of your Neuron environment in params.yaml")
+    sys.stdout.flush()
+    os.execve(python, [python, "-u", __file__, *sys.argv[1:]], {**os.environ, **env})
 
 
 def launch(processes: int) -> None:
@@ -84,8 +97,14 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
     from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
     from trnlora.finetuner import LoraFinetuner
     from trnlora.llama import Llama
-    from trnlora.lora import adapter_state, add_lora, nxd_adapter_config, trainable_parameters
+    from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config, trainable_parameters
     from trnlora.progress import TrainingProgress
+
+    on_neuron = params.backend == "neuron"
+    if on_neuron:
+        from trnlora.backends import neuron
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="neuronx_distributed")
 
     # Lightning's banner and its advice on data loaders and logging, which do not hold for tensor-parallel ranks.
     for library in ("pytorch_lightning", "lightning_fabric"):
@@ -101,28 +120,40 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         total_steps = min(total_steps, params.train.max_steps)
 
     def build(mesh: Any) -> Llama:
-        backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, dp_size)
-        shard = load_rank(rank_file(paths.SHARDS, PRETRAINED_TAG, backend.tp_rank))
-        model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
-        torch.manual_seed(params.train.seed)  # the same A on every rank
-        add_lora(model, params.lora)
+        if on_neuron:
+            model = neuron.build_model(mesh, params, config, paths.SHARDS, kv_groups)
+        else:
+            backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, dp_size)
+            shard = load_rank(rank_file(paths.SHARDS, PRETRAINED_TAG, backend.tp_rank))
+            model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+            add_lora(model, params.lora)
+        draw_lora_a(model, params.train.seed)
         # From here on only dropout draws: alike on tensor-parallel ranks, which share their input, and different
         # on replicas, which do not.
-        torch.manual_seed(params.train.seed + 1 + dist.get_rank() // tp_size)
+        seed = params.train.seed + 1 + dist.get_rank(mesh["data_parallel"].get_group())
+        torch.manual_seed(seed)
+        if on_neuron:
+            neuron.seed_device(seed)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         expected = trainable_parameters(config, params.convert.kv_size_multiplier, tp_size, params.lora)
         assert trainable == expected, f"{trainable} trainable parameters on a rank, expected {expected}"
         return model
 
+    if on_neuron:
+        placement = neuron.trainer_placement(params)
+    else:
+        placement = {
+            "accelerator": "gpu" if params.backend == "cuda" else "cpu",
+            "strategy": ModelParallelStrategy(data_parallel_size=dp_size, tensor_parallel_size=tp_size),
+        }
     module = LoraFinetuner(build, params.train, train_rows, validation_rows, total_steps)
     is_first = os.environ["RANK"] == "0"
     curves = Live(str(paths.PLOTS / "training"), dvcyaml=None, save_dvc_exp=False) if is_first else None
     progress = TrainingProgress(total_steps, curves)
     trainer = pl.Trainer(
-        accelerator="gpu" if params.backend == "cuda" else "cpu",
+        **placement,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-        strategy=ModelParallelStrategy(data_parallel_size=dp_size, tensor_parallel_size=tp_size),
         max_epochs=params.train.epochs,
         max_steps=total_steps,
         accumulate_grad_batches=params.train.global_batch_size // (params.train.micro_batch_size * dp_size),
@@ -147,7 +178,9 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
     with atomic_dir(paths.LORA_SHARDS) if is_first else contextlib.nullcontext():
         dist.barrier()
         partial = partial_path(paths.LORA_SHARDS)
-        if dist.get_rank() < tp_size:  # data-parallel replicas hold equal adapters
+        if on_neuron:
+            neuron.save_adapter(partial, module.model)
+        elif dist.get_rank() < tp_size:  # data-parallel replicas hold equal adapters
             save_rank(rank_file(partial, LORA_TAG, module.model.backend.tp_rank), adapter_state(module.model))
         if is_first:
             write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))

@@ -96,9 +96,9 @@ class LoraFinetuner(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the replicas' gradients (each was already divided by the whole global batch's tokens)."""
         if dist.get_world_size(self.dp_group) > 1:
-            for parameter in self._trainable().values():
-                assert parameter.grad is not None
-                dist.all_reduce(parameter.grad, group=self.dp_group)
+            assert self.model is not None
+            gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
+            self.model.backend.add_over_replicas(gradients, self.dp_group)
             dist.all_reduce(self.step_loss, group=self.dp_group)
         self.train_loss = self.step_loss.item()
         self.step_loss.zero_()
@@ -123,11 +123,13 @@ class LoraFinetuner(pl.LightningModule):
         self.grad_norm = norm.item()
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, labelled tokens
+        # Nats and labelled tokens; Neuron has no float64.
+        dtype = torch.float32 if self.device.type == "xla" else torch.float64
+        self.validation_sums = torch.zeros(2, dtype=dtype, device=self.device)
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         loss_sum, tokens = self._loss(batch)
-        self.validation_sums += torch.stack([loss_sum.double(), tokens.double()])
+        self.validation_sums += torch.stack([loss_sum, tokens]).to(self.validation_sums.dtype)
 
     def on_validation_epoch_end(self) -> None:
         dist.all_reduce(self.validation_sums, group=self.dp_group)
@@ -140,7 +142,9 @@ class LoraFinetuner(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         train = self.train_params
-        optimizer = torch.optim.AdamW(self._trainable().values(), lr=train.lr, weight_decay=train.weight_decay)
+        assert self.model is not None
+        parameters = list(self._trainable().values())
+        optimizer = self.model.backend.adamw(parameters, lr=train.lr, weight_decay=train.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: linear_schedule(step, self.total_steps, self.warmup_steps)
         )

@@ -171,8 +171,14 @@ class Llama(nn.Module):
         """Sum of the next-token cross-entropy in nats over labelled tokens, and their number.
 
         hidden (B, T, H) and labels (B, T) are aligned as in HF: position t predicts labels[t + 1], and −100 marks
-        what is not to be learnt. Logits are computed for labelled positions only.
+        what is not to be learnt. Logits are computed for labelled positions only, where the backend's shapes may vary.
         """
+        if self.backend.static_shapes:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
+            labelled = targets != -100
+            logits = self.logits(hidden)  # (B, T, V/tp)
+            nats = self.backend.parallel_cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten())
+            return (nats * labelled.flatten()).sum(), labelled.sum()
         targets = labels[:, 1:]
         labelled = targets != -100
         logits = self.logits(hidden[:, :-1][labelled])  # (N, V/tp)

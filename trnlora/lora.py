@@ -36,7 +36,6 @@ class LoraGQAQKVParallelLinear(nn.Module):
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.lora_B = backend.gqa_qkv_linear(lora.r, (q_size, kv_size), kv_size_multiplier)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as nn.Linear, NxD's and PEFT's default
         for weight in self.lora_B.parameters():
             nn.init.zeros_(weight)
 
@@ -50,11 +49,21 @@ class LoraGQAQKVParallelLinear(nn.Module):
 
 
 def add_lora(model: Llama, lora: Lora) -> None:
-    """Wrap every layer's qkv_proj in place. A is drawn from torch's global generator: seed all ranks alike."""
+    """Wrap every layer's qkv_proj in place; `draw_lora_a` makes the ranks' adapters agree."""
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         attention.qkv_proj = LoraGQAQKVParallelLinear(
             attention.qkv_proj, model.config, model.kv_size_multiplier, lora, model.backend
         )
+
+
+def draw_lora_a(model: Llama, seed: int) -> None:
+    """Draw every A as nn.Linear, NxD and PEFT do, from a generator of its own: the same on every rank and backend."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if is_replicated(name):
+            a = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+            parameter.data.copy_(a)
 
 
 def adapter_state(model: Llama) -> dict[str, Tensor]:

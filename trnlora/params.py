@@ -72,6 +72,16 @@ class Lora(Section):
     target_modules: list[Literal["qkv_proj"]] = Field(min_length=1, max_length=1)
 
 
+class Neuron(Section):
+    python: str | None
+    vllm_python: str | None
+    logical_core_size: Literal[1, 2]
+    sequence_parallel: bool
+    selective_checkpointing: bool
+    cc_flags: str
+    compile_cache: Annotated[str, Field(min_length=1)]
+
+
 class Flatten(Section):
     merged_model: bool
 
@@ -134,6 +144,7 @@ class Params(Section):
     flatten: Flatten
     eval: Eval
     serve: Serve
+    neuron: Neuron
 
     @model_validator(mode="after")
     def combinations_that_run(self) -> "Params":
@@ -151,7 +162,18 @@ class Params(Section):
                 f"serve.max_model_len {self.serve.max_model_len} must be above data.seq_len {self.data.seq_len}, "
                 "or eval_vllm cannot score the longest validation row"
             )
+        if self.backend == "neuron":
+            self._check_neuron()
         return self
+
+    def _check_neuron(self) -> None:
+        if self.neuron.sequence_parallel and self.data.seq_len % self.convert.tp_size:
+            raise ValueError(
+                f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
+                f"convert.tp_size {self.convert.tp_size}"
+            )
+        if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:
+            raise ValueError("neuron.logical_core_size must be 1 on trn1, whose cores cannot be joined")
 
 
 def load_params(path: Path = paths.PARAMS) -> Params:

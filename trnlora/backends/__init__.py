@@ -2,12 +2,13 @@
 
 `trnlora.llama` and `trnlora.lora` ask a backend for four layers and a loss, under NxD's names and with NxD's
 parameter names, so that every backend loads the same shard files. `backends/torch.py` builds them on
-torch.distributed.
+torch.distributed, `backends/neuron.py` takes NxD's.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,6 +17,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
+    static_shapes: bool  # whether every batch must run through the same shapes
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""
@@ -35,4 +37,12 @@ class Backend(Protocol):
 
     def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of each position in nats (N,) from this rank's logits (N, V/tp) and whole-vocabulary labels (N,)."""
+        ...
+
+    def add_over_replicas(self, gradients: Sequence[Tensor], group: Any) -> None:
+        """Make each gradient, in place, the sum over the data-parallel replicas in `group`."""
+        ...
+
+    def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """AdamW over `parameters`, in float32."""
         ...

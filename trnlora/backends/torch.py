@@ -248,6 +248,8 @@ class GQAQKVColumnParallelLinear(nn.Module):
 class TorchBackend:
     """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
 
+    static_shapes = False
+
     def __init__(self, tp_group: Group, kv_group: Group, abort: Callable[[], None]):
         self.tp_group = tp_group
         self.kv_group = kv_group
@@ -269,3 +271,10 @@ class TorchBackend:
 
     def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return _ParallelCrossEntropy.apply(logits, labels, self.tp_group)
+
+    def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        for gradient in gradients:
+            dist.all_reduce(gradient, group=group)
+
+    def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)

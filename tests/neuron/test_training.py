@@ -1,0 +1,153 @@
+"""The trainer's own code path on both backends from the same shards: `cpu`, and `neuron` with the real NxD."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+STEPS = 10
+CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2 a KV head is on two of them
+
+
+def run_stage(name: str, folder: Path, env: dict[str, str] | None = None) -> None:
+    command = [sys.executable, str(ROOT / "stages" / f"{name}.py")]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def write_params(folder: Path, **sections: dict[str, Any] | str) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load((path if path.exists() else ROOT / "params.yaml").read_text("utf-8"))
+    for section, values in sections.items():
+        params[section] = values if isinstance(values, str) else {**params[section], **values}
+    path.write_text(yaml.safe_dump(params), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, make_llama: Callable[..., Path]) -> Callable[[int], Path]:
+    """prepared(kv_heads): a folder with a model of 8 heads and as many KV heads, and rows."""
+    folders: dict[int, Path] = {}
+
+    def make(kv_heads: int) -> Path:
+        if kv_heads not in folders:
+            folder = folders[kv_heads] = tmp_path_factory.mktemp(f"prepared-{kv_heads}")
+            (folder / "artifacts").mkdir()
+            make_llama(
+                folder / "artifacts" / "model", hidden_size=256, num_attention_heads=8, num_key_value_heads=kv_heads
+            )
+            rows = (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines(keepends=True)[:200]
+            (folder / "rows.jsonl").write_text("".join(rows), "utf-8")
+            write_params(folder, data={"source": "path://rows.jsonl", "sha256": None, "seq_len": 256})
+            run_stage("prepare_data", folder)
+        return folders[kv_heads]
+
+    return make
+
+
+@pytest.fixture
+def train(prepared: Callable[[int], Path], tmp_path: Path, nxd_environment: dict[str, str]) -> Callable[..., Path]:
+    """train(backend, hw_backend, multiplier, **sections): a folder after 10 steps on `backend`."""
+
+    def run(backend: str, hw_backend: str, multiplier: int, name: str = "", **sections: dict[str, Any]) -> Path:
+        folder = tmp_path / (name or backend)
+        shutil.copytree(prepared(4 // multiplier), folder, symlinks=True)
+        train = {"epochs": 9, "max_steps": STEPS, "lr": 1.0e-2, "global_batch_size": 2, **sections.pop("train", {})}
+        neuron = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
+        write_params(
+            folder,
+            backend=backend,
+            convert={
+                "hw_backend": hw_backend,
+                "tp_size": 4 // train.get("dp_size", 1),
+                "kv_size_multiplier": multiplier,
+            },
+            lora={"lora_dropout": 0.0, **sections.pop("lora", {})},
+            train=train,
+            neuron={**neuron, **sections.pop("neuron", {})},
+        )
+        run_stage("convert_nxd", folder)
+        env = nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend} if backend == "neuron" else None
+        run_stage("finetune_lora", folder, env)
+        return folder
+
+    return run
+
+
+def curve(folder: Path, name: str) -> list[float]:
+    with (folder / f"plots/training/plots/metrics/train/{name}.tsv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file, delimiter="\t")]
+
+
+def adapter(folder: Path) -> list[dict[str, torch.Tensor]]:
+    files = sorted((folder / "artifacts/lora_adapter/lora/model").iterdir())
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics/finetune_lora.json").read_text("utf-8"))
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same losses, gradient norms and learning rates of every step, and the same adapter."""
+    for name in ("loss", "grad_norm", "lr"):
+        a, b = curve(found, name), curve(expected, name)
+        print(name, max(abs(x - y) for x, y in zip(a, b, strict=True)))
+        assert len(a) == STEPS
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-4), name
+    shards = adapter(expected)
+    assert [sorted(shard) for shard in adapter(found)] == [sorted(shard) for shard in shards]
+    worst = 0.0
+    for one, other in zip(adapter(found), shards, strict=True):
+        for key, tensor in one.items():
+            assert (tensor.dtype, tensor.shape) == (torch.float32, other[key].shape)
+            worst = max(worst, (tensor - other[key]).abs().max().item())
+    print("adapter", worst)
+    assert worst < 1e-5
+    a, b = metrics(found), metrics(expected)
+    for name in ("base_validation_loss", "validation_loss"):
+        assert a.pop(name) == pytest.approx(b.pop(name), abs=1e-5)
+    assert a.pop("train_loss") == pytest.approx(b.pop("train_loss"), abs=1e-5)
+    assert a == b
+
+
+@pytest.mark.parametrize(("hw_backend", "multiplier"), CUTS)
+def test_ten_steps_equal_the_torch_backend(train: Callable[..., Path], hw_backend: str, multiplier: int) -> None:
+    found = train("neuron", hw_backend, multiplier)
+    assert_same_run(found, train("cpu", hw_backend, multiplier))
+    run_stage("flatten_adapter", found)  # HF + PEFT give the loss that the neuron backend measured
+
+
+def test_sequence_parallelism_and_recomputed_attention_change_nothing(train: Callable[..., Path]) -> None:
+    """NxD's own LoRA leaves out adding up lora_A's gradient over the ranks here: each rank would train another A."""
+    both = {"sequence_parallel": True, "selective_checkpointing": True}
+    assert_same_run(train("neuron", "trn2", 2, neuron=both), train("cpu", "trn2", 2))
+
+
+def test_two_replicas_of_two_ranks(train: Callable[..., Path]) -> None:
+    two = {"dp_size": 2}
+    assert_same_run(train("neuron", "trn2", 1, train=two), train("cpu", "trn2", 1, train=two))
+
+
+def test_shards_of_the_other_hardware_are_refused(train: Callable[..., Path], nxd_environment: dict[str, str]) -> None:
+    """NxD takes its KV groups from the hardware it runs on: trn1's shards would train with mixed gradients on trn2."""
+    folder = train("cpu", "trn1", 2)
+    write_params(folder, backend="neuron", neuron={"logical_core_size": 1, "sequence_parallel": False})
+    env = nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn2"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "stages/finetune_lora.py")],
+        cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "NxD adds KV gradients over the ranks [(0, 1), (2, 3)], equal heads are on [(0, 2), (1, 3)]" in done.stderr

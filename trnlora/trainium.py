@@ -1,0 +1,43 @@
+"""What is particular to Trainium machines: environment variables of a training run. No torch, no Neuron package."""
+
+import os
+from pathlib import Path
+
+from trnlora.params import Params
+
+
+def training_environment(params: Params) -> dict[str, str]:
+    """Environment variables of the training processes, and of the compiler that they start.
+
+    Those of AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh), but
+    for XLA_USE_BF16, which would make the float32 adapter bfloat16 as well: dtypes are the tensors' own here.
+    What the user has set stays.
+    """
+    neuron = params.neuron
+    cores = str(params.train.dp_size * params.convert.tp_size)
+    env = {
+        # transformer: the compiler's optimizations for this kind of model; -O1 compiles layers once and reuses them.
+        "NEURON_CC_FLAGS": neuron.cc_flags,
+        "NEURON_COMPILE_CACHE_URL": neuron.compile_cache,
+        # Softmax as one operation of the compiler.
+        "NEURON_FUSE_SOFTMAX": "1",
+        # The host may run this many executions ahead of the device.
+        "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
+        # glibc makes 8 heaps a core of the host by default, which costs tens of GB with dozens of processes.
+        "MALLOC_ARENA_MAX": "64",
+        # One process a logical core, as many as the run has; torch_xla counts with the names it has for TPUs.
+        "NEURON_RT_NUM_CORES": cores,
+        "NUM_NEURONCORES": cores,
+        "TPU_NUM_DEVICES": cores,
+        "TPU_CHIPS_PER_HOST_BOUNDS": cores,
+        # Where the ranks of the collectives meet.
+        "NEURON_RT_ROOT_COMM_ID": "localhost:48620",
+    }
+    if params.convert.hw_backend == "trn2":
+        env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
+    env = {name: os.environ.get(name, value) for name, value in env.items()}
+    # The stages are files of this project, which the Neuron environment has not installed.
+    root, given = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+    if root not in given.split(os.pathsep):
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given]))
+    return env
