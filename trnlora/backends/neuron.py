@@ -25,7 +25,6 @@ from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.plugins import Precision
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
 from torch_xla.utils.checkpoint import checkpoint
 
@@ -197,7 +196,8 @@ def _check_kv_groups(kv_groups: list[list[int]]) -> None:
 
 def save_adapter(folder: Path, model: Llama) -> None:
     """Write every rank's part of the adapter below `folder` under NxD's paths. Call on all ranks."""
-    nxd.save_checkpoint(str(folder), tag=LORA_TAG, model=model.backend.adapter)
+    backend: Any = model.backend
+    nxd.save_checkpoint(str(folder), tag=LORA_TAG, model=backend.adapter)
 
 
 def _nxd_config(params: Params) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class NeuronAccelerator(Accelerator):
 class NeuronPrecision(Precision):
     """Runs a step in the order that NxD's optimizer wants."""
 
-    def optimizer_step(
+    def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         loss = closure()  # forward and backward; NxDOptimizer would reduce the gradients before it called this
@@ -302,11 +302,12 @@ class NeuronStrategy(ModelParallelStrategy):
         self.set_world_ranks()
         if not dist.is_initialized():
             dist.init_process_group("gloo" if cpu_mode() else "xla", rank=self.global_rank, world_size=self.world_size)
-        self._device_mesh = NeuronMesh(_nxd_config(self.params))
+        self._device_mesh = NeuronMesh(_nxd_config(self.params))  # type: ignore[assignment]
         state.initialize_kv_group(self.params.convert.kv_size_multiplier)
+        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
-    def process_dataloader(self, dataloader: DataLoader) -> MpDeviceLoader:
+    def process_dataloader(self, dataloader: Any) -> MpDeviceLoader:
         """Feeds the device ahead of time, and ends a graph after each micro-batch."""
         loader = MpDeviceLoader(dataloader, self.root_device)
         loader.dataset, loader.batch_sampler = dataloader.dataset, None  # Lightning looks at them

@@ -1,152 +1,216 @@
-"""Fake torch_xla / torch_neuronx / libneuronxla / neuronxcc / nki for running NxD python on CPU (gloo).
-Import first.  PLATFORM env: NEURON_PLATFORM_TARGET_OVERRIDE (trn1|trn2).  Everything not listed is a MagicMock."""
-import sys, os, types, importlib.abc, importlib.machinery
+"""Stands in for torch_xla, torch_neuronx, libneuronxla, neuronxcc and nki, so that NxD's Python code runs on a CPU.
+
+Collectives run over gloo, devices are the CPU, everything that is not named here is an inert MagicMock. Import it
+before anything of NxD. NEURON_PLATFORM_TARGET_OVERRIDE (trn1 | trn2) is the hardware that NxD believes to be on.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
 from unittest.mock import MagicMock
+
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 
 ROOTS = ("torch_xla", "torch_neuronx", "libneuronxla", "neuronxcc", "nki", "nkilib")
 
+
 class FakeModule(types.ModuleType):
-    __path__ = []
-    def __getattr__(self, n):
-        if n.startswith("__"):
-            raise AttributeError(n)
-        m = MagicMock(name=self.__name__ + "." + n)
-        setattr(self, n, m)
-        return m
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        mock = MagicMock(name=f"{self.__name__}.{name}")
+        setattr(self, name, mock)
+        return mock
+
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path, target=None):
         if name.split(".")[0] in ROOTS:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
     def create_module(self, spec):
         return FakeModule(spec.name)
-    def exec_module(self, m):
-        fill(m)
 
-def _groups_pg(groups):
-    """list-of-lists -> cached gloo group of this rank"""
-    if groups is None: return None
-    if not isinstance(groups, (list, tuple)): return groups
-    key = str(groups)
-    if key not in _PG:
-        me = dist.get_rank(); mine = None
-        for g in groups:
-            pg = dist.new_group(list(g), backend="gloo")
-            if me in g: mine = pg
-        _PG[key] = mine
-    return _PG[key]
-_PG = {}
+    def exec_module(self, module):
+        if module.__name__ in MODULES:
+            vars(module).update(MODULES[module.__name__])
 
-def fill(m):
-    n = m.__name__
-    if n == "torch_xla":
-        m.__version__ = "2.9.0"
-    if n == "torch_xla.core.xla_model":
-        m.REDUCE_SUM, m.REDUCE_MAX, m.REDUCE_MIN = "sum", "max", "min"
-        m.rendezvous = lambda *a, **k: dist.barrier() if dist.is_initialized() else None
-        m.mark_step = lambda *a, **k: None
-        m.xla_device = lambda *a, **k: torch.device("cpu")
-        m.is_master_ordinal = lambda local=True: (not dist.is_initialized()) or dist.get_rank() == 0
-        m.master_print = lambda *a, **k: print(*a) if (not dist.is_initialized() or dist.get_rank() == 0) else None
-        m.get_ordinal = lambda *a: dist.get_rank() if dist.is_initialized() else 0
-        m.xrt_world_size = lambda *a: dist.get_world_size() if dist.is_initialized() else 1
-        m.is_xla_tensor = lambda t: False
-        def all_reduce(op, tensors, scale=1.0, groups=None, pin_layout=True, **k):
-            pg = _groups_pg(groups)
-            single = isinstance(tensors, torch.Tensor)
-            outs = []
-            for t in ([tensors] if single else tensors):
-                t = t.contiguous()
-                dist.all_reduce(t, group=pg); outs.append(t * scale)
-            return outs[0] if single else outs
-        m.all_reduce = all_reduce
-        def all_gather(x, dim=0, groups=None, output=None, pin_layout=True, **k):
-            pg = _groups_pg(groups)
-            outs = [torch.empty_like(x) for _ in range(dist.get_world_size(group=pg))]
-            dist.all_gather(outs, x.contiguous(), group=pg)
-            return torch.cat(outs, dim=dim)
-        m.all_gather = all_gather
-        def reduce_scatter(op, x, scale, scatter_dim, shard_count, groups=None, output=None, pin_layout=True, **k):
-            pg = _groups_pg(groups)
-            x = x.contiguous().clone()
-            dist.all_reduce(x, group=pg)
-            part = x.chunk(shard_count, dim=scatter_dim)[dist.get_rank(pg)] * scale
-            if output is None: return part
-            output.copy_(part)
-            return output
-        m.reduce_scatter = reduce_scatter
-        m.set_rng_state = lambda seed, device=None: torch.manual_seed(int(seed))
-        class ToXlaTensorArena:
-            def __init__(s, c, f): s.c, s.f = c, f
-            def transform(s, d):
-                found = []
-                def walk(v):
-                    if isinstance(v, dict): [walk(x) for x in v.values()]
-                    elif isinstance(v, (list, tuple)): [walk(x) for x in v]
-                    elif s.f(v): found.append(v)
-                walk(d); new = list(s.c(found)) if found else []
-                it = iter(new)
-                def rep(v):
-                    if isinstance(v, dict): return type(v)((k, rep(x)) for k, x in v.items())
-                    if isinstance(v, (list, tuple)): return type(v)(rep(x) for x in v)
-                    return next(it) if s.f(v) else v
-                return rep(d)
-        m.ToXlaTensorArena = ToXlaTensorArena
-    if n == "torch_xla.core.xla_env_vars":
-        m.HOST_WORLD_SIZE = "FAKE_HOST_WORLD_SIZE"; os.environ.setdefault("FAKE_HOST_WORLD_SIZE", "1")
-    if n == "torch_xla.runtime":
-        m.local_ordinal = lambda: int(os.environ.get("LOCAL_RANK", 0))
-        m.global_ordinal = lambda: dist.get_rank() if dist.is_initialized() else 0
-        m.world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
-        m.local_device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        m.addressable_device_count = m.local_device_count
-        m.local_process_count = m.local_device_count
-        m.global_device_count = m.world_size
-    if n == "torch_xla.utils.serialization":
-        class TensorReference:
-            def __init__(s, tid): s.tid = tid
-        m.TensorReference = TensorReference
-        m.save = lambda d, p, **k: torch.save(d, p)
-    if n == "torch_xla.utils.checkpoint":
-        import torch.utils.checkpoint as c
-        m.checkpoint = c.checkpoint
-    if n == "torch_xla.distributed.zero_redundancy_optimizer":
-        m.ZeroRedundancyOptimizer = type("ZeroRedundancyOptimizer", (torch.optim.Optimizer,), {})
-    if n == "torch_xla.distributed.parallel_loader":
-        class MpDeviceLoader:
-            def __init__(s, loader, device, **k): s._loader, s._device = loader, device
-            def __iter__(s): return iter(s._loader)
-            def __len__(s): return len(s._loader)
-        m.MpDeviceLoader = MpDeviceLoader
-    if n in ("torch_neuronx.utils", "torch_neuronx.utils.utils"):
-        m.get_platform_target = lambda *a, **k: os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
-        m.SUPPORTED_TYPES = {}
-    if n == "neuronxcc.nki._pre_prod_kernels.collectives" or n == "neuronxcc.nki._private_kernels.collectives":
-        class CollectivesConfig:
-            def __init__(s, replica_groups=None):
-                s.replica_groups = replica_groups
-                s.rank_src_tgt_pairs = {r: [] for g in replica_groups for r in g}
-        m.CollectivesConfig = CollectivesConfig
 
-sys.meta_path.insert(0, Finder())
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+GROUPS = {}
+
+
+def group_of(ranks):
+    """The gloo group of this rank among `ranks`, a list of lists (or a group already, or None for all)."""
+    if not isinstance(ranks, list | tuple):
+        return ranks
+    if str(ranks) not in GROUPS:
+        groups = [dist.new_group(list(each), backend="gloo") for each in ranks]
+        GROUPS[str(ranks)] = next(group for group, each in zip(groups, ranks, strict=True) if dist.get_rank() in each)
+    return GROUPS[str(ranks)]
+
+
+def all_reduce(op, tensors, scale=1.0, groups=None, pin_layout=True):
+    single = isinstance(tensors, torch.Tensor)
+    reduced = []
+    for tensor in [tensors] if single else tensors:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=group_of(groups))
+        reduced.append(tensor * scale)
+    return reduced[0] if single else reduced
+
+
+def all_gather(tensor, dim=0, groups=None, output=None, pin_layout=True):
+    group = group_of(groups)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def reduce_scatter(op, tensor, scale, scatter_dim, shard_count, groups=None, output=None, pin_layout=True):
+    group = group_of(groups)
+    tensor = tensor.contiguous().clone()
+    dist.all_reduce(tensor, group=group)
+    part = tensor.chunk(shard_count, dim=scatter_dim)[dist.get_rank(group)] * scale
+    return part if output is None else output.copy_(part)
+
+
+class ToXlaTensorArena:
+    """Converts the tensors in nested containers together."""
+
+    def __init__(self, convert, select):
+        self.convert, self.select = convert, select
+
+    def transform(self, data):
+        found = []
+
+        def collect(value):
+            if isinstance(value, dict | list | tuple):
+                for each in value.values() if isinstance(value, dict) else value:
+                    collect(each)
+            elif self.select(value):
+                found.append(value)
+
+        collect(data)
+        converted = iter(self.convert(found) if found else [])
+
+        def replace(value):
+            if isinstance(value, dict):
+                return type(value)((key, replace(each)) for key, each in value.items())
+            if isinstance(value, list | tuple):
+                return type(value)(replace(each) for each in value)
+            return next(converted) if self.select(value) else value
+
+        return replace(data)
+
+
+class TensorReference:
+    def __init__(self, tid):
+        self.tid = tid
+
+
+class MpDeviceLoader:
+    def __init__(self, loader, device):
+        self._loader, self._device = loader, device
+
+    def __iter__(self):
+        return iter(self._loader)
+
+    def __len__(self):
+        return len(self._loader)
+
+
+class CollectivesConfig:
+    def __init__(self, replica_groups=None):
+        self.replica_groups = replica_groups
+        self.rank_src_tgt_pairs = {each: [] for group in replica_groups for each in group}
+
+
+def local_device_count():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def get_platform_target(*unused):
+    return os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+
+
+os.environ.setdefault("FAKE_HOST_WORLD_SIZE", "1")
+MODULES = {
+    "torch_xla": {"__version__": "2.9.0"},
+    "torch_xla.core.xla_model": {
+        "REDUCE_SUM": "sum",
+        "REDUCE_MAX": "max",
+        "REDUCE_MIN": "min",
+        "rendezvous": lambda *unused: dist.barrier() if dist.is_initialized() else None,
+        "mark_step": lambda *unused, **unused_too: None,
+        "xla_device": lambda *unused: torch.device("cpu"),
+        "is_master_ordinal": lambda local=True: rank() == 0,
+        "master_print": lambda *text: print(*text) if rank() == 0 else None,
+        "get_ordinal": rank,
+        "xrt_world_size": world_size,
+        "is_xla_tensor": lambda tensor: False,
+        "all_reduce": all_reduce,
+        "all_gather": all_gather,
+        "reduce_scatter": reduce_scatter,
+        "set_rng_state": lambda seed, device=None: torch.manual_seed(int(seed)),
+        "ToXlaTensorArena": ToXlaTensorArena,
+    },
+    "torch_xla.core.xla_env_vars": {"HOST_WORLD_SIZE": "FAKE_HOST_WORLD_SIZE"},
+    "torch_xla.runtime": {
+        "local_ordinal": lambda: int(os.environ.get("LOCAL_RANK", 0)),
+        "global_ordinal": rank,
+        "world_size": world_size,
+        "local_device_count": local_device_count,
+        "addressable_device_count": local_device_count,
+        "local_process_count": local_device_count,
+        "global_device_count": world_size,
+    },
+    "torch_xla.utils.serialization": {
+        "TensorReference": TensorReference,
+        "save": lambda data, path, **unused: torch.save(data, path),
+    },
+    "torch_xla.utils.checkpoint": {"checkpoint": torch.utils.checkpoint.checkpoint},
+    "torch_xla.distributed.zero_redundancy_optimizer": {
+        "ZeroRedundancyOptimizer": type("ZeroRedundancyOptimizer", (torch.optim.Optimizer,), {}),
+    },
+    "torch_xla.distributed.parallel_loader": {"MpDeviceLoader": MpDeviceLoader},
+    "torch_neuronx.utils": {"get_platform_target": get_platform_target, "SUPPORTED_TYPES": {}},
+    "torch_neuronx.utils.utils": {"get_platform_target": get_platform_target, "SUPPORTED_TYPES": {}},
+    "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
+    "neuronxcc.nki._private_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
+}
+
+
+class NeuronClasses:
+    """torch.classes.neuron, under which NxD looks for types of the runtime."""
+
+    def __getattr__(self, name):
+        kind = type(name, (), {})
+        setattr(self, name, kind)
+        return kind
+
 
 def map_xla_to_cpu():
-    """device='xla' -> cpu in torch.ones & Module.to/Tensor.to (the example's CoreAttention and LoraModel hard-code 'xla')."""
-    def fix(v): return "cpu" if (isinstance(v, str) and v.startswith("xla")) else v
-    for fn in ("ones", "zeros", "empty", "rand", "arange", "full", "tensor"):
-        o = getattr(torch, fn)
-        def w(*a, _o=o, **k):
-            if "device" in k: k["device"] = fix(k["device"])
-            return _o(*a, **k)
-        setattr(torch, fn, w)
-    mo = torch.nn.Module.to
-    torch.nn.Module.to = lambda s, *a, **k: mo(s, *[fix(x) for x in a], **{q: fix(x) for q, x in k.items()})
-    to = torch.Tensor.to
-    torch.Tensor.to = lambda s, *a, **k: to(s, *[fix(x) for x in a], **{q: fix(x) for q, x in k.items()})
+    """Let Module.to("xla") mean the CPU: LoraModel hard-codes the device."""
+    to = torch.nn.Module.to
+    torch.nn.Module.to = lambda module, *args, **kwargs: to(
+        module, *["cpu" if arg == "xla" else arg for arg in args], **kwargs
+    )
 
-class _NS:
-    def __getattr__(self, n):
-        t = type(n, (), {}); setattr(self, n, t); return t
-torch.classes.neuron = _NS()
+
+sys.meta_path.insert(0, Finder())
+torch.classes.neuron = NeuronClasses()

@@ -1,7 +1,16 @@
-"""The trainer's own code path on both backends from the same shards: `cpu`, and `neuron` with the real NxD."""
+"""The trainer's own code path on both backends from the same shards: `cpu`, and `neuron` with the real NxD on a CPU.
+
+NxD is neither in requirements.lock nor in this project; without it these tests are skipped. To run them:
+
+    git clone https://github.com/aws-neuron/neuronx-distributed nxd              (fbac349, Neuron SDK 2.29, was used)
+    pip install --no-deps --target nxd-site boto3 botocore s3transfer jmespath tenacity \\
+        transformers==4.48.0 tokenizers==0.21.4 huggingface-hub==0.36.0
+    NXD_SOURCE=$PWD/nxd/src NXD_SITE=$PWD/nxd-site .venv/bin/pytest tests/neuron
+"""
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +23,27 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parents[2]
+REHEARSAL = Path(__file__).parent / "rehearsal"
 
 pytestmark = pytest.mark.slow
 
 STEPS = 10
 CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2 a KV head is on two of them
+
+
+@pytest.fixture(scope="session")
+def nxd_environment() -> dict[str, str]:
+    """Environment variables with which a process imports the real NxD, on a CPU."""
+    source, site = os.environ.get("NXD_SOURCE"), os.environ.get("NXD_SITE")
+    if not source or not site:
+        pytest.skip(f"needs NxD's source: NXD_SOURCE=<clone>/src NXD_SITE=<its packages>, see {Path(__file__).name}")
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(REHEARSAL), source, site]),
+        "NXD_CPU_MODE": "1",
+        "NXD_LOG_LEVEL": "error",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def run_stage(name: str, folder: Path, env: dict[str, str] | None = None) -> None:
@@ -115,11 +140,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
             worst = max(worst, (tensor - other[key]).abs().max().item())
     print("adapter", worst)
     assert worst < 1e-5
-    a, b = metrics(found), metrics(expected)
-    for name in ("base_validation_loss", "validation_loss"):
-        assert a.pop(name) == pytest.approx(b.pop(name), abs=1e-5)
-    assert a.pop("train_loss") == pytest.approx(b.pop("train_loss"), abs=1e-5)
-    assert a == b
+    losses = ("base_validation_loss", "validation_loss", "train_loss")
+    one_run, other_run = metrics(found), metrics(expected)
+    for name in losses:
+        assert one_run.pop(name) == pytest.approx(other_run.pop(name), abs=1e-5)
+    assert one_run == other_run
 
 
 @pytest.mark.parametrize(("hw_backend", "multiplier"), CUTS)
