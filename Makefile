@@ -9,6 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 HOST ?=
 PORT ?=
 NAME ?=
+PLAN ?=
 COMPARE ?=
 ARGS ?=
 
@@ -57,8 +58,8 @@ serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server
 smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
 	@python tools/smoke.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
 
-doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml?
-	@python tools/doctor.py
+doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml? PLAN=1: what the run will be
+	@python tools/doctor.py $(if $(PLAN),--plan)
 
 profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \

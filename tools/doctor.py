@@ -1,13 +1,13 @@
 """Preflight: would the pipeline and the server run here on params.yaml? One line a check; exit 1 when they would not.
 
     python tools/doctor.py [--params FILE]
+    python tools/doctor.py --plan       # what the run will be, on any machine and offline (make doctor PLAN=1)
     python tools/doctor.py --repro      # what `make repro` looks at: no server port, and only failures are printed
 
 Imports neither torch nor vLLM, so it takes about a second (a hub source that is not here yet: a look at its config).
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from trnlora import paths
+from trnlora import paths, trainium
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
 from trnlora.params import Params, load_params
+from trnlora.plan import GIB, estimated_rows, make_plan
 from trnlora.sources import hub_snapshot, parse_source
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
-GIB = 2**30
 
 # A check yields what it found to be well, and raises UserError for what would make a run fail.
 Check = Callable[[Params], Iterator[str]]
@@ -38,8 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--repro", action="store_true", help="the checks of `make repro`; print failures only")
+    parser.add_argument("--plan", action="store_true", help="print the plan of the run and check nothing but its sizes")
     args = parser.parse_args()
     params = load_params(args.params)
+    if args.plan:
+        for line in plan(params):
+            print(line)
+        return
     checks: list[Check] = [python, packages, repository, backend, model, token, disk, memory]
     if not args.repro:
         checks.append(port)
@@ -104,19 +109,123 @@ def repository(params: Params) -> Iterator[str]:
 def backend(params: Params) -> Iterator[str]:
     """What params.backend needs on this machine."""
     if params.backend == "neuron":
-        lacking = [name for name in ("torch_neuronx", "neuronx_distributed") if importlib.util.find_spec(name) is None]
-        if not Path("/dev/neuron0").exists():
-            lacking.insert(0, "/dev/neuron0 (a Trainium instance with the Neuron driver)")
-        if importlib.util.find_spec("trnlora.backends.neuron") is None:
-            lacking.append("trnlora.backends.neuron (not in this version: write backend: cpu)")
-        if lacking:
-            raise UserError(f"backend neuron lacks {', '.join(lacking)}")
+        yield from neuron(params)
     if params.backend == "cuda":
         import torch
 
         if not torch.cuda.is_available():
             raise UserError(f"backend cuda: torch {torch.__version__} sees no GPU; write backend: cpu")
     yield f"backend {params.backend}, {os.cpu_count()} cores for {processes(params)} training processes"
+
+
+def neuron(params: Params) -> Iterator[str]:
+    """Driver, cores, training environment and compile cache of a Trainium machine; every lack in one line."""
+    lacking = []
+    version = Path("/sys/module/neuron/version")
+    cores = neuron_cores()
+    if not version.exists():
+        lacking.append("the Neuron driver (start AWS's Neuron machine image, or install aws-neuronx-dkms)")
+    elif cores is None:
+        lacking.append("neuron-ls (install aws-neuronx-tools)")
+    elif cores < processes(params):
+        lacking.append(
+            f"cores: {cores} of the {processes(params)} of dp_size × tp_size (lower train.dp_size; a trn2.48xlarge has "
+            "64 with neuron.logical_core_size 2, a trn1.32xlarge 32)"
+        )
+    python = params.neuron.python or sys.executable
+    found = trainium.installed(python, ("torch-neuronx", "neuronx-distributed", "neuronx-cc", *trainium.PURE_PACKAGES))
+    if found is None:
+        lacking.append(
+            f"neuron.python {python} (set it to the Python of your Neuron environment: ls -d /opt/aws_neuronx*)"
+        )
+    else:
+        missing = [name for name, installed in found.items() if installed is None]
+        if missing:
+            lacking.append(f'{", ".join(missing)} in {python} (docs/trainium.md, "The environments")')
+        nxd = found["neuronx-distributed"]
+        if nxd and not nxd.startswith(trainium.NXD_VERSIONS):
+            lacking.append(
+                f"a supported neuronx-distributed: {nxd} is none of {', '.join(trainium.NXD_VERSIONS)} (SDK 2.29 to "
+                "2.31, the last one with NxD on the machine image)"
+            )
+    downcast = [name for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16") if os.environ.get(name, "0") != "0"]
+    if downcast:
+        lacking.append(f"float32: {', '.join(downcast)} makes the adapter bfloat16 (unset it)")
+    cache = params.neuron.compile_cache
+    if not cache.startswith("s3://"):
+        parent = next(folder for folder in (Path(cache), *Path(cache).absolute().parents) if folder.exists())
+        if not os.access(parent, os.W_OK):
+            lacking.append(f"a writable compile cache: {cache} (set neuron.compile_cache to a folder of yours)")
+    if lacking:
+        raise UserError("backend neuron lacks " + "; ".join(lacking))
+    yield f"Neuron driver {version.read_text().strip()}, {cores} cores, {python}, compile cache {cache}"
+
+
+def neuron_cores() -> int | None:
+    """Logical cores of this machine; None without neuron-ls."""
+    tool = shutil.which("neuron-ls", path=f"{os.environ['PATH']}:/opt/aws/neuron/bin")
+    if tool is None:
+        return None
+    said = subprocess.run([tool, "--json-output"], capture_output=True, text=True)
+    try:
+        return sum(device["nc_count"] for device in json.loads(said.stdout))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def is_prepared(params: Params) -> bool:
+    """Whether artifacts/prepared is of these params, as dvc.lock has it."""
+    lock = Path("dvc.lock")
+    if not (paths.PREPARED / "train.parquet").exists() or not lock.exists():
+        return False
+    import yaml
+
+    stage = yaml.safe_load(lock.read_text("utf-8")).get("stages", {}).get("prepare_data", {})
+    recorded = stage.get("params", {}).get("params.yaml", {})
+    return all(recorded.get(f"data.{name}") == value for name, value in params.data.model_dump().items())
+
+
+def plan(params: Params) -> Iterator[str]:
+    """The sizes of the run, from the model's config: fetched, on the hub, or of profiles/configs."""
+    source = parse_source(params.model.source)
+    known = Path("profiles/configs") / f"{source.name.rpartition('/')[2]}.json"
+    if is_fetched(params):
+        config = LlamaConfig.from_folder(paths.MODEL)
+    elif source.scheme == "hf" and known.exists():
+        config = LlamaConfig.from_hf(read_json(known))
+    elif source.scheme == "hf":
+        config = LlamaConfig.from_hf(read_json(hub_snapshot(source, ["config.json"]) / "config.json"))
+    elif source.scheme == "path":
+        config = LlamaConfig.from_folder(source.path)
+    else:
+        raise UserError(f"{source.uri} is not here yet: run `dvc repro fetch_model` for its plan")
+    check_divisible(config, params.convert)
+    rows, how = estimated_rows(params), "estimated from the size of data.source; exact after prepare_data"
+    if is_prepared(params):
+        import pyarrow.parquet as pq
+
+        rows, how = pq.read_metadata(paths.PREPARED / "train.parquet").num_rows, "as prepared"
+    run_plan = make_plan(params, config, rows)
+    convert, train = params.convert, params.train
+    yield f"model        {source.uri}: {run_plan.parameters / 1e9:.3f} B parameters, {params.model.dtype}"
+    yield (
+        f"ranks        {run_plan.ranks} = dp {train.dp_size} × tp {convert.tp_size}, {convert.hw_backend}, "
+        f"kv_size_multiplier {convert.kv_size_multiplier}"
+    )
+    yield f"shards       {run_plan.shards} of {run_plan.shard_bytes / GIB:.3f} GiB"
+    yield (
+        f"bytes a core {run_plan.shard_bytes / GIB:.3f} GiB of weights, {run_plan.adapter_bytes / 2**20:.1f} MiB of "
+        "adapter, gradients and optimizer; activations besides"
+    )
+    yield (
+        f"trainable    {run_plan.trainable:,} parameters ({run_plan.trainable / run_plan.parameters:.3%}), "
+        f"{run_plan.trainable_per_rank:,} on a rank"
+    )
+    if run_plan.steps is None:
+        yield "steps        known once the data are prepared"
+    else:
+        yield f"steps        {run_plan.steps_per_epoch} an epoch, {run_plan.steps} in all ({rows} packed rows, {how})"
+    yield f"tokens       {run_plan.tokens_per_step:,} a step, padding included"
 
 
 def processes(params: Params) -> int:

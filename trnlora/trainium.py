@@ -1,9 +1,34 @@
-"""What is particular to Trainium machines: environment variables of a training run. No torch, no Neuron package."""
+"""What is particular to Trainium machines: environments, versions, variables. Imports no torch, no Neuron package."""
 
+import json
 import os
+import subprocess
 from pathlib import Path
 
 from trnlora.params import Params
+
+# neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), as read in its repository and its release notes.
+NXD_VERSIONS = ("0.18", "0.19")
+# What the training stage imports besides the Neuron packages; requirements-neuron.txt has the versions.
+PURE_PACKAGES = ("pydantic", "PyYAML", "pyarrow", "rich", "pytorch-lightning", "dvclive")
+
+_ASK = """
+import importlib.metadata as m, json, sys
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+print(json.dumps({name: version(name) for name in sys.argv[1:]}))
+"""
+
+
+def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] | None:
+    """Versions of packages in the environment of another Python, None for what is missing; None without that Python."""
+    try:
+        said = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    versions: dict[str, str | None] = json.loads(said.stdout)
+    return versions
 
 
 def training_environment(params: Params) -> dict[str, str]:
