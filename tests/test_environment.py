@@ -83,7 +83,7 @@ def test_profile_is_written(make: Make) -> None:
     for arguments in (("profile",), ("profile", "NAME=no-such")):
         done = make.run(*arguments)
         assert done.returncode != 0
-        assert "use NAME= with one of llama3-8b-trn2 smollm2-135m-cpu" in done.stderr
+        assert "use NAME= with one of llama3-8b-trn1 llama3-8b-trn2" in done.stderr
 
 
 def test_a_wrong_python_is_named(make: Make) -> None:
@@ -170,7 +170,7 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
 def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
     done = doctor("--params", ROOT / "profiles/llama3-8b-trn2.yaml", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert re.search(r"^✗ backend neuron lacks .*torch-neuronx", done.stdout, re.M)
+    assert re.search(r"^✗ backend neuron lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
 

@@ -1,6 +1,7 @@
 """Serve the base model as `base` and the adapter as `tuned` behind vLLM's OpenAI-compatible server, until Ctrl-C.
 
     python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--dry-run]     (make serve HOST= PORT=)
+    python tools/serve.py --container IMAGE … on Trainium: the same server in a container
 
 Chat requests are rendered with the template that training used (data.prompt_template). The API key comes from the
 environment alone, VLLM_API_KEY; without one the server binds to loopback addresses only.
@@ -9,6 +10,7 @@ environment alone, VLLM_API_KEY; without one the server binds to loopback addres
 import argparse
 import contextlib
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -23,7 +25,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths, serving, templates
+from trnlora import paths, serving, templates, trainium
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--host", help="address to bind (default: serve.host)")
     parser.add_argument("--port", type=int, help="port to bind (default: serve.port)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
+    parser.add_argument("--container", metavar="IMAGE", help="backend neuron: run the server in this image of AWS's")
     args = parser.parse_args()
 
     params = load_params(args.params)
@@ -48,12 +51,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-serve-") as scratch:
         template = Path(scratch) / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
-        command = serving.serve_command(params, host, port, template)
+        if params.backend == "neuron":
+            python = params.neuron.vllm_python or sys.executable
+            line = serving.neuron_line(trainium.installed(python, ("vllm", "vllm-neuron")) or {})
+            lora_json = Path(scratch) / "lora.json"
+            lora_json.write_text(json.dumps(serving.lora_json()), encoding="utf-8")
+            env, command = serving.neuron_command(params, line, host, port, template, lora_json)
+            if args.container:
+                env, command = {}, serving.neuron_container(env, command, args.container, [Path.cwd(), Path(scratch)])
+        else:
+            command = serving.serve_command(params, host, port, template)
         if args.dry_run:
             key = "VLLM_API_KEY: set" if os.environ.get("VLLM_API_KEY") else "VLLM_API_KEY: not set"
             print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()))
             print(shlex.join(command))
-            print(f"({key}; the chat template is written to a temporary file)")
+            if params.backend == "neuron":
+                print(f"{lora_json.name}: {lora_json.read_text('utf-8')}")
+            print(f"({key}; the files of the command are written to a temporary folder)")
             return
         # vLLM leaves sockets in its temporary folder; in ours they go with it.
         supervise(command, env | {"TMPDIR": scratch}, serving.base_url(host, port))

@@ -3,9 +3,11 @@
 One set of arguments for both, so that what was evaluated is what is served. Nothing here imports vLLM or torch.
 """
 
+import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,10 @@ _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkv]_p
 def engine_args(params: Params) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; `serve_command` writes the same ones as command-line flags.
 
-    Raises UserError for a backend or a LoRA rank that vLLM cannot serve.
+    With backend neuron this is an engine on the host's CPU, which eval_vllm uses: the Neuron plugin computes no
+    prompt_logprobs, so the loss could not be compared there. `neuron_command` has the server's arguments.
+    Raises UserError for a LoRA rank that vLLM cannot serve.
     """
-    if params.backend == "neuron":
-        raise UserError("backend neuron cannot be evaluated or served yet: write backend: cpu and evaluate on the host")
     args: dict[str, Any] = {
         "model": str(paths.MODEL),
         "dtype": params.model.dtype,
@@ -46,7 +48,7 @@ def engine_args(params: Params) -> dict[str, Any]:
         # costs a product with zeros for every token, and prompt_logprobs of a batch fail in the wrapped LM head.
         "lora_target_modules": ["qkv_proj"],
     }
-    if params.backend == "cpu":
+    if params.backend != "cuda":
         # In a batch that mixes requests with and without adapter, vLLM's CPU kernels take "no adapter" (-1) as an index
         # from the end: the base's requests are answered with the adapter of the last slot (vllm issue 48421). One slot
         # more than adapters keeps the last one empty, all zeros.
@@ -68,7 +70,7 @@ def environment(params: Params) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # model and tokenizer are local folders
     }
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR"}
-    if params.backend == "cpu":
+    if params.backend != "cuda":
         # Engine and worker in one process: one import of vLLM less, and no waiting processes beside the threads.
         env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # "auto" leaves out one physical core of those there are, which is one of two.
@@ -95,6 +97,103 @@ def serve_command(params: Params, host: str, port: int, chat_template: Path) -> 
         *("--lora-modules", f"{TUNED}={paths.ADAPTER}"),
         *("--chat-template", str(chat_template)),
         *("--host", host, "--port", str(port)),
+    ]
+
+
+def neuron_line(versions: Mapping[str, str | None]) -> str:
+    """Which arguments the vLLM of a Neuron environment takes, by its packages' versions.
+
+    plugin: vllm-neuron 0.4.1 to 0.5.x (SDK 2.28 to 2.31, NxDI) loads adapters by name from a JSON file.
+    fork:   the older fork of vLLM itself (no vllm-neuron) takes --override-neuron-config.
+    merged: every other vllm-neuron (up to 0.4.0 multi-LoRA raises NotImplementedError; from 0.21 on, without NxDI,
+            none is documented) serves the merged model alone.
+    Raises UserError where there is no vLLM.
+    """
+    plugin = versions.get("vllm-neuron")
+    if plugin:
+        number = tuple(int(part) for part in re.findall(r"\d+", plugin)[:3])
+        return "plugin" if (0, 4, 1) <= number < (0, 6) else "merged"
+    if versions.get("vllm"):
+        return "fork"
+    raise UserError("the environment of neuron.vllm_python has no vllm: name that of vllm-neuron in params.yaml")
+
+
+def neuron_command(
+    params: Params, line: str, host: str, port: int, chat_template: Path, lora_json: Path
+) -> tuple[dict[str, str], list[str]]:
+    """Environment and command of the server on Trainium, for one of `neuron_line`'s lines.
+
+    Sources: aws-neuron-sdk, libraries/nxd-inference/vllm/quickstart-vllm-online-serving.rst and
+    tutorials/trn2-llama3.1-8b-multi-lora-tutorial.ipynb. One replica of tp_size cores serves; raises UserError when
+    the line needs the merged model and there is none.
+    """
+    adapter = paths.ADAPTER.absolute()
+    if line == "merged" and not (paths.MERGED / "config.json").exists():
+        raise UserError(
+            "this vllm-neuron loads no adapters, and there is no merged model: set flatten.merged_model: true and "
+            "run `dvc repro flatten_adapter`"
+        )
+    model = paths.MERGED if line == "merged" else paths.MODEL
+    env = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "NEURON_RT_NUM_CORES": str(params.convert.tp_size),
+        "NEURON_COMPILED_ARTIFACTS": f"{params.neuron.compile_cache}/served-{line}",
+    }
+    if params.neuron.compile_cache.startswith("s3://"):
+        del env["NEURON_COMPILED_ARTIFACTS"]  # a folder; vLLM then compiles into one of its own beside the model
+    if params.convert.hw_backend == "trn2":
+        env["NEURON_LOGICAL_NC_CONFIG"] = str(params.neuron.logical_core_size)
+    if line == "plugin":
+        env["VLLM_NEURON_FRAMEWORK"] = "neuronx-distributed-inference"
+    command = [
+        params.neuron.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server",
+        *("--model", str(model), "--dtype", params.model.dtype),
+        *("--tensor-parallel-size", str(params.convert.tp_size)),
+        *("--max-model-len", str(params.serve.max_model_len), "--max-num-seqs", str(params.serve.max_num_seqs)),
+        *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
+    ]  # fmt: skip
+    loras = str(params.serve.max_loras)
+    if line == "plugin":
+        overrides = {"override_neuron_config": {"lora_ckpt_json": str(lora_json)}}
+        command += [
+            *("--enable-lora", "--max-loras", loras, "--max-cpu-loras", loras),
+            *("--max-lora-rank", str(_max_lora_rank(params.lora.r))),
+            *("--lora-modules", f"{TUNED}={adapter}", "--additional-config", json.dumps(overrides)),
+        ]
+    elif line == "fork":
+        command += [
+            *("--device", "neuron", "--enable-lora", "--max-loras", loras, "--max-lora-rank", str(params.lora.r)),
+            *("--lora-modules", f"{TUNED}={adapter}"),
+            *("--override-neuron-config", json.dumps({"lora_modules": {TUNED: str(adapter)}})),
+        ]
+    return env, [
+        *command,
+        *("--served-model-name", TUNED if line == "merged" else BASE),
+        *("--chat-template", str(chat_template), "--host", host, "--port", str(port)),
+    ]
+
+
+def lora_json() -> dict[str, Any]:
+    """What NxDI reads of lora_ckpt_json: the adapters of the device's memory and of the host's, by name."""
+    adapters = {TUNED: paths.ADAPTER.name}
+    return {
+        "lora-ckpt-dir": str(paths.ADAPTER.parent.absolute()),
+        "lora-ckpt-paths": adapters,
+        "lora-ckpt-paths-cpu": adapters,
+    }
+
+
+def neuron_container(env: Mapping[str, str], command: list[str], image: str, folders: list[Path]) -> list[str]:
+    """The same server in a container that sees the Neuron devices and `folders`, with no --privileged."""
+    devices = [f"--device={path}" for path in sorted(Path("/dev").glob("neuron*"))] or ["--device=/dev/neuron0"]
+    return [
+        *("docker", "run", "--rm", "--network=host", "--shm-size=16g", *devices),
+        *(f"--volume={folder}:{folder}" for folder in folders),
+        f"--workdir={Path.cwd()}",
+        *(flag for name, value in env.items() for flag in ("--env", f"{name}={value}")),
+        *("--env", "VLLM_API_KEY", "--entrypoint", "python", image, *command[1:]),
     ]
 
 
