@@ -24,7 +24,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: help setup repro report test lint serve smoke doctor profile bench lock
+.PHONY: precompile help setup repro report test lint serve smoke doctor profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ smoke: $(READY) ## ask the running server one question of base and adapter; HOST
 
 doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml? PLAN=1: what the run will be
 	@python tools/doctor.py $(if $(PLAN),--plan)
+
+precompile: $(READY) ## Trainium: compile the training graphs ahead, into neuron.compile_cache
+	@python tools/precompile.py
 
 profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \

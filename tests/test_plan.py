@@ -67,3 +67,17 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
     assert env["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:48620"  # the user's own stays
     assert "XLA_USE_BF16" not in env
+
+
+def test_precompilation_takes_the_real_runs_options() -> None:
+    command = [sys.executable, str(ROOT / "tools/precompile.py"), "--dry-run", "--params"]
+    said = subprocess.run(
+        [*command, "profiles/llama3-8b-trn2.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    venv = "/opt/aws_neuronx_venv_pytorch_2_9/bin"
+    assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in said
+    assert "NEURON_CC_FLAGS='--model-type=transformer -O1 --retry_failed_compilation'" in said
+    assert "NEURON_COMPILE_CACHE_URL=/var/tmp/neuron-compile-cache" in said
+    refused = subprocess.run([*command, "params.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "backend cpu compiles nothing" in refused.stderr

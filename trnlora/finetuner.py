@@ -1,6 +1,7 @@
 """The training loop's Lightning module: one Llama with LoRA over any backend's parallel layers."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,8 @@ class LoraFinetuner(pl.LightningModule):
             squares[int(is_replicated(name))] += parameter.grad.square().sum() / copies
         dist.all_reduce(cut := squares[:1].clone(), group=self.tp_group)
         norm = (cut[0] + squares[1]).sqrt()
-        if not torch.isfinite(norm):
+        # neuron_parallel_compile traces the run without computing it, so that its numbers mean nothing.
+        if not torch.isfinite(norm) and "NEURON_EXTRACT_GRAPHS_ONLY" not in os.environ:
             raise UserError(
                 f"the gradient is {norm.item()} at step {self.global_step}: lower train.lr, or look for broken rows"
             )

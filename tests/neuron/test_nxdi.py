@@ -1,0 +1,88 @@
+"""NxD Inference's own adapter loader on the folder that flatten_adapter writes, and on what the usual guide serves.
+
+Skipped without NxDI's source. To run it, as test_rehearsal.py and besides:
+
+    git clone https://github.com/aws-neuron/neuronx-distributed-inference nxdi        (4bcdc54 was used)
+    NXDI_SOURCE=$PWD/nxdi/src … .venv/bin/pytest tests/neuron
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from trnlora.architecture import LlamaConfig
+from trnlora.checkpoint import LORA_TAG, rank_file, save_rank
+from trnlora.files import write_json
+from trnlora.layout import heads_of_rank
+from trnlora.lora import nxd_adapter_config, peft_adapter, peft_adapter_config
+from trnlora.params import load_params
+
+ROOT = Path(__file__).parents[2]
+# Loads a folder with the real LoraCheckpoint and says which of a model's modules found weights, and their norms.
+ASK = """
+import json, sys
+from neuronx_distributed_inference.modules.lora_serving.config import LoraServingConfig
+from neuronx_distributed_inference.modules.lora_serving.lora_checkpoint import LoraCheckpoint
+folder, layers = sys.argv[1], int(sys.argv[2])
+loader = LoraCheckpoint(LoraServingConfig(max_loras=1, lora_ckpt_paths={"tuned": folder}))
+state = loader.load_lora_state_dicts(loader.ckpt_paths)["tuned"]
+names = [f"layers.{n}.self_attn.qkv_proj.{m}_proj.lora_{x}" for n in range(layers) for m in "qkv" for x in "AB"]
+found = {name: loader._get_module_checkpoint(name, state) for name in names}
+print(json.dumps({name: None if w is None else w.norm().item() for name, w in found.items()}))
+"""
+
+
+def matched(folder: Path, layers: int) -> dict[str, float | None]:
+    source, site, nxdi = (os.environ.get(name) for name in ("NXD_SOURCE", "NXD_SITE", "NXDI_SOURCE"))
+    if not source or not site or not nxdi:
+        pytest.skip("needs NxD's and NxDI's source: NXD_SOURCE, NXD_SITE, NXDI_SOURCE, see test_nxdi.py")
+    path = [str(Path(__file__).parent / "rehearsal"), source, nxdi, site]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "NXD_CPU_MODE": "1", "NXD_LOG_LEVEL": "error"}
+    command = [sys.executable, "-c", ASK, str(folder), str(layers)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_every_module_is_matched_and_moved_shards_match_none(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    params = load_params(ROOT / "params.yaml")
+    convert, lora = params.convert, params.lora
+    config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
+    shards = []
+    for rank in range(convert.tp_size):
+        heads = heads_of_rank(config, convert, rank)
+        shard = {}
+        for layer in range(config.num_hidden_layers):
+            qkv = f"model.layers.{layer}.self_attn.qkv_proj"
+            shard[f"{qkv}.lora_A.weight"] = torch.full((lora.r, config.hidden_size), 0.5)
+            for name, held in (("q", heads.q), ("k", heads.kv), ("v", heads.kv)):
+                shard[f"{qkv}.lora_B.weight_{name}"] = torch.randn(len(held) * config.head_dim, lora.r)
+        shards.append(shard)
+        save_rank(rank_file(tmp_path / "nxd", LORA_TAG, rank), shard)
+
+    adapter = peft_adapter(shards, config, convert)
+    (tmp_path / "peft").mkdir()
+    save_file(adapter, tmp_path / "peft/adapter_model.safetensors")
+    write_json(tmp_path / "peft/adapter_config.json", peft_adapter_config(lora, "hf://org/name@main"))
+    found = matched(tmp_path / "peft", config.num_hidden_layers)
+    assert len(found) == config.num_hidden_layers * 6
+    for name, norm in found.items():
+        key = f"base_model.model.model.{name.replace('qkv_proj.', '')}.weight"
+        scale = lora.lora_alpha / lora.r if "lora_A" in name else 1.0  # NxDI puts alpha / r into A
+        assert norm == pytest.approx(adapter[key].norm().item() * scale, rel=1e-5)
+
+    # The usual guide: the .pt files moved up, target_modules rewritten.
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "nxd/lora/model", moved)
+    config_of_guide = {**nxd_adapter_config(lora), "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    write_json(moved / "adapter_config.json", config_of_guide)
+    assert set(matched(moved, config.num_hidden_layers).values()) == {None}
