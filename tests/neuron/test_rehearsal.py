@@ -88,7 +88,7 @@ def train(prepared: Callable[[int], Path], tmp_path: Path, nxd_environment: dict
     def run(backend: str, hw_backend: str, multiplier: int, name: str = "", **sections: dict[str, Any]) -> Path:
         folder = tmp_path / (name or backend)
         shutil.copytree(prepared(4 // multiplier), folder, symlinks=True)
-        train = {"epochs": 9, "max_steps": STEPS, "lr": 1.0e-3, "global_batch_size": 2, **sections.pop("train", {})}
+        train = {"epochs": 9, "max_steps": STEPS, "lr": 2.0e-4, "global_batch_size": 2, **sections.pop("train", {})}
         neuron = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
         write_params(
             folder,
