@@ -11,6 +11,7 @@ PORT ?=
 NAME ?=
 PLAN ?=
 COMPARE ?=
+ADAPTERS ?=
 ARGS ?=
 
 # The stages and tools of this project, whatever Python environment the caller is in.
@@ -24,7 +25,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: precompile help setup repro report test lint serve smoke doctor profile bench lock
+.PHONY: precompile help setup repro report test lint serve load smoke doctor profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,8 +53,11 @@ lint: $(READY) ## ruff and mypy
 	@ruff format --check
 	@mypy trnlora stages tools tests data
 
-serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= override params.yaml
-	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= ADAPTERS="name=path …"
+	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS))
+
+load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, where serve.runtime_adapters allows it
+	@python tools/load_adapter.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ADAPTERS)
 
 smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
 	@python tools/smoke.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')

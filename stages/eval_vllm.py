@@ -10,6 +10,9 @@ The stage fails, with the numbers in one line, when the adapter changes too few 
 (vLLM serves the base model in silence when an adapter does not fit), and when the three losses disagree. The answers
 of a failed run are then in artifacts/answers.rejected.jsonl, and no out is written that could be taken as good.
 
+With eval.adapter, a PEFT adapter from elsewhere is scored in the same way in place of the trained one. Its loss is then
+compared with the base's alone.
+
 Reads   artifacts/model, artifacts/adapter, artifacts/prepared/{validation,test}.jsonl,
         metrics/finetune_lora.json (validation_loss), metrics/flatten_adapter.json (peft_validation_loss)
 Writes  artifacts/answers.jsonl, metrics/eval_vllm.json, plots/exact_match_by_category.json
@@ -24,10 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths, scoring, serving
+from trnlora import paths, peft_folder, scoring, serving
 from trnlora.errors import UserError, run
 from trnlora.files import read_json, read_jsonl, write_json, write_jsonl
 from trnlora.params import Eval, Params, load_params
+from trnlora.peft_folder import Adapter
+from trnlora.sources import hub_snapshot, parse_source
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
 # Nats. An adapter of zeros gives the base's loss to the last bit; one that moves the mean by less does nothing either.
@@ -41,12 +46,18 @@ def main() -> None:
 
     # Everything that can be wrong without vLLM is looked at before the engine is paid for.
     params = load_params(args.params)
-    engine_args = serving.engine_args(params)
-    serving.check_adapter(paths.ADAPTER, paths.MODEL, params.lora.r)
+    if params.eval.adapter is None:
+        tuned = peft_folder.check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora.r, serving.TUNED)
+        other_losses = {
+            "loss_gap_trainer": read_loss("finetune_lora", "validation_loss"),
+            "loss_gap_peft": read_loss("flatten_adapter", "peft_validation_loss"),
+        }
+    else:
+        tuned = peft_folder.check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, serving.TUNED)
+        other_losses = {}
+    engine_args = serving.engine_args(params, [tuned])
     validation = read_rows("validation")
     test = spread(read_rows("test"), params.eval.max_prompts)
-    trainer_loss = read_loss("finetune_lora", "validation_loss")
-    peft_loss = read_loss("flatten_adapter", "peft_validation_loss")
 
     begun = time.perf_counter()
     llm = start_engine(params, engine_args)
@@ -57,16 +68,15 @@ def main() -> None:
     # first, so that loading the adapter and the first touch of memory are not part of the throughput.
     models: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
-    for name in (serving.BASE, serving.TUNED):
-        loss = teacher_forced_loss(llm, name, validation)
-        answers[name], speed = answer(llm, name, test, params.eval.max_tokens)
+    for name, adapter in ((serving.BASE, None), (serving.TUNED, tuned)):
+        loss = teacher_forced_loss(llm, name, adapter, validation)
+        answers[name], speed = answer(llm, name, adapter, test, params.eval.max_tokens)
         models[name] = {"loss": loss, **score(answers[name], test), **speed}
 
     metrics: dict[str, Any] = {
         "prompts": len(test),
         "changed_fraction": scoring.changed_fraction(*([a["text"] for a in answers[name]] for name in models)),
-        "loss_gap_trainer": abs(models[serving.TUNED]["loss"] - trainer_loss),
-        "loss_gap_peft": abs(models[serving.TUNED]["loss"] - peft_loss),
+        **{name: abs(models[serving.TUNED]["loss"] - loss) for name, loss in other_losses.items()},
         "engine_start_seconds": engine_start_seconds,
         "seconds": time.perf_counter() - begun,
         **models,
@@ -106,6 +116,14 @@ def read_rows(split: str) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path} has no rows: raise data.{split}_fraction or give prepare_data more rows")
     return rows
+
+
+def fetch_adapter(uri: str) -> Path:
+    """The folder that eval.adapter names, downloaded where it is on the hub."""
+    source = parse_source(uri)
+    if source.scheme == "hf":
+        return hub_snapshot(source, ["adapter_config.json", "adapter_model.safetensors"])
+    return source.path
 
 
 def spread(rows: list[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
@@ -164,12 +182,12 @@ def quiet() -> Iterator[None]:
             os.close(descriptor)
 
 
-def generate(llm: Any, title: str, name: str, prompts: list[list[int]], sampling: Any) -> tuple[list[Any], float]:
+def generate(
+    llm: Any, title: str, adapter: Adapter | None, prompts: list[list[int]], sampling: Any
+) -> tuple[list[Any], float]:
     """Outputs of vLLM in the order of `prompts` (token ids), and the seconds it took."""
     from tqdm import tqdm
     from vllm.lora.request import LoRARequest
-
-    adapter = LoRARequest(serving.TUNED, 1, str(paths.ADAPTER)) if name == serving.TUNED else None
 
     def bar(rows: Any = None, **options: Any) -> Any:
         # vLLM asks for two bars: one over the rows as it queues them, which is over at once, and the one that counts.
@@ -179,21 +197,21 @@ def generate(llm: Any, title: str, name: str, prompts: list[list[int]], sampling
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         sampling,
-        lora_request=adapter,
+        lora_request=LoRARequest(adapter.name, 1, str(adapter.folder)) if adapter else None,
         # Not a disabled bar where nobody watches: vLLM divides by its elapsed time, which is then 0.
         use_tqdm=bar if sys.stderr.isatty() else False,
     )
     return outputs, time.perf_counter() - begun
 
 
-def teacher_forced_loss(llm: Any, name: str, rows: list[dict[str, Any]]) -> float:
+def teacher_forced_loss(llm: Any, name: str, adapter: Adapter | None, rows: list[dict[str, Any]]) -> float:
     """Mean cross-entropy in nats over all response tokens (EOS included) of all rows, as the trainer counts it."""
     from vllm import SamplingParams
 
     # 0: the log-probability of the actual token alone (vllm/sampling_params.py). One token must be generated.
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     prompts = [row["prompt_token_ids"] + row["response_token_ids"] for row in rows]
-    outputs, seconds = generate(llm, f"{name} loss", name, prompts, sampling)
+    outputs, seconds = generate(llm, f"{name} loss", adapter, prompts, sampling)
     total, count = 0.0, 0
     for row, tokens, output in zip(rows, prompts, outputs, strict=True):
         for position in range(len(row["prompt_token_ids"]), len(tokens)):
@@ -204,13 +222,13 @@ def teacher_forced_loss(llm: Any, name: str, rows: list[dict[str, Any]]) -> floa
 
 
 def answer(
-    llm: Any, name: str, rows: list[dict[str, Any]], max_tokens: int
+    llm: Any, name: str, adapter: Adapter | None, rows: list[dict[str, Any]], max_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Greedy answers (text, tokens incl. EOS, finish_reason) in the order of `rows`, and the throughput."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-    outputs, seconds = generate(llm, f"{name} answers", name, [row["prompt_token_ids"] for row in rows], sampling)
+    outputs, seconds = generate(llm, f"{name} answers", adapter, [row["prompt_token_ids"] for row in rows], sampling)
     completions = [output.outputs[0] for output in outputs]
     answers = [{"text": c.text, "tokens": len(c.token_ids), "finish_reason": c.finish_reason} for c in completions]
     tokens = sum(a["tokens"] for a in answers)
@@ -252,7 +270,8 @@ def gate(metrics: dict[str, Any], limits: Eval) -> list[str]:
             f"(eval.min_changed_fraction {limits.min_changed_fraction:.1%}), "
             f"loss {base_loss:.6f} without and {tuned_loss:.6f} with it"
         )
-    for name, gap in (("the trainer", metrics["loss_gap_trainer"]), ("PEFT", metrics["loss_gap_peft"])):
+    for name, key in (("the trainer", "loss_gap_trainer"), ("PEFT", "loss_gap_peft")):
+        gap = metrics.get(key, 0.0)  # not measured for an adapter from elsewhere
         if not gap <= limits.max_loss_gap:
             failures.append(
                 f"vLLM's loss of the adapter is {tuned_loss:.6f}, {gap:.6f} nats from that of {name} "

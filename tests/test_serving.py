@@ -25,7 +25,7 @@ import yaml
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from trnlora import serving
+from trnlora import peft_folder, serving
 from trnlora.errors import UserError
 from trnlora.params import Params
 
@@ -101,7 +101,8 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> 
 
 
 def test_what_peft_writes_passes(adapter: Path, tiny_llama: Path) -> None:
-    serving.check_adapter(adapter, tiny_llama, R)
+    checked = peft_folder.check_own_adapter(adapter, tiny_llama, R, "tuned")
+    assert checked == peft_folder.check_adapter(adapter, tiny_llama, "tuned")
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -156,7 +157,7 @@ def test_an_adapter_that_vllm_would_not_apply_is_refused(
 ) -> None:
     spoil(spoiled)
     with pytest.raises(UserError, match=message) as caught:
-        serving.check_adapter(spoiled, tiny_llama, R)
+        peft_folder.check_own_adapter(spoiled, tiny_llama, R, "tuned")
     assert "\n" not in str(caught.value)
 
 
@@ -169,13 +170,14 @@ def test_max_lora_rank_is_rounded_up_to_what_vllm_takes(r: int, rank: int) -> No
 
 
 def test_what_cannot_be_served_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.r 513 is above 512"):
+    with pytest.raises(UserError, match=r"LoRA rank 513 is above 512"):
         serving.engine_args(params(lora={"r": 513}))
 
 
 def test_the_server_gets_the_arguments_that_were_evaluated() -> None:
     args = serving.engine_args(params())
-    command = serving.serve_command(params(), "127.0.0.1", 8000, Path("template.jinja"))
+    adapters = [peft_folder.Adapter("tuned", Path("artifacts/adapter"), R, frozenset({"q_proj", "k_proj", "v_proj"}))]
+    command = serving.serve_command(params(), "127.0.0.1", 8000, Path("template.jinja"), adapters)
     flags = {flag: values for flag, *values in (part.split() for part in " ".join(command).split(" --")[1:])}
     for name, value in args.items():
         expected = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]

