@@ -46,6 +46,8 @@ def main() -> None:
 
     # Everything that can be wrong without vLLM is looked at before the engine is paid for.
     params = load_params(args.params)
+    validation = read_rows("validation")
+    test = spread(read_rows("test"), params.eval.max_prompts)
     if params.eval.adapter is None:
         tuned = peft_folder.check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora.r, serving.TUNED)
         other_losses = {
@@ -56,8 +58,6 @@ def main() -> None:
         tuned = peft_folder.check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, serving.TUNED)
         other_losses = {}
     engine_args = serving.engine_args(params, [tuned])
-    validation = read_rows("validation")
-    test = spread(read_rows("test"), params.eval.max_prompts)
 
     begun = time.perf_counter()
     llm = start_engine(params, engine_args)

@@ -244,13 +244,13 @@ def test_the_first_exception_in_the_output_is_the_reason() -> None:
 
 
 class Server:
-    def __init__(self, workdir: Path, tmp: Path) -> None:
+    def __init__(self, workdir: Path, tmp: Path, *arguments: str) -> None:
         self.port = free_port()
         self.log = tmp / "serve.log"
         env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
         with self.log.open("w") as log:
             self.process = psutil.Popen(
-                [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port)],
+                [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port), *arguments],
                 cwd=workdir,
                 env=env | {"TMPDIR": str(tmp)},
                 stdout=log,

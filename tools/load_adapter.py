@@ -2,8 +2,8 @@
 
     python tools/load_adapter.py [--params FILE] [--host HOST] [--port PORT] NAME=FOLDER …     (make load ADAPTERS=)
 
-Each is checked as `make serve` checks those it starts with. The server has room for adapters on q, k and v of rank up to
-lora.r's, and for serve.max_loras of them. A server with an API key wants VLLM_API_KEY here too.
+Each is checked as `make serve` checks those it starts with. The server has room for adapters on q, k and v, of rank up
+to lora.r, and for serve.max_loras of them. A server with an API key wants VLLM_API_KEY here too.
 """
 
 import argparse

@@ -16,7 +16,7 @@ def headers() -> dict[str, str]:
 
 
 def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> Any:
-    """GET, or POST `body` as JSON; the parsed reply (or text). Raises UserError when nobody answers, and on a refusal."""
+    """GET, or POST `body` as JSON; the parsed reply or its text. Raises UserError where there is none, or a refusal."""
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url + path, data, headers()), timeout=timeout) as response:

@@ -7,7 +7,6 @@ without a word (vllm issues 34186, 55193). Only headers are read here, so the ch
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
