@@ -25,7 +25,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: precompile help setup repro report test lint serve load smoke doctor profile bench lock
+.PHONY: help setup repro report test lint serve load smoke doctor precompile profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
