@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H hidden, D head size, V vocabulary; q and k are this
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,27 +55,21 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
-    tokens = document_ids.shape[1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
-    return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
-
-
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
+        self.backend = backend
         self.head_dim = config.head_dim
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (q_size, kv_size), kv_size_multiplier)
         self.o_proj = backend.row_parallel_linear(q_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any) -> Tensor:
         # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        y = self.backend.attention(q, k, v, documents)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -97,8 +92,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,9 +153,9 @@ class Llama(nn.Module):
         """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors."""
         x = self.model.embed_tokens(input_ids)
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
-        mask = document_mask(document_ids)
+        documents = self.backend.documents(document_ids)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, mask)
+            x = layer(x, cos, sin, documents)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -171,15 +166,7 @@ class Llama(nn.Module):
         """Sum of the next-token cross-entropy in nats over labelled tokens, and their number.
 
         hidden (B, T, H) and labels (B, T) are aligned as in HF: position t predicts labels[t + 1], and −100 marks
-        what is not to be learnt. Logits are computed for labelled positions only, where the backend's shapes may vary.
+        what is not to be learnt.
         """
-        if self.backend.static_shapes:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
-            labelled = targets != -100
-            logits = self.logits(hidden)  # (B, T, V/tp)
-            nats = self.backend.parallel_cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten())
-            return (nats * labelled.flatten()).sum(), labelled.sum()
-        targets = labels[:, 1:]
-        labelled = targets != -100
-        logits = self.logits(hidden[:, :-1][labelled])  # (N, V/tp)
-        return self.backend.parallel_cross_entropy(logits, targets[labelled]).sum(), labelled.sum()
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
+        return self.backend.cross_entropy(hidden, self.lm_head, targets), (targets != -100).sum()

@@ -8,8 +8,8 @@ torch.distributed, `backends/neuron.py` takes NxD's.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class Backend(Protocol):
@@ -17,7 +17,6 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
-    static_shapes: bool  # whether every batch must run through the same shapes
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""
@@ -35,14 +34,26 @@ class Backend(Protocol):
         """(…, input) whole to q (…, output_sizes[0]/tp), k and v (…, output_sizes[1]·multiplier/tp) of this rank."""
         ...
 
-    def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each position in nats (N,) from this rank's logits (N, V/tp) and whole-vocabulary labels (N,)."""
+    def documents(self, document_ids: Tensor) -> Any:
+        """What `attention` needs to know of document_ids (B, T), made once for all layers."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
+        """Causal, inside each document: q (B, heads, T, D), k and v (B, KV heads, T, D) to (B, heads, T, D)."""
+        ...
+
+    def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
+        """Sum of the losses in nats against targets (B, T), token ids; −100 marks what counts not.
+
+        hidden: the model's output, (B, T, H), or this rank's part of the tokens with sequence parallelism, which
+        lm_head, a column_parallel_linear of H to the vocabulary, frozen, puts together.
+        """
         ...
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: Any) -> None:
         """Make each gradient, in place, the sum over the data-parallel replicas in `group`."""
         ...
 
-    def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
         """AdamW over `parameters`, in float32."""
         ...

@@ -31,7 +31,7 @@ from torch_xla.utils.checkpoint import checkpoint
 from trnlora.architecture import LlamaConfig
 from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
 from trnlora.errors import UserError
-from trnlora.llama import Llama, document_mask
+from trnlora.llama import Llama
 from trnlora.params import Params
 
 SEQUENCE = 1  # the dimension of (B, T, H) that sequence parallelism cuts
@@ -82,8 +82,6 @@ class _LoraModel(LoraModel):
 class NeuronBackend:
     """`trnlora.backends.Backend` over NxD's groups, which `NeuronStrategy` makes."""
 
-    static_shapes = True  # every new shape is a graph that is compiled for minutes
-
     adapter: LoraModel  # NxD's wrapper around the model with LoRA, which saves the adapter
 
     def __init__(self, params: Params, nxd_config: dict[str, Any]):
@@ -112,7 +110,10 @@ class NeuronBackend:
         return _QKVLinear(input_size, output_sizes, kv_size_multiplier, self.sequence_parallel)
 
     def documents(self, document_ids: Tensor) -> Tensor:
-        return document_mask(document_ids)
+        """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
+        tokens = document_ids.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
+        return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
         # NxD's flash attention kernel knows causal masks alone, so it cannot keep packed documents apart.
@@ -120,8 +121,11 @@ class NeuronBackend:
             return checkpoint(_core_attention, q, k, v, documents, use_reentrant=True)  # all that torch_xla supports
         return _core_attention(q, k, v, documents)
 
-    def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return parallel_cross_entropy(logits.float(), labels)
+    def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
+        # At every position, with zeros where nothing counts: a shape that changes would be another graph to compile.
+        logits = lm_head(hidden).flatten(0, 1).float()  # (B·T, V/tp)
+        targets = targets.flatten()
+        return (parallel_cross_entropy(logits, targets.clamp(min=0)) * (targets != -100)).sum()
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         """NxDOptimizer has replaced the gradients with their mean by now: make it the sum."""

@@ -248,8 +248,6 @@ class GQAQKVColumnParallelLinear(nn.Module):
 class TorchBackend:
     """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
 
-    static_shapes = False
-
     def __init__(self, tp_group: Group, kv_group: Group, abort: Callable[[], None]):
         self.tp_group = tp_group
         self.kv_group = kv_group
@@ -269,8 +267,19 @@ class TorchBackend:
     def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
         return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
 
-    def parallel_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return _ParallelCrossEntropy.apply(logits, labels, self.tp_group)
+    def documents(self, document_ids: Tensor) -> Tensor:
+        """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
+        tokens = document_ids.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
+        return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents, enable_gqa=q.shape[1] != k.shape[1])
+
+    def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
+        labelled = targets != -100
+        logits = lm_head(hidden[labelled])  # (N, V/tp): for labelled positions only
+        return _ParallelCrossEntropy.apply(logits, targets[labelled], self.tp_group).sum()
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         for gradient in gradients:
