@@ -12,6 +12,7 @@ NAME ?=
 PLAN ?=
 COMPARE ?=
 ADAPTERS ?=
+MODEL ?=
 ARGS ?=
 
 # The stages and tools of this project, whatever Python environment the caller is in.
@@ -25,7 +26,7 @@ export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
 
-.PHONY: help setup repro report test lint serve load smoke doctor precompile profile bench lock
+.PHONY: help setup repro report test lint serve load smoke ui chat doctor precompile profile bench lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,12 @@ load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, whe
 
 smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
 	@python tools/smoke.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+
+ui: $(READY) ## base and adapters side by side in the browser, on the running server or one that it starts; as for serve
+	@python tools/ui.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS))
+
+chat: $(READY) ## a conversation with a model of the running server in the terminal; MODEL=name (default: tuned)
+	@python tools/chat.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)')
 
 doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml? PLAN=1: what the run will be
 	@python tools/doctor.py $(if $(PLAN),--plan)

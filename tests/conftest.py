@@ -88,7 +88,12 @@ class Browser:
         from selenium import webdriver
 
         options = webdriver.ChromeOptions()
-        for argument in ("headless=new", "no-sandbox", "disable-gpu", "host-resolver-rules=MAP * ~NOTFOUND"):
+        for argument in (
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        ):
             options.add_argument(f"--{argument}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         options.binary_location = shutil.which("chromium") or ""
