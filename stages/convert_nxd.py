@@ -21,7 +21,7 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, write_json
+from trnlora.files import atomic_dir, write_json, write_sums
 from trnlora.layout import check_divisible, shard_pieces
 from trnlora.params import Convert, load_params
 
@@ -68,6 +68,7 @@ def to_nxd(config: LlamaConfig, convert: Convert) -> None:
                 f"the shards' logits differ from HF's by {difference:.3g}, above convert.max_logits_diff "
                 f"{convert.max_logits_diff:g}: the shards were not kept; report this model's config"
             )
+        write_sums(partial)
 
     metrics = {
         "logits_max_abs_diff": difference,

@@ -3,6 +3,9 @@
     python stages/finetune_lora.py [--params FILE]                      starts dp_size × tp_size ranks on this machine
     torchrun --nproc_per_node N … stages/finetune_lora.py [--params …]  the same, with a rendezvous of your own
 
+A run that was stopped, by whatever, goes on from its last checkpoint in .scratch/checkpoints when it is started again
+with the same inputs, params and code, and ends in the same bytes (trnlora/resume.py).
+
 Reads   artifacts/shards, artifacts/model/config.json, artifacts/prepared/{train,validation}.parquet
 Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt and adapter_config.json (NxD's paths),
         metrics/finetune_lora.json, metrics/timing/finetune_lora.json, plots/training (DVCLive's curves)
@@ -10,8 +13,11 @@ Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt an
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
+import shutil
+import signal
 import sys
 import time
 import warnings
@@ -20,11 +26,13 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
-from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, partial_path, write_json
+from trnlora.errors import UserError, explain, run
+from trnlora.files import SUMS, atomic_dir, check_sums, clear_partial, partial_path, sha256, write_json, write_sums
 from trnlora.layout import check_divisible, kv_replica_groups
 from trnlora.params import Params, load_params
 from trnlora.trainium import training_environment
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
 
 
 def main() -> None:
@@ -56,12 +64,19 @@ def enter_neuron(params: Params) -> None:
 
 
 def launch(processes: int) -> None:
-    """Start the ranks with torchrun's launcher and wait; the first failure of a rank becomes the one error line."""
+    """Start the ranks with torchrun's launcher and wait; the first failure of a rank becomes the one error line.
+
+    A rank that dies ends the others at once: the launcher looks after them every 0.2 s, and SIGTERM ends a rank
+    without delay.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # More threads than cores make every rank wait for the others' time slices.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # And MKL must not take fewer than these when the machine is busy: sums would differ in the last bits.
+    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     launch_config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
@@ -69,13 +84,19 @@ def launch(processes: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page on a failure: see below
     try:
         elastic_launch(launch_config, sys.executable)("-u", __file__, *sys.argv[1:])
+    except SignalException as error:
+        clear_partial(paths.LORA_SHARDS)
+        raise UserError(f"training was stopped by {error.sigval.name}; run it again to go on") from None
     except ChildFailedError as error:
+        clear_partial(paths.LORA_SHARDS)
         # The ranks that waited for the failed one fail too, within the same second: a reason for the user goes first.
         told = [rank for rank in error.failures if failure_text(error.failures[rank])[0].startswith("UserError: ")]
         rank = told[0] if told else error.get_first_failure()[0]
         reason, traceback = failure_text(error.failures[rank])
         if not told:
             print(traceback, file=sys.stderr)
+        if "(SIGKILL)" in reason:
+            reason += " (where nobody sent it, the memory was full: see dmesg); run it again to go on"
         raise UserError(f"training stopped, rank {rank} failed: {reason.removeprefix('UserError: ')}") from None
 
 
@@ -87,15 +108,15 @@ def failure_text(failure: Any) -> tuple[str, str]:
 
 def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> None:
     import pytorch_lightning as pl
-    import torch
     import torch.distributed as dist
     from dvclive import Live
     from pytorch_lightning.strategies import ModelParallelStrategy
 
+    from trnlora import resume
     from trnlora.backends.torch import process_backend
-    from trnlora.batches import read_rows
+    from trnlora.batches import read_rows, source_rows
     from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
-    from trnlora.finetuner import LoraFinetuner
+    from trnlora.finetuner import LoraFinetuner, NotFinite
     from trnlora.llama import Llama
     from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config, trainable_parameters
     from trnlora.progress import TrainingProgress
@@ -111,7 +132,11 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         logging.getLogger(library).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
+    rank, is_first = int(os.environ["RANK"]), os.environ["RANK"] == "0"
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
+    check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet"])
+    shard_file = rank_file(paths.SHARDS, PRETRAINED_TAG, rank % tp_size)
+    check_sums(paths.SHARDS, "convert_nxd", [str(shard_file.relative_to(paths.SHARDS))])
     train_rows = read_rows(paths.PREPARED / "train.parquet")
     validation_rows = read_rows(paths.PREPARED / "validation.parquet")
     steps_per_epoch = -(-len(train_rows["labels"]) // params.train.global_batch_size)
@@ -124,16 +149,9 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             model = neuron.build_model(mesh, params, config, paths.SHARDS, kv_groups)
         else:
             backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, dp_size)
-            shard = load_rank(rank_file(paths.SHARDS, PRETRAINED_TAG, backend.tp_rank))
-            model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+            model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, load_rank(shard_file))
             add_lora(model, params.lora)
         draw_lora_a(model, params.train.seed)
-        # From here on only dropout draws: alike on tensor-parallel ranks, which share their input, and different
-        # on replicas, which do not.
-        seed = params.train.seed + 1 + dist.get_rank(mesh["data_parallel"].get_group())
-        torch.manual_seed(seed)
-        if on_neuron:
-            neuron.seed_device(seed)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         expected = trainable_parameters(config, params.convert.kv_size_multiplier, tp_size, params.lora)
         assert trainable == expected, f"{trainable} trainable parameters on a rank, expected {expected}"
@@ -146,10 +164,32 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             "accelerator": "gpu" if params.backend == "cuda" else "cpu",
             "strategy": ModelParallelStrategy(data_parallel_size=dp_size, tensor_parallel_size=tp_size),
         }
-    module = LoraFinetuner(build, params.train, train_rows, validation_rows, total_steps)
-    is_first = os.environ["RANK"] == "0"
-    curves = Live(str(paths.PLOTS / "training"), dvcyaml=None, save_dvc_exp=False) if is_first else None
-    progress = TrainingProgress(total_steps, curves)
+    checkpoint_params = {"checkpoint_every_steps", "checkpoints_kept"}
+    run_folder = resume.run_folder(
+        {
+            "backend": params.backend,
+            "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
+            "lora": params.lora.model_dump(),
+            "train": params.train.model_dump(exclude=checkpoint_params),
+            "inputs": [sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)],
+        }
+    )
+    checkpoint = resume.latest(run_folder)
+    resumed = resume.load(checkpoint, rank) if checkpoint else None
+    step = resumed["step"] if resumed else 0
+    curves = None
+    if is_first:
+        if checkpoint:
+            print(f"going on from step {step} of {total_steps} ({checkpoint})", flush=True)
+            resume.restore_curves(checkpoint, paths.PLOTS / "training")
+        curves = Live(str(paths.PLOTS / "training"), resume=checkpoint is not None, dvcyaml=None, save_dvc_exp=False)
+    module = LoraFinetuner(
+        build, params.train, train_rows, validation_rows, total_steps, step, resumed and resumed["module"]
+    )
+    progress = TrainingProgress(total_steps, curves, **(resumed["progress"] if resumed else {}))
+    checkpoints = resume.Checkpoints(
+        run_folder, progress, params.train.checkpoint_every_steps, params.train.checkpoints_kept
+    )
     trainer = pl.Trainer(
         **placement,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -157,34 +197,45 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         max_epochs=params.train.epochs,
         max_steps=total_steps,
         accumulate_grad_batches=params.train.global_batch_size // (params.train.micro_batch_size * dp_size),
-        num_sanity_val_steps=-1,  # the whole validation set once before the first step: the base model's loss
+        # At the start the whole validation set once: the base model's loss. A resumed run has it.
+        num_sanity_val_steps=0 if resumed else -1,
         reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         use_distributed_sampler=False,  # MicroBatches cuts the rows for each replica
-        enable_checkpointing=False,
+        enable_checkpointing=False,  # Lightning's holds the whole model, and not where in an epoch it was made
         enable_progress_bar=False,  # TrainingProgress, which also counts tokens
         enable_model_summary=False,
-        callbacks=[progress],
+        callbacks=[progress, checkpoints],
         logger=False,  # TrainingProgress keeps the curves
     )
+    resume.fast_forward(trainer, step, steps_per_epoch)
     started = time.perf_counter()
-    trainer.fit(module)
-    if module.validated_step != trainer.global_step:  # max_steps ended in the middle of an epoch
-        trainer.validate(module, verbose=False)
-    if curves:
-        curves.end()
-
-    # Every rank writes its file below the folder that the first rank renames at the end.
-    assert module.model is not None
+    # Held from the start, so that no second run writes the same out.
     with atomic_dir(paths.LORA_SHARDS) if is_first else contextlib.nullcontext():
-        dist.barrier()
+        try:
+            trainer.fit(module)
+        except NotFinite as error:
+            lines = source_rows(paths.PREPARED / "train.parquet", error.rows)
+            of_lines = f" on lines {', '.join(map(str, lines[:20]))}{' …' * (len(lines) > 20)} of data.source"
+            raise UserError(
+                f"{error}{of_lines if lines else ''}: lower train.lr or look for broken rows or weights; "
+                f"last good checkpoint: {resume.latest(run_folder) or 'none yet'}"
+            ) from None
+        if module.validated_step != trainer.global_step:  # max_steps ended in the middle of an epoch
+            trainer.validate(module, verbose=False)
+        if curves:
+            curves.end()
+
+        # Every rank writes its file below the folder that the first rank renames at the end.
+        assert module.model is not None
         partial = partial_path(paths.LORA_SHARDS)
         if on_neuron:
             neuron.save_adapter(partial, module.model)
-        elif dist.get_rank() < tp_size:  # data-parallel replicas hold equal adapters
-            save_rank(rank_file(partial, LORA_TAG, module.model.backend.tp_rank), adapter_state(module.model))
+        elif rank < tp_size:  # data-parallel replicas hold equal adapters
+            save_rank(rank_file(partial, LORA_TAG, rank), adapter_state(module.model))
+        dist.barrier()
         if is_first:
             write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))
-        dist.barrier()
+            write_sums(partial)
 
     peaks = progress.peak_rss_gib()
     if is_first:
@@ -202,12 +253,13 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
         }
         write_json(paths.METRICS / "finetune_lora.json", metrics)
         timing = {
-            "seconds": time.perf_counter() - started,
+            "seconds": time.perf_counter() - started,  # of this start; what follows counts the whole run
             "tokens_per_second": progress.tokens / progress.seconds,
             "peak_rss_gib_per_rank": max(peaks),
             "peak_rss_gib_all_ranks": sum(peaks),
         }
         write_json(paths.METRICS / "timing" / "finetune_lora.json", timing)
+        shutil.rmtree(run_folder)  # the run is done: asked to run again, it trains again
     dist.barrier()  # nobody leaves while another still talks
 
 
@@ -217,11 +269,16 @@ def rank_main() -> None:
 
     handler = get_error_handler()
     handler.initialize()
+    # The launcher starts ranks in sessions of their own, where nothing that ends the launcher would reach them.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the rank at once: nothing but a checkpoint could be saved
     try:
         main()
     except Exception as error:
-        handler.record_exception(error)
-        sys.exit(1)
+        line = explain(error)
+        handler.record_exception(UserError(line) if line else error)
+        # No ordinary exit here either: threads that wait for the other ranks could hold it up.
+        os._exit(1)
     # All is written. An ordinary exit can abort instead ("terminate called without an active exception") when gloo's
     # threads meet the interpreter's end, which would fail a run that is done.
     sys.stdout.flush()

@@ -32,7 +32,7 @@ def main() -> None:
     started = time.perf_counter()
 
     from trnlora import data
-    from trnlora.files import atomic_dir, write_json, write_jsonl
+    from trnlora.files import atomic_dir, write_json, write_jsonl, write_sums
     from trnlora.params import load_params
 
     params = load_params(args.params).data
@@ -74,6 +74,7 @@ def main() -> None:
             if split != "train":
                 write_jsonl(out / f"{split}.jsonl", [data.example_record(example) for example in members])
             metrics[split] = counts
+        write_sums(out)
     everything = [example.row for members in examples.values() for example in members]
     metrics["rows_by_category"] = dict(sorted(Counter(row.category for row in everything).items()))
     metrics["responses"] = data.response_statistics([row.response for row in everything])

@@ -33,6 +33,12 @@ def read_rows(path: Path) -> dict[str, Tensor]:
     return rows
 
 
+def source_rows(path: Path, packed_rows: list[int]) -> list[int]:
+    """The lines of the data source that went into these rows of a packed parquet file."""
+    row_ids = pq.read_table(path, columns=["row_ids"])["row_ids"]
+    return sorted(line for row in packed_rows for line in row_ids[row].as_py())
+
+
 class MicroBatches(Dataset):
     """The micro-batches of one data-parallel replica for one epoch, as a dataset of ready batches.
 

@@ -235,7 +235,7 @@ def assign(lengths: Sequence[int], seq_len: int, seed: int) -> list[list[int]]:
 
 
 def packed_row(examples: Sequence[Example], seq_len: int, pad_token_id: int) -> dict[str, list[int]]:
-    """Lay documents into one row: four lists of `seq_len` ints.
+    """Lay documents into one row: four lists of `seq_len` ints, and row_ids, the documents' lines in the source.
 
     input_ids; labels (aligned with input_ids as HF has them, IGNORED on prompts and padding); position_ids, which
     restart at 0 in each document; document_ids, 1, 2, … and 0 for padding. Each document begins with prompt tokens,
@@ -249,7 +249,8 @@ def packed_row(examples: Sequence[Example], seq_len: int, pad_token_id: int) -> 
         row["document_ids"] += [number] * len(example)
     padding = seq_len - len(row["input_ids"])
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0, "document_ids": 0}
-    return {column: values + [fill[column]] * padding for column, values in row.items()}
+    padded = {column: values + [fill[column]] * padding for column, values in row.items()}
+    return padded | {"row_ids": [example.row.id for example in examples]}
 
 
 def pack(
@@ -267,7 +268,8 @@ def pack(
 
 
 def write_parquet(path: Path, packed: list[dict[str, list[int]]]) -> None:
-    """Write packed rows: columns input_ids, labels, position_ids, document_ids, each a list<int32> of seq_len."""
+    """Write packed rows: columns input_ids, labels, position_ids, document_ids, each a list<int32> of seq_len,
+    and row_ids, a list<int32> with one for each document."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,10 +1,13 @@
 """Files that are whole or not there: everything is written under a temporary name, then renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,46 @@ def partial_path(target: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success it replaces `target`, on an error it is removed."""
+    """Yield an empty folder beside `target`; on success it replaces `target`, on an error it is removed.
+
+    What a killed process left of it is cleared away. Raises UserError while another process writes the same target,
+    which happens when a stage outlives the `dvc` that started it.
+    """
     partial = partial_path(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    lock = _lock_empty_dir(partial)
     try:
         yield partial
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def clear_partial(target: Path) -> None:
+    """Remove what a killed process left of `target`; not what another process is writing now."""
+    with contextlib.suppress(UserError):
+        lock = _lock_empty_dir(partial_path(target))
+        partial_path(target).rmdir()
+        os.close(lock)
+
+
+def _lock_empty_dir(folder: Path) -> int:
+    """Make `folder`, or empty it, and hold it with a lock that ends with the process; the lock's descriptor."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"another process is writing {folder}: wait until it is done, or end it") from None
+        if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
+            break
+        os.close(lock)  # its last owner has just renamed or removed it
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return lock
 
 
 @contextlib.contextmanager
@@ -37,6 +70,8 @@ def atomic_file(target: Path) -> Iterator[Path]:
     partial = partial_path(target)
     try:
         yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # or a power failure could leave the new name without the new bytes
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -85,3 +120,40 @@ def sha256(path: Path) -> str:
     """sha256 of a file's bytes, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: Path) -> None:
+    """Write the sha256 of every file below `folder` to `folder`/SHA256SUMS; `sha256sum -c SHA256SUMS` reads it."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    with atomic_file(folder / SUMS) as partial:
+        partial.write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names)), "utf-8")
+
+
+def check_sums(folder: Path, stage: str, names: Iterable[str] | None = None) -> None:
+    """Compare files below `folder` (`names`; None: all) with its SHA256SUMS; `stage` is what writes the folder.
+
+    Raises UserError naming the first file that is missing, damaged or not listed.
+    """
+    mend = f"run `dvc repro -f {stage}`"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: run `dvc repro {stage}`")
+    try:
+        lines = (folder / SUMS).read_text("utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{folder / SUMS} is missing or damaged: {mend}") from None
+    names = sorted(listed if names is None else names)
+    for name in names:
+        if name not in listed or not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing: {mend}")
+    for name, digest in _digests(folder, names):
+        if digest != listed[name]:
+            raise UserError(f"{folder / name} is damaged, its sha256 is not that of {folder / SUMS}: {mend}")
+
+
+def _digests(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing releases Python's lock
+        yield from zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True)

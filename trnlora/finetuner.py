@@ -1,5 +1,6 @@
 """The training loop's Lightning module: one Llama with LoRA over any backend's parallel layers."""
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -8,14 +9,32 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trnlora.batches import MicroBatches, epoch_order
-from trnlora.errors import UserError
 from trnlora.llama import Llama
 from trnlora.lora import is_replicated
 from trnlora.params import Train
+
+# neuron_parallel_compile traces the run without computing it, so that its numbers mean nothing.
+TRACES_ONLY = "NEURON_EXTRACT_GRAPHS_ONLY" in os.environ
+
+# What the loop measured so far: a resumed run does not measure it again.
+MEASURED = ("base_validation_loss", "validation_loss", "validated_step", "train_loss", "grad_norm", "lr")
+
+
+class NotFinite(Exception):
+    """A loss or gradient became NaN or Inf.
+
+    what: "the loss is nan"; step: counted from 1, 0 for the base model; rows: the packed rows of that step's batch.
+    """
+
+    def __init__(self, what: str, step: int, rows: list[int]):
+        super().__init__(f"{what} at step {step}")
+        self.step = step
+        self.rows = rows
 
 
 def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -30,6 +49,7 @@ class LoraFinetuner(pl.LightningModule):
 
     build: makes this rank's model, from the strategy's device mesh with the dims data_parallel, tensor_parallel.
     train_rows, validation_rows: packed rows as `trnlora.batches.read_rows` gives them.
+    step, resumed: optimizer steps that are done, and the `training_state` after them; 0 and None for a new run.
     """
 
     def __init__(
@@ -39,6 +59,8 @@ class LoraFinetuner(pl.LightningModule):
         train_rows: dict[str, Tensor],
         validation_rows: dict[str, Tensor],
         total_steps: int,
+        step: int = 0,
+        resumed: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.build = build
@@ -46,6 +68,9 @@ class LoraFinetuner(pl.LightningModule):
         self.train_rows = train_rows
         self.validation_rows = validation_rows
         self.total_steps = total_steps
+        self.steps_per_epoch = -(-len(train_rows["labels"]) // train.global_batch_size)
+        self.start_step = step
+        self.resumed = resumed
         self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
         self.model: Llama | None = None
         self.base_validation_loss = math.nan  # before the first step: lora_B is 0, so this is the base model
@@ -54,6 +79,20 @@ class LoraFinetuner(pl.LightningModule):
         self.train_loss = math.nan  # of the last step, like the next two
         self.grad_norm = math.nan  # before clipping
         self.lr = math.nan
+        if resumed:
+            for name, value in resumed["measured"].items():
+                setattr(self, name, value)
+
+    def training_state(self) -> dict[str, Any]:
+        """All of this rank that a run needs to go on after an optimizer step, on the CPU."""
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        state = {
+            "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
+            "optimizer": optimizer.state_dict(),  # type: ignore[union-attr]
+            "schedule": schedule.state_dict(),  # type: ignore[union-attr]
+            "measured": {name: getattr(self, name) for name in MEASURED},
+        }
+        return move_data_to_device(state, "cpu")
 
     def configure_model(self) -> None:
         if self.model is None:  # Lightning calls this again for a validation after the fit
@@ -61,13 +100,17 @@ class LoraFinetuner(pl.LightningModule):
             self.model = self.build(self.device_mesh)
             self.dp_group = self.device_mesh["data_parallel"].get_group()
             self.tp_group = self.device_mesh["tensor_parallel"].get_group()
+            if self.resumed:
+                with torch.no_grad():
+                    for name, parameter in self._trainable().items():
+                        parameter.copy_(self.resumed["adapter"][name])
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
         hidden = self.model(batch["input_ids"], batch["position_ids"], batch["document_ids"])
         return self.model.loss(hidden, batch["labels"])
 
-    def _batches(self, rows: dict[str, Tensor], order: Tensor) -> DataLoader:
+    def _batches(self, rows: dict[str, Tensor], order: Tensor, first: int = 0) -> DataLoader:
         batches = MicroBatches(
             rows,
             order,
@@ -76,17 +119,30 @@ class LoraFinetuner(pl.LightningModule):
             dp_rank=dist.get_rank(self.dp_group),
             dp_size=self.train_params.dp_size,
         )
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))
 
     def train_dataloader(self) -> DataLoader:
+        """The micro-batches of the epoch; of those that a resumed run finds begun, the rest."""
         order = epoch_order(len(self.train_rows["labels"]), self.current_epoch, self.train_params.seed)
-        return self._batches(self.train_rows, order)
+        epoch, steps_done = divmod(self.start_step, self.steps_per_epoch)
+        first = steps_done * self.trainer.accumulate_grad_batches if self.current_epoch == epoch else 0
+        return self._batches(self.train_rows, order, first)
 
     def val_dataloader(self) -> DataLoader:
         return self._batches(self.validation_rows, torch.arange(len(self.validation_rows["labels"])))
 
     def on_train_epoch_start(self) -> None:
         self.step_loss = torch.zeros((), device=self.device)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], index: int) -> None:
+        """Seed what is random in a step (dropout) by the step: a resumed run needs no generator's state.
+
+        Alike on tensor-parallel ranks, which share their input, and different on replicas, which do not.
+        """
+        if index % self.trainer.accumulate_grad_batches == 0:
+            seed = f"{self.train_params.seed} {self.global_step} {dist.get_rank(self.dp_group)}"
+            assert self.model is not None
+            self.model.backend.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss_sum, _ = self._loss(batch)
@@ -114,15 +170,21 @@ class LoraFinetuner(pl.LightningModule):
             squares[int(is_replicated(name))] += parameter.grad.square().sum() / copies
         dist.all_reduce(cut := squares[:1].clone(), group=self.tp_group)
         norm = (cut[0] + squares[1]).sqrt()
-        # neuron_parallel_compile traces the run without computing it, so that its numbers mean nothing.
-        if not torch.isfinite(norm) and "NEURON_EXTRACT_GRAPHS_ONLY" not in os.environ:
-            raise UserError(
-                f"the gradient is {norm.item()} at step {self.global_step}: lower train.lr, or look for broken rows"
-            )
+        self._check_finite("loss", self.train_loss)
+        self._check_finite("gradient's norm", norm.item())
         scale = (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in self._trainable().values():
             parameter.grad.mul_(scale)  # type: ignore[union-attr]
         self.grad_norm = norm.item()
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """Raise NotFinite, alike on all ranks: `value` is over the whole global batch."""
+        if not math.isfinite(value) and not TRACES_ONLY:
+            epoch, done = divmod(self.global_step, self.steps_per_epoch)
+            order = epoch_order(len(self.train_rows["labels"]), epoch, self.train_params.seed)
+            size = self.train_params.global_batch_size
+            rows = order[done * size : (done + 1) * size].tolist()
+            raise NotFinite(f"the {what} is {value}", self.global_step + 1, rows)
 
     def on_validation_epoch_start(self) -> None:
         # Nats and labelled tokens; Neuron has no float64.
@@ -136,6 +198,8 @@ class LoraFinetuner(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         dist.all_reduce(self.validation_sums, group=self.dp_group)
         loss = (self.validation_sums[0] / self.validation_sums[1]).item()
+        if not math.isfinite(loss) and not TRACES_ONLY:
+            raise NotFinite(f"the validation loss is {loss}", self.global_step, [])
         if self.trainer.sanity_checking:
             self.base_validation_loss = loss
             return
@@ -150,6 +214,10 @@ class LoraFinetuner(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: linear_schedule(step, self.total_steps, self.warmup_steps)
         )
+        if self.resumed:
+            optimizer.load_state_dict(self.resumed["optimizer"])
+            schedule.load_state_dict(self.resumed["schedule"])
+            self.resumed = None  # all of it is in use now
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -96,6 +96,8 @@ class Train(Section):
     dp_size: PositiveInt
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt
+    checkpoint_every_steps: PositiveInt
+    checkpoints_kept: PositiveInt
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="before")

@@ -5,6 +5,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 
 MODEL = Path("artifacts/model")  # fetch_model: the HF folder
+MODEL_CONFIG = MODEL / "config.json"
 PREPARED = Path("artifacts/prepared")  # prepare_data: packed rows (parquet) and examples (jsonl)
 SHARDS = Path("artifacts/shards")  # convert_nxd: pretrained_weight/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt
 LORA_SHARDS = Path("artifacts/lora_adapter")  # finetune_lora: lora/model/…pt and adapter_config.json, as NxD

@@ -17,15 +17,20 @@ class TrainingProgress(pl.Callback):
     """Counts real tokens (padding does not count) and the seconds of training steps, and keeps the curves.
 
     total_steps: optimizer steps to come; curves: DVCLive's, on the first rank (DVCLive's own Lightning logger counts
-    steps from 0 and logs the first of them twice). tokens: of all replicas; seconds: without validation and start-up.
+    steps from 0 and logs the first of them twice). tokens: of all replicas; seconds: without validation and start-up;
+    both go on from the values of a resumed run.
     """
 
-    def __init__(self, total_steps: int, curves: Live | None):
+    def __init__(self, total_steps: int, curves: Live | None, *, tokens: int = 0, seconds: float = 0.0):
         self.total_steps = total_steps
         self.curves = curves
-        self.tokens = 0
-        self.seconds = 0.0
+        self.tokens = tokens
+        self.seconds = seconds
         self._bar: Progress | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run hands to `__init__` again."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
 
     def on_sanity_check_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -50,6 +50,10 @@ class Backend(Protocol):
         """
         ...
 
+    def seed(self, seed: int) -> None:
+        """Seed what this rank draws from here on (dropout)."""
+        ...
+
     def add_over_replicas(self, gradients: Sequence[Tensor], group: Any) -> None:
         """Make each gradient, in place, the sum over the data-parallel replicas in `group`."""
         ...

@@ -127,6 +127,10 @@ class NeuronBackend:
         targets = targets.flatten()
         return (parallel_cross_entropy(logits, targets.clamp(min=0)) * (targets != -100)).sum()
 
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        xm.set_rng_state(seed)
+
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         """NxDOptimizer has replaced the gradients with their mean by now: make it the sum."""
         for gradient in gradients:
@@ -178,11 +182,6 @@ def build_model(
     )
     backend.adapter.is_config_saved = True  # the stage writes it, beside the shards
     return model
-
-
-def seed_device(seed: int) -> None:
-    """Seed what the device draws: dropout."""
-    xm.set_rng_state(seed)
 
 
 def _check_kv_groups(kv_groups: list[list[int]]) -> None:

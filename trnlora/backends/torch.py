@@ -281,6 +281,9 @@ class TorchBackend:
         logits = lm_head(hidden[labelled])  # (N, V/tp): for labelled positions only
         return _ParallelCrossEntropy.apply(logits, targets[labelled], self.tp_group).sum()
 
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         for gradient in gradients:
             dist.all_reduce(gradient, group=group)
