@@ -22,7 +22,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
@@ -31,6 +31,9 @@ from trnlora.files import atomic_dir, read_json, sha256, write_json
 from trnlora.layout import check_divisible, hf_shapes
 from trnlora.params import Model, load_params
 from trnlora.sources import Source, hub_snapshot, parse_source
+
+if TYPE_CHECKING:
+    from trnlora.checkpoint import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 # All that training, vLLM and PEFT read. A repository's other files (pytorch_model.bin, original/…) stay behind.
@@ -217,7 +220,16 @@ def check_weights(folder: Path, config: LlamaConfig) -> int:
                     f"{key} has the shape {checkpoint[key].shape}, its config.json says {shape}: "
                     "config and weights are of different models"
                 )
+            check_finite(key, checkpoint[key])
         return sum(math.prod(tensor.shape) for tensor in checkpoint.stored.values())
+
+
+def check_finite(key: str, tensor: "StoredTensor") -> None:
+    """Raise UserError for NaN or Inf, looking at 64 MiB at a time."""
+    rows = max(1, 2**26 // tensor.row_bytes)
+    for first in range(0, tensor.rows, rows):
+        if not tensor.read(first, min(first + rows, tensor.rows)).isfinite().all():
+            raise UserError(f"{key} holds NaN or Inf: the model's weights are damaged, fetch another copy or revision")
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -18,9 +18,9 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
-    """strict: no "3" for 3, no true for 1; forbid: a mistyped key is an error, not a silent default."""
+    """strict: no "3" for 3, no true for 1; forbid: a mistyped key is an error, not a silent default; no inf or nan."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):

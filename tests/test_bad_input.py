@@ -1,0 +1,382 @@
+"""Bad input, a table of it: exit 1, one line that names the thing, no traceback, no partial out, within 10 s.
+
+The stages' own `main` runs in this process, as `python stages/….py` would run it, but without the imports' seconds.
+"""
+
+import json
+import runpy
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from trnlora.errors import run
+from trnlora.files import read_json
+
+SECONDS = 10
+
+
+class Bench:
+    """A folder with params.yaml for the tiny Llama, in which a case spoils something and a stage is run."""
+
+    def __init__(self, root: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.llama = Path(shutil.copytree(model, root / "llama"))
+        self.params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+        self.params["model"] |= {"source": f"path://{self.llama}", "sha256": None}
+        self.params["data"] |= {"source": "path://rows.jsonl", "seq_len": 256}
+        self.rows = [json.loads(line) for line in (ROOT / "data/tasks.jsonl").read_text("utf-8").splitlines()[:60]]
+        monkeypatch.chdir(root)
+        self._monkeypatch = monkeypatch
+        self.patch_env(HF_TOKEN=None, HF_HUB_OFFLINE=None, VLLM_API_KEY=None)
+
+    def patch_env(self, **values: str | None) -> None:
+        for name, value in values.items():
+            if value is None:
+                self._monkeypatch.delenv(name, raising=False)
+            else:
+                self._monkeypatch.setenv(name, value)
+
+    def install_model(self) -> None:
+        shutil.copytree(self.llama, "artifacts/model")
+
+    def write_rows(self, content: bytes | None = None) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        Path("rows.jsonl").write_bytes(text.encode() if content is None else content)
+
+    def write_params(self) -> None:
+        Path("params.yaml").write_text(yaml.safe_dump(self.params), "utf-8")
+
+    def refused(self, script: str, *arguments: str) -> str:
+        """The line that the script ends on."""
+        outs = {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/**/*")}
+        main = runpy.run_path(str(ROOT / script))["main"]
+        self._monkeypatch.setattr(sys, "argv", [script, *arguments])
+        begun = time.monotonic()
+        with pytest.raises(SystemExit) as end:
+            run(main)
+        assert time.monotonic() - begun < SECONDS
+        line = end.value.code
+        assert isinstance(line, str)
+        assert line.startswith("error: ")
+        assert "\n" not in line
+        assert {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/**/*")} == outs
+        assert not list(Path().glob("**/.*.partial"))
+        return line
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, tiny_llama, monkeypatch)
+
+
+# params.yaml: every stage reads it first; fetch_model does so before any download
+
+PARAMS: list[tuple[str, Any, str]] = [
+    ("train.lr", "1e-4", "YAML reads 1e-4 as a string"),
+    ("train.lr", -1.0, "train.lr"),
+    ("train.lr", 0.0, "train.lr"),
+    ("train.lr", float("nan"), "train.lr"),
+    ("train.lr", float("inf"), "train.lr"),
+    ("train.learning_rate", 1.0, "train.learning_rate is not a known key"),
+    ("train.epochs", 0, "train.epochs"),
+    ("train.epochs", 1.5, "train.epochs"),
+    ("train.epochs", True, "train.epochs"),
+    ("train.max_steps", -1, "max_steps: -1 is refused"),
+    ("train.seed", -1, "train.seed"),
+    ("train.warmup_ratio", 1.1, "train.warmup_ratio"),
+    ("train.global_batch_size", "8", "write it unquoted"),
+    ("train.checkpoint_every_steps", 0, "train.checkpoint_every_steps"),
+    ("train", None, "train"),
+    ("convert.tp_size", 5, "num_attention_heads % tp_size"),
+    ("convert.tp_size", 0, "convert.tp_size"),
+    ("convert.kv_size_multiplier", 2, "must be a multiple of kv_size_multiplier"),
+    ("convert.hw_backend", "trn9", "convert.hw_backend"),
+    ("convert.fuse_qkv", "False", "convert.fuse_qkv"),
+    ("lora.r", 0, "lora.r"),
+    ("lora.lora_dropout", 1.0, "lora.lora_dropout"),
+    ("lora.target_modules", ["o_proj"], "lora.target_modules"),
+    ("data.seq_len", 4, "data.seq_len"),
+    ("data.test_fraction", 0.95, "must be below 1"),
+    ("data.prompt_template", "vicuna", "data.prompt_template"),
+    ("model.source", "s3://bucket", "model.source"),
+    ("model.source", "hf://org/name", "pin the revision"),
+    ("model.source", "path:///nowhere", "there is no folder /nowhere"),
+    ("model.sha256", "0" * 64, "write null"),
+    ("model.dtype", "float8", "model.dtype"),
+    ("serve.port", 70000, "serve.port"),
+    ("backend", "tpu", "backend"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), PARAMS, ids=lambda value: str(value)[:30])
+def test_params(bench: Bench, key: str, value: Any, message: str) -> None:
+    section, _, name = key.partition(".")
+    if name:
+        bench.params[section][name] = value
+    else:
+        bench.params[section] = value
+    bench.write_params()
+    assert message in bench.refused("stages/fetch_model.py")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "holds no keys"), (b"train: [", "not valid YAML"), (b"\xff\xfe\x00", "not valid YAML"), (b"- 1", "no keys")],
+    ids=["empty", "broken", "binary", "list"],
+)
+def test_params_file(bench: Bench, content: bytes, message: str) -> None:
+    Path("params.yaml").write_bytes(content)
+    assert message in bench.refused("stages/fetch_model.py")
+
+
+# Models: files of an HF folder that fetch_model is to bring
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(model: Path) -> None:
+        (model / "config.json").write_text(json.dumps(read_json(model / "config.json") | changes), "utf-8")
+
+    return edit
+
+
+def truncate(model: Path) -> None:
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[:-100])
+
+
+def spoil_weights(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def name_a_missing_shard(model: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def drop_eos(model: Path) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (model / name).exists():
+            kept = {key: value for key, value in read_json(model / name).items() if key != "eos_token"}
+            (model / name).write_text(json.dumps(kept), "utf-8")
+
+
+def drop_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda model: (model / "config.json").unlink(), "has no config.json"),
+    "broken config": (lambda model: (model / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no model.safetensors"),
+    "truncated weights": (truncate, "where its header says"),
+    "no safetensors": (
+        lambda model: (model / "model.safetensors").write_bytes(b"PK"),
+        "no readable safetensors header",
+    ),
+    "NaN weights": (spoil_weights, "model.norm.weight holds NaN or Inf"),
+    "missing shard": (name_a_missing_shard, "lacks model-00001-of-00002.safetensors"),
+    "wrong architecture": (edit_config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+    "quantized": (edit_config(quantization_config={"quant_method": "awq"}), "quantized"),
+    "config without sizes": (edit_config(hidden_size=None), "lacks hidden_size"),
+    "config of another model": (edit_config(hidden_size=384, head_dim=32), "of different models"),
+    "more layers than weights": (edit_config(num_hidden_layers=5), "model.layers.2"),
+    "vocabulary": (edit_config(vocab_size=1530), "1530"),
+    "no tokenizer": (drop_tokenizer, "tokenizer"),
+    "broken tokenizer": (lambda model: (model / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
+    "no EOS": (drop_eos, "has no eos_token"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(bench: Bench, case: str) -> None:
+    spoil, message = MODELS[case]
+    spoil(bench.llama)
+    bench.write_params()
+    assert message in bench.refused("stages/fetch_model.py")
+
+
+# Data: prepare_data on rows of its own
+
+GOOD = json.dumps({"instruction": "Say it.", "context": "", "response": "it", "category": "talk"}).encode() + b"\n"
+
+DATA: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "holds no rows"),
+    "bad JSON": (GOOD + b"{\n", "line 2 is not valid JSON"),
+    "not an object": (GOOD + b"[1]\n", "line 2 is not a JSON object"),
+    "missing column": (GOOD + b'{"instruction": "a"}\n', "line 2 has no column"),
+    "non-string": (GOOD + GOOD.replace(b'"it"', b"7"), "line 2: response must be a string"),
+    "null": (GOOD + GOOD.replace(b'"it"', b"null"), "line 2: response must be a string"),
+    "empty response": (GOOD + GOOD.replace(b'"it"', b'" "'), "line 2: response is empty"),
+    "invalid UTF-8": (GOOD + b'{"instruction": "\xff"}\n', "line 2 is not valid UTF-8"),
+    "one row": (GOOD, "1 rows leave none for"),
+    "1 MB responses": (
+        b"".join(
+            GOOD.replace(b"Say it.", f"Say {n}.".encode()).replace(b'"it"', b'"' + b"word " * 200_000 + b'"')
+            for n in range(4)
+        ),
+        "rows exceed data.seq_len",
+    ),
+    "deep": (b"[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(bench: Bench, case: str) -> None:
+    content, message = DATA[case]
+    bench.write_rows(content)
+    bench.install_model()
+    bench.write_params()
+    assert message in bench.refused("stages/prepare_data.py")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"categories": ["no such"]}, "no row has no such"),
+        ({"categories": []}, "the list is empty"),
+        ({"seq_len": 8}, "rows exceed data.seq_len 8"),
+        ({"sha256": "0" * 64}, "but data.sha256 pins"),
+        ({"source": "path://absent.jsonl"}, "absent.jsonl is not a file"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_data_params(bench: Bench, changes: dict[str, Any], message: str) -> None:
+    bench.params["data"] |= changes
+    bench.write_rows()
+    bench.install_model()
+    bench.write_params()
+    assert message in bench.refused("stages/prepare_data.py")
+
+
+# What one stage left for the next: damaged, missing or of another run
+
+
+def adapter_of(bench: Bench) -> list[Path]:
+    """The shards of an adapter for the tiny Llama, tp 3."""
+    import torch
+
+    from trnlora.architecture import LlamaConfig
+    from trnlora.checkpoint import LORA_TAG, rank_file, save_rank
+    from trnlora.files import write_json, write_sums
+    from trnlora.lora import _adapter_shapes, nxd_adapter_config
+    from trnlora.params import Params
+
+    params = Params.model_validate(bench.params)
+    folder = Path("artifacts/lora_adapter")
+    shapes = _adapter_shapes(LlamaConfig.from_folder(bench.llama), params.convert, params.lora)
+    files = [rank_file(folder, LORA_TAG, rank) for rank in range(3)]
+    for file in files:
+        save_rank(file, {name: torch.full(shape, 0.5) for name, shape in shapes.items()})
+    write_json(folder / "adapter_config.json", nxd_adapter_config(params.lora))
+    write_sums(folder)
+    return files
+
+
+def change(index: int, edit: Callable[[dict[str, Any]], Any]) -> Callable[[list[Path]], None]:
+    def apply(files: list[Path]) -> None:
+        import torch
+
+        tensors = torch.load(files[index], weights_only=True)
+        edit(tensors)
+        torch.save(tensors, files[index])
+
+    return apply
+
+
+A = "model.layers.0.self_attn.qkv_proj.lora_A.weight"
+B = "model.layers.0.self_attn.qkv_proj.lora_B.weight_q"
+
+ADAPTERS: dict[str, tuple[Callable[[list[Path]], Any], str]] = {
+    "missing rank": (lambda files: files[1].unlink(), "tp_rank_01_pp_rank_00.pt is missing"),
+    "extra file": (lambda files: shutil.copy(files[0], files[0].with_name("more.pt")), "more.pt does not belong"),
+    "truncated": (lambda files: files[2].write_bytes(files[2].read_bytes()[:999]), "tp_rank_02_pp_rank_00.pt"),
+    "another rank's config": (
+        lambda files: (files[0].parents[2] / "adapter_config.json").write_text('{"r": 4}'),
+        "adapter_config.json",
+    ),
+    "replica mismatch": (change(1, lambda tensors: tensors[A].add_(1)), "differs between ranks 0 and 1"),
+    "another shape": (change(0, lambda tensors: tensors.update({B: tensors[B][:1].clone()})), "has shape (1, 16)"),
+    "NaN": (change(0, lambda tensors: tensors[B].fill_(float("nan"))), "holds NaN or Inf"),
+    "not tensors": (lambda files: files[0].write_bytes(b"junk"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(bench: Bench, case: str) -> None:
+    spoil, message = ADAPTERS[case]
+    bench.install_model()
+    bench.write_params()
+    spoil(adapter_of(bench))
+    Path("metrics").mkdir()
+    Path("metrics/finetune_lora.json").write_text('{"validation_loss": 1.0}')
+    Path("artifacts/prepared").mkdir()
+    Path("artifacts/prepared/validation.jsonl").write_text("")
+    assert message in bench.refused("stages/flatten_adapter.py")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("stages/prepare_data.py", "artifacts/model has no tokenizer"),
+        ("stages/convert_nxd.py", "artifacts/model/config.json is missing"),
+        ("stages/finetune_lora.py", "artifacts/model/config.json is missing"),
+        ("stages/flatten_adapter.py", "artifacts/model/config.json is missing"),
+        ("stages/eval_vllm.py", "artifacts/adapter is missing"),
+        ("tools/serve.py", "artifacts/adapter is missing"),
+    ],
+)
+def test_a_stage_without_the_one_before(bench: Bench, script: str, message: str) -> None:
+    bench.params["serve"]["port"] = free_port()
+    bench.write_rows()
+    bench.write_params()
+    assert message in bench.refused(script)
+
+
+# The environment
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def test_port_in_use(bench: Bench) -> None:
+    bench.write_params()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "in use" in bench.refused("tools/serve.py", "--port", port)
+
+
+def test_other_machines_without_a_key(bench: Bench) -> None:
+    bench.write_params()
+    assert "set VLLM_API_KEY" in bench.refused("tools/serve.py", "--host", "0.0.0.0")
+
+
+def test_a_folder_where_a_file_is_wanted(bench: Bench) -> None:
+    Path("params.yaml").mkdir()
+    assert "params.yaml stands where" in bench.refused("stages/fetch_model.py")
+
+
+def test_no_space_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full refuses every byte with ENOSPC, as a full disk does."""
+    bench.write_params()
+    Path("metrics").mkdir()
+    Path("metrics/.fetch_model.json.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(sys, "argv", ["stages/fetch_model.py"])
+    with pytest.raises(SystemExit) as end:
+        run(runpy.run_path(str(ROOT / "stages/fetch_model.py"))["main"])
+    assert str(end.value.code).startswith("error: no space left on the disk")
+    assert not Path("metrics/fetch_model.json").exists()
