@@ -336,8 +336,10 @@ def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, in
     examples = [example(tokens, prompt, response) for prompt, response in lengths]
     found = []
     packed = data.pack(examples, seq_len, pad, packing, seed)
-    for one in packed:
-        assert list(one) == ["input_ids", "labels", "position_ids", "document_ids"]
+    for whole in packed:
+        one = dict(whole)
+        assert list(one) == ["input_ids", "labels", "position_ids", "document_ids", "row_ids"]
+        assert len(one.pop("row_ids")) == max(one["document_ids"])
         assert all(len(values) == seq_len for values in one.values())
         columns = list(zip(*one.values(), strict=True))
         documents = max(one["document_ids"])
@@ -450,6 +452,7 @@ def test_stage_writes_what_it_should(stage_root: Path, prepared: dict[str, bytes
 
     folder = stage_root / "artifacts" / "prepared"
     assert sorted(prepared) == [
+        "SHA256SUMS",
         "prepare_data.json",
         "test.jsonl",
         "train.parquet",
@@ -462,11 +465,13 @@ def test_stage_writes_what_it_should(stage_root: Path, prepared: dict[str, bytes
     assert sum(metrics["rows_by_category"].values()) == 800
     assert metrics["train"]["padding_fraction"] < 0.05
 
+    lines: list[int] = []
     for split in ("train", "validation"):
         table = pq.read_table(folder / f"{split}.parquet")
-        columns = ("input_ids", "labels", "position_ids", "document_ids")
+        columns = ("input_ids", "labels", "position_ids", "document_ids", "row_ids")
         assert table.schema.equals(pa.schema([(column, pa.list_(pa.int32())) for column in columns]))
         rows = table.to_pylist()
+        lines += [line for packed in rows for line in packed.pop("row_ids")]
         assert all(len(values) == 512 for packed in rows for values in packed.values())
         counts = metrics[split]
         assert counts["packed_rows"] == len(rows)
@@ -474,6 +479,7 @@ def test_stage_writes_what_it_should(stage_root: Path, prepared: dict[str, bytes
         assert counts["labelled_tokens"] == sum(label != -100 for packed in rows for label in packed["labels"])
         assert counts["rows"] == sum(max(packed["document_ids"]) for packed in rows)
 
+    assert len(set(lines)) == len(lines) == 576 + 64
     source = [json.loads(text) for text in TASKS.read_text("utf-8").splitlines()]
     for split in ("validation", "test"):
         examples = [json.loads(text) for text in prepared[f"{split}.jsonl"].decode().splitlines()]
