@@ -71,7 +71,8 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
     browser.find("#max_tokens").clear()
     browser.find("#max_tokens").send_keys("99999")
     browser.find("#ask").click()
-    wait(lambda: all("refused the request (400): " in error.text for error in browser.find_all(".answer .error")))
+    refused = "refused the request (400): "
+    wait(lambda: [refused in error.text for error in browser.find_all(".answer .error")] == [True] * 3)
 
 
 @pytest.mark.slow
