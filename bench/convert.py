@@ -7,7 +7,8 @@ tp 32 with every KV head 4 times for trn2, and prints for each way of doing it t
 
 ours       `write_shards` of stages/convert_nxd.py, fsync at the end of each file
 copy       the same output bytes, file by file with shutil.copyfile and fsync
-baseline   what NxD's converter does: load everything, for each rank clone its slices, torch.save (and fsync)
+baseline   what NxD's converter does (scripts/checkpoint_converter.py): load everything, for each rank rebuild q, o and
+           the repeated k and v whole, clone the rank's slices, torch.save (and fsync)
 
 Every run is a process of its own; seconds are of its work without imports, memory is the process's peak resident set.
 The baseline holds the whole model in memory, so it runs for the 1b preset alone.
@@ -25,11 +26,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "stages"))
 
 from trnlora.architecture import LlamaConfig
-from trnlora.layout import hf_shapes, shard_pieces
+from trnlora.layout import hf_shapes
 from trnlora.params import Convert
 
 PRESETS = {
@@ -148,20 +150,7 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
         for file in sorted((root / "model").glob("*.safetensors")):
             state.update(load_file(file))
         for rank in range(CONVERT.tp_size):
-            shard = {
-                name: torch.cat(
-                    [
-                        (
-                            state[p.hf_key]
-                            if p.dim is None
-                            else state[p.hf_key].narrow(p.dim, p.start, p.stop - p.start)
-                        ).clone()
-                        for p in pieces
-                    ],
-                    dim=pieces[0].dim or 0,
-                )
-                for name, pieces in shard_pieces(config, CONVERT, rank).items()
-            }
+            shard = baseline_shard(state, config, rank)
             path = rank_file(target, PRETRAINED_TAG, rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(shard, path)
@@ -172,6 +161,38 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
         shutil.rmtree(target)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     print(json.dumps({"seconds": seconds, "gib": size / GIB, "rss_gib": rss}))
+
+
+def baseline_shard(state: dict[str, Any], config: LlamaConfig, rank: int) -> dict[str, Any]:
+    """One rank's tensors with the copies that NxD's converter makes on the way (its K/V order put right)."""
+    import torch
+
+    tp_size, repeat = CONVERT.tp_size, CONVERT.kv_size_multiplier
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+    def part(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        size = tensor.shape[dim] // tp_size
+        return tensor.narrow(dim, rank * size, size).clone()
+
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if "q_proj" in name or "o_proj" in name:
+            rows = tensor.T if "o_proj" in name else tensor
+            groups = rows.reshape(kv_heads, heads // kv_heads, head_dim, -1)
+            whole = torch.cat([groups[index] for index in range(kv_heads)])
+            own = whole[rank * heads // tp_size : (rank + 1) * heads // tp_size].reshape(-1, rows.shape[1])
+            name = name.replace("q_proj.weight", "qkv_proj.weight_q")
+            shard[name] = (own.T if "o_proj" in name else own).clone()
+        elif "k_proj" in name or "v_proj" in name:
+            whole = tensor.view(kv_heads, head_dim, -1).repeat_interleave(repeat, dim=0).flatten(0, 1)
+            letter = "k" if "k_proj" in name else "v"
+            shard[name.replace(f"{letter}_proj.weight", f"qkv_proj.weight_{letter}")] = part(whole, 0)
+        elif "gate_proj" in name:
+            up = part(state[name.replace("gate_proj", "up_proj")], 0)
+            shard[name.replace("gate_proj", "gate_up_proj")] = torch.cat([part(tensor, 0), up]).clone()
+        elif "up_proj" not in name:
+            shard[name] = tensor if "norm" in name else part(tensor, 1 if "down_proj" in name else 0)
+    return shard
 
 
 def fsync(path: Path) -> None:
