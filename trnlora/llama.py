@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trnlora.architecture import LlamaConfig
 from trnlora.backends import Backend
 from trnlora.errors import UserError
+from trnlora.fused import rms_norm, rotary, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +24,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
@@ -42,17 +43,9 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, D) of position_ids (B, T); the 1 stands for the heads."""
+    """cos and sin (B, 1, T, D/2) of position_ids (B, T); the 1 stands for the heads."""
     angles = position_ids[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, heads, T, D): channel i is paired with i + D/2, as in HF's Llama."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
 
 
 class Attention(nn.Module):
@@ -68,8 +61,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any) -> Tensor:
         # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        y = self.backend.attention(q, k, v, documents)
+        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, documents)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -80,8 +72,7 @@ class MLP(nn.Module):
         self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each rank holds [gate_r, up_r]
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))  # each rank holds [gate_r, up_r]
 
 
 class DecoderLayer(nn.Module):

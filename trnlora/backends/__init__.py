@@ -1,6 +1,6 @@
 """The seam between the one model and what runs it in parallel.
 
-`trnlora.llama` and `trnlora.lora` ask a backend for four layers and a loss, under NxD's names and with NxD's
+`trnlora.llama` and `trnlora.lora` ask a backend for four layers, attention and a loss, under NxD's names and with NxD's
 parameter names, so that every backend loads the same shard files. `backends/torch.py` builds them on
 torch.distributed, `backends/neuron.py` takes NxD's.
 """

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+LOSS_CHUNK = 256  # rows of logits that exist at once: 256 × 49,152 in float32 are 48 MiB
+
 
 class Group(Protocol):
     """Ranks that reduce together."""
@@ -147,31 +149,42 @@ class _ReduceFromRegion(torch.autograd.Function):
         return grad, None
 
 
-class _ParallelCrossEntropy(torch.autograd.Function):
-    """log Σ exp − label's logit over a vocabulary that is cut in tp parts."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ (log Σ exp − label's logit) of hidden @ weight.T over a vocabulary that is cut in tp parts.
+
+    The gradient is worked out on the way forward, chunk by chunk, so that no more than LOSS_CHUNK rows of logits ever
+    exist, and nothing is computed twice.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Group) -> Tensor:
-        # logits (N, V/tp), labels (N,)
-        part = logits.shape[-1]
-        local = labels - group.rank * part
-        here = (local >= 0) & (local < part)  # the label is in this rank's part
-        local = local.clamp(0, part - 1)
-        logits = logits.float()
-        peak = group.all_reduce(logits.amax(-1), "max")
-        exp = (logits - peak[:, None]).exp_()
-        total = group.all_reduce(exp.sum(-1))
-        label_logit = logits.gather(-1, local[:, None]).squeeze(-1) - peak
-        label_logit = group.all_reduce(label_logit * here)
-        ctx.save_for_backward(exp, total, local, here)
-        return total.log() - label_logit
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Group) -> Tensor:
+        # hidden (N, H), weight (V/tp, H), labels (N,)
+        part = weight.shape[0]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            rows = slice(start, start + LOSS_CHUNK)
+            logits = F.linear(hidden[rows], weight).float()
+            local = labels[rows] - group.rank * part
+            here = (local >= 0) & (local < part)  # the label is in this rank's part
+            local = local.clamp(0, part - 1)[:, None]
+            logits -= group.all_reduce(logits.amax(-1), "max")[:, None]
+            label_logit = group.all_reduce(logits.gather(-1, local).squeeze(-1) * here)
+            exp = logits.exp_()
+            exp_sum = group.all_reduce(exp.sum(-1))
+            total += (exp_sum.log() - label_logit).sum()
+            if dhidden is not None:
+                softmax = exp.div_(exp_sum[:, None])
+                softmax.scatter_add_(-1, local, -here[:, None].to(softmax.dtype))
+                torch.mm(softmax.to(weight.dtype), weight, out=dhidden[rows])
+        if dhidden is not None:
+            ctx.save_for_backward(group.all_reduce(dhidden))
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        exp, total, local, here = ctx.saved_tensors
-        softmax = exp.div_(total[:, None])  # backward runs once, so the saved buffer can be used up
-        softmax.scatter_add_(-1, local[:, None], -here[:, None].to(softmax.dtype))
-        return softmax.mul_(grad[:, None]), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (dhidden,) = ctx.saved_tensors
+        return dhidden * grad, None, None, None
 
 
 class ParallelEmbedding(nn.Module):
@@ -267,19 +280,26 @@ class TorchBackend:
     def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
         return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
 
-    def documents(self, document_ids: Tensor) -> Tensor:
-        """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
-        tokens = document_ids.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
-        return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
+    def documents(self, document_ids: Tensor) -> list[list[int]]:
+        """The lengths of each row's documents (padding counts as one)."""
+        return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents, enable_gqa=q.shape[1] != k.shape[1])
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: list[list[int]]) -> Tensor:
+        # One call a document: no mask, and no work across documents, which in a packed row is most of the square.
+        gqa = q.shape[1] != k.shape[1]
+        rows = []
+        for row, lengths in enumerate(documents):
+            parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+            attended = [
+                F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa)  # type: ignore[misc]
+                for qkv in parts
+            ]
+            rows.append(torch.cat(attended, dim=2))
+        return torch.cat(rows)
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
         labelled = targets != -100
-        logits = lm_head(hidden[labelled])  # (N, V/tp): for labelled positions only
-        return _ParallelCrossEntropy.apply(logits, targets[labelled], self.tp_group).sum()
+        return _LinearCrossEntropy.apply(hidden[labelled], lm_head.weight, targets[labelled], self.tp_group)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
