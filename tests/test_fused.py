@@ -1,0 +1,62 @@
+"""The hand-written gradients against what autograd makes of the plain formulas, and against finite differences."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trnlora.fused import rms_norm, rotary, swiglu
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def plain_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def assert_same(ours, plain, x: Tensor, *rest) -> None:  # type: ignore[no-untyped-def]
+    found, expected = ours(x, *rest), plain(x, *rest)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    (dx,), (dx_expected,) = torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad)
+    torch.testing.assert_close(dx, dx_expected, atol=1e-6, rtol=1e-5)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_rms_norm() -> None:
+    weight = noise(24)
+    x = (3 * noise(2, 5, 24)).requires_grad_()
+    assert_same(lambda x: rms_norm(x, weight, 1e-5), lambda x: F.rms_norm(x, (24,), weight, 1e-5), x)
+
+
+def test_rotary_of_a_transposed_view() -> None:
+    angles = noise(1, 1, 7, 8)
+    x = noise(1, 7, 3, 16).requires_grad_()
+    assert_same(
+        lambda x, *tables: rotary(x.transpose(1, 2), *tables),
+        lambda x, *tables: plain_rotary(x.transpose(1, 2), *tables),
+        x, angles.cos(), angles.sin(),
+    )  # fmt: skip
+
+
+def test_swiglu() -> None:
+    assert_same(swiglu, plain_swiglu, noise(3, 5, 20).requires_grad_())
+
+
+def test_gradients_by_finite_differences() -> None:
+    x = noise(2, 3, 8).double().requires_grad_()
+    angles = noise(2, 3, 4).double()
+    assert torch.autograd.gradcheck(lambda x: rotary(x, angles.cos(), angles.sin()), x)
+    assert torch.autograd.gradcheck(swiglu, x)
+
+
+def test_rms_norm_of_bfloat16_takes_the_mean_in_float32() -> None:
+    x, weight = (100 * noise(4, 512)).bfloat16(), torch.ones(512, dtype=torch.bfloat16)
+    expected = F.rms_norm(x.float(), (512,), None, 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).float(), expected, atol=2e-2, rtol=1e-2)
