@@ -11,6 +11,11 @@ PORT ?=
 NAME ?=
 PLAN ?=
 COMPARE ?=
+A ?=
+B ?=
+SAMPLES ?=
+SET ?=
+BASE ?=
 ADAPTERS ?=
 MODEL ?=
 ARGS ?=
@@ -25,11 +30,15 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
+# The columns that matter: changed params, scores of the adapter, validation loss. The others are the base model's (alike
+# in all experiments of a model), means of the answers' lengths, and times.
+SHOW = dvc exp show --no-pager --only-changed --hide-workspace --drop '.*' \
+    --keep 'train\.|lora\.|data\.|model\.|^tuned\.(exact_match|rougeL|chrf|loss)$$|^validation_loss$$'
 
-.PHONY: help setup repro report test lint serve load smoke ui chat doctor precompile profile bench lock
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench lock
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the environment alone, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
@@ -45,6 +54,20 @@ repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date
 
 report: $(READY) ## reports/report.html and summary.md of the current results; COMPARE=REV shows another commit beside
 	@python tools/report.py $(if $(COMPARE),--compare '$(COMPARE)')
+
+sweep: $(READY) ## SET="train.lr=1.0e-3,3.0e-4 lora.r=8,16": queue an experiment for each combination, run all; NAME=
+	@dvc exp run --queue $(if $(NAME),--name '$(NAME)') $(foreach change,$(SET),--set-param '$(change)')
+	@dvc exp run --run-all --jobs 1
+	@$(SHOW)
+
+experiments: $(READY) ## the experiments on the current commit: params that were changed, scores and losses
+	@$(SHOW)
+
+compare: $(READY) ## A=REV B=REV: params, metrics, answers that differ; default: HEAD and the working tree; SAMPLES=
+	@python tools/compare.py $(if $(SAMPLES),--samples '$(SAMPLES)') '$(or $(A),HEAD)' $(if $(B),'$(B)')
+
+card: $(READY) ## reports/adapter: the adapter with a model card, to upload to the hub; BASE=org/name
+	@python tools/card.py $(if $(BASE),--base '$(BASE)')
 
 test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"'
 	@pytest $(ARGS)

@@ -323,22 +323,9 @@ def count_tags(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
 def summary(now: Results, other: Results | None, run: dict[str, str], rows: list[dict[str, Any]]) -> str:
     """Markdown for a pull request."""
 
-    def value(source: Results, key: str, form: str) -> str:
-        found = source.get("eval_vllm", key)
-        return "–" if found is None else FORMS[form](found)
-
-    head = ["", "base", "tuned", *([f"tuned, {other.name}", "change"] if other else [])]
-    lines = [f"### {run['Profile']}", "", " | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
-    of_categories = [(f"· {name}", f"exact_match_by_category.{name}", "percent") for name in categories(now)]
-    for title, key, form in [SCORES[0], *of_categories, *SCORES[1:]]:
-        join = "_" if "." in key else "."
-        cells = [title, *(value(now, f"{model}{join}{key}", form) for model in ("base", "tuned"))]
-        if other:
-            tuned = f"tuned{join}{key}"
-            cells += [value(other, tuned, form), change(now, other, "eval_vllm", tuned, form)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"Answers that the adapter changed: {value(now, 'changed_fraction', 'percent')}"
-              f" of {value(now, 'prompts', 'count')}."]  # fmt: skip
+    lines = [f"### {run['Profile']}", "", *score_table(now, other)]
+    lines += ["", f"Answers that the adapter changed: {score(now, 'changed_fraction', 'percent')}"
+              f" of {score(now, 'prompts', 'count')}."]  # fmt: skip
     measured = [f"{FORMS['nats'](now.get(stage, key))} ({name.split(' (')[0]})" for name, stage, _, key in LOSSES
                 if now.get(stage, key) is not None]  # fmt: skip
     lines.append(f"Loss of the adapter on the validation rows: {', '.join(measured)}.")
@@ -360,6 +347,26 @@ def summary(now: Results, other: Results | None, run: dict[str, str], rows: list
         lines += ["", "</details>"]
     lines += ["", *(f"- {label}: {text}" for label, text in run.items() if label != "Profile")]
     return "\n".join(lines) + "\n"
+
+
+def score(source: Results, key: str, form: str) -> str:
+    found = source.get("eval_vllm", key)
+    return "–" if found is None else FORMS[form](found)
+
+
+def score_table(now: Results, other: Results | None = None) -> list[str]:
+    """Base against tuned as lines of a Markdown table; with `other`, its tuned scores and the change since."""
+    head = ["", "base", "tuned", *([f"tuned, {other.name}", "change"] if other else [])]
+    lines = [" | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
+    of_categories = [(f"· {name}", f"exact_match_by_category.{name}", "percent") for name in categories(now)]
+    for title, key, form in [SCORES[0], *of_categories, *SCORES[1:]]:
+        join = "_" if "." in key else "."
+        cells = [title, *(score(now, f"{model}{join}{key}", form) for model in ("base", "tuned"))]
+        if other:
+            tuned = f"tuned{join}{key}"
+            cells += [score(other, tuned, form), change(now, other, "eval_vllm", tuned, form)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def fenced(text: str) -> str:

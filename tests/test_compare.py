@@ -1,0 +1,103 @@
+"""make compare and make card: what they say of runs that are there, and of what is not."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Project
+from test_report import answer, run_project, write_answers  # noqa: F401 (a fixture)
+
+from trnlora.results import load_results
+
+
+def tool(project: Project, name: str, *arguments: str, check: bool = True) -> str:
+    return project.run(".venv/bin/python", f"tools/{name}.py", *arguments, check=check)
+
+
+def set_metric(project: Project, stage: str, **values: Any) -> None:
+    path = project.root / f"metrics/{stage}.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def test_what_differs_is_printed_and_nothing_else(run_project: Project) -> None:  # noqa: F811
+    run_project.run("git", "tag", "before")
+    output = tool(run_project, "compare")
+    assert output.splitlines()[:2] == ["Params: no difference", "Metrics: no difference"]
+
+    run_project.set_params(train={"lr": 5.0e-3}, data={"categories": ["[red]", "closed_qa"]})
+    loss = json.loads((run_project.root / "metrics/finetune_lora.json").read_text("utf-8"))["validation_loss"]
+    set_metric(run_project, "finetune_lora", validation_loss=loss + 0.5)
+    set_metric(run_project, "eval_vllm", seconds=1.0, engine_start_seconds=1.0)
+    set_metric(run_project, "timing/finetune_lora", seconds=1.0)
+    output = tool(run_project, "compare", "before")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["data.categories", "–", "['[red]', 'closed_qa']", ""],
+        ["train.lr", "0.01", "0.005", "-0.005"],
+        ["finetune_lora validation_loss", f"{loss:.5g}", f"{loss + 0.5:.5g}", "+0.5"],
+    ]
+    assert "Answers: those of before are not in DVC's cache here" in output
+    done = tool(run_project, "compare", "before", "nosuch", check=False)
+    assert done == "error: unknown Git revision 'nosuch': name a commit, branch, tag or experiment\n"
+
+
+def test_changed_answers_are_counted_and_the_won_and_lost_come_first(run_project: Project) -> None:  # noqa: F811
+    """Both commits' answers are outs of DVC, as eval_vllm's are."""
+    project = run_project
+    project.run("git", "rm", "-q", "--cached", "dvc.yaml")
+    (project.root / "dvc.yaml").unlink()  # which says that answers.jsonl is a stage's
+    (project.root / ".gitignore").write_text("", "utf-8")
+
+    def commit(tag: str, texts: list[str]) -> None:
+        write_answers(project.root, [answer(n, "Nairobi", "In Paris.", text) for n, text in enumerate(texts)])
+        project.dvc("add", "-q", "artifacts/answers.jsonl")
+        project.commit(tag)
+        project.run("git", "tag", tag)
+
+    commit("a", ["Oslo", "Nairobi", "Lima [b]", "Nairobi"])
+    commit("b", ["Lima", "Nairobi\n", "Nairobi", "Rome"])
+    output = tool(project, "compare", "a", "b", "--samples", "2")
+    assert "Answers: 3 of 4 changed, 1 from wrong to right, 1 from right to wrong" in output
+    assert re.findall(r"^row (\d), \w+: (.*?)\s*$", output, re.M) == [("2", "wrong → right"), ("3", "right → wrong")]
+    assert re.search(r"^│ a +│ Lima \[b\]", output, re.M)
+    assert re.search(r"^│ b +│ Rome", output, re.M)
+
+
+def test_no_card_of_what_is_not_there(project: Project) -> None:
+    def refused() -> str:
+        return tool(project, "card", check=False)
+
+    assert refused() == "error: there are no metrics yet: run `make repro`\n"
+    (project.root / "metrics").mkdir()
+    (project.root / "metrics/prepare_data.json").write_text('{"rows_read": 3}', "utf-8")
+    assert refused() == "error: the adapter is not evaluated yet: run `make repro`\n"
+    project.set_params(eval={"adapter": "path:///elsewhere"})
+    assert "the scores are not those of artifacts/adapter" in refused()
+    assert not (project.root / "reports").exists()
+
+
+@pytest.mark.parametrize("base", ["HuggingFaceTB/SmolLM2-135M-Instruct", None])
+def test_the_card_tells_the_run(base: str | None, run_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The text alone; tests/test_experiments.py makes the folder after a real run."""
+    from huggingface_hub import ModelCard
+
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import card as tool_card
+
+    monkeypatch.chdir(run_project.root)
+    text = tool_card.card(load_results(), base)
+    data: Any = ModelCard(text).data  # parses the metadata as the hub does
+    assert data.base_model == base
+    assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
+    metrics = json.loads(Path("metrics/eval_vllm.json").read_text("utf-8"))
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
+    keys = {"exact_match": "exact_match", "rouge": "rougeL", "bleu": "bleu", "chrf": "chrf"}
+    assert values == {kind: metrics["tuned"][key] for kind, key in keys.items()}
+    assert f"| exact match | {metrics['base']['exact_match']:.1%} | {metrics['tuned']['exact_match']:.1%} |" in text
+    assert "| train.lr | 0.01 |" in text
+    assert "### Instruction:\nQuestion 0?\n\n### Response:\n```" in text
+    assert str(Path(load_results().params["model.source"]).parent).removeprefix("path:/") not in text  # a path here
+    assert "{{" not in text
+    assert "Undefined" not in text
