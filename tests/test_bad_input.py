@@ -334,7 +334,7 @@ def test_adapters(bench: Bench, case: str) -> None:
         ("stages/convert_nxd.py", "artifacts/model/config.json is missing"),
         ("stages/finetune_lora.py", "artifacts/model/config.json is missing"),
         ("stages/flatten_adapter.py", "artifacts/model/config.json is missing"),
-        ("stages/eval_vllm.py", "artifacts/adapter is missing"),
+        ("stages/eval_vllm.py", "artifacts/prepared/validation.jsonl is missing"),
         ("tools/serve.py", "artifacts/adapter is missing"),
     ],
 )
