@@ -89,11 +89,13 @@ def launch(processes: int) -> None:
         raise UserError(f"training was stopped by {error.sigval.name}; run it again to go on") from None
     except ChildFailedError as error:
         clear_partial(paths.LORA_SHARDS)
-        # The ranks that waited for the failed one fail too, within the same second: a reason for the user goes first.
+        # The ranks that waited for the failed one fail too, within the same second, and may be heard of before it: a
+        # reason for the user goes first, then a signal, which nobody gets from another rank's end.
         told = [rank for rank in error.failures if failure_text(error.failures[rank])[0].startswith("UserError: ")]
-        rank = told[0] if told else error.get_first_failure()[0]
+        killed = [rank for rank, failure in error.failures.items() if failure.exitcode < 0]
+        rank = next(iter(told + killed), error.get_first_failure()[0])
         reason, traceback = failure_text(error.failures[rank])
-        if not told:
+        if not told and traceback:
             print(traceback, file=sys.stderr)
         if "(SIGKILL)" in reason:
             reason += " (where nobody sent it, the memory was full: see dmesg); run it again to go on"
