@@ -30,10 +30,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
-# The columns that matter: changed params, scores of the adapter, validation loss. The others are the base model's (alike
-# in all experiments of a model), means of the answers' lengths, and times.
-SHOW = dvc exp show --no-pager --only-changed --hide-workspace --drop '.*' \
-    --keep 'train\.|lora\.|data\.|model\.|^tuned\.(exact_match|rougeL|chrf|loss)$$|^validation_loss$$'
+# The columns that matter: params that were changed, the adapter's scores, the validation loss. The many others are the
+# base model's, which are the same in all experiments, and times. Best first.
+SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
+    '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
 .PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench lock
 

@@ -1,0 +1,85 @@
+"""docs/experiments.md, run as it says on the tiny Llama: queued experiments, their table, a comparison, the card."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, Project
+from test_dvc import ran
+
+DOC = (ROOT / "docs/experiments.md").read_text("utf-8")
+
+
+def make(project: Project, *arguments: str, check: bool = True) -> str:
+    """make, with this environment taken as it is."""
+    return project.run("make", "--old-file=.venv/.ready", *arguments, check=check)
+
+
+def documented(command: str) -> list[str]:
+    """The lines of output that the document shows under a command."""
+    (output,) = re.findall(rf"^\$ {re.escape(command)}\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
+    return forms(output)
+
+
+def forms(output: str) -> list[str]:
+    """Lines without what another processor or commit changes: numbers, hashes, rules, and the width of cells."""
+    lines = [re.sub(r"\b[0-9a-f]{7}\b|[+-]?\d[\d.]*(e[+-]\d+)?|[─━]+", " ", line) for line in output.splitlines()]
+    return [" ".join(line.split()) for line in lines if line.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_document_shows_what_is_printed(project: Project) -> None:
+    project.dvc("repro")
+    project.commit("A run")
+
+    sweep = make(project, "sweep", "SET=train.lr=1.0e-2,3.0e-3,1.0e-3", "NAME=lr")
+    # The first is the commit's own rate, which the cache has. Nothing is fetched, prepared or converted again.
+    assert re.findall(r"Reproducing experiment '(.*)'", sweep) == ["lr-1", "lr-2", "lr-3"]
+    assert ran(sweep) == 2 * ["finetune_lora", "flatten_adapter", "eval_vllm"]
+    shown = documented('make sweep SET="train.lr=1.0e-2,3.0e-3,1.0e-3" NAME=lr')
+    assert [line for line in shown if line not in forms(sweep)] == []
+    assert project.run("git", "status", "--porcelain") == ""
+
+    table = make(project, "experiments")
+    assert re.findall(r"\[(lr-\d)\]", table) == ["lr-1", "lr-2", "lr-3"]  # from the lowest loss to the highest
+    for header in (forms(table)[0], documented("make experiments")[0]):
+        assert {"Experiment", "State", "validation_loss", "tuned.loss", "train.lr"} <= set(header.split())
+        assert not {"…", "base.loss", "seconds", "parameters"} & set(header.split())
+
+    comparison = make(project, "compare", "A=lr-2", "B=lr-3", "SAMPLES=1")
+    said = forms(comparison)
+    documented_lines = documented("make compare A=lr-2 B=lr-3 SAMPLES=1")
+    # Not the scores of a random model's answers, which another processor may change.
+    kept = [
+        line for line in documented_lines if re.search(r"train\.lr|_loss |tuned\.loss|^Answers|Params|Metrics", line)
+    ]
+    assert len(kept) > 6
+    assert [line for line in kept if line not in said] == []
+    losses = [
+        json.loads(project.run("git", "show", f"{revision}:metrics/finetune_lora.json"))["validation_loss"]
+        for revision in re.findall(r"(\w{7}) \[lr-[23]\]", table)
+    ]
+    assert re.search(rf"finetune_lora validation_loss +│ +{losses[0]:.5g} │ +{losses[1]:.5g} │", comparison)
+
+    assert "next: hf upload" in make(project, "card", "BASE=org/tiny")
+    check_card(project)
+    project.set_params(train={"lr": 2.0e-2})
+    refused = make(project, "card", check=False)
+    assert "the results are older than what they depend on (finetune_lora" in refused
+
+
+def check_card(project: Project) -> None:
+    """The folder holds the pipeline's weights, a config that PEFT reads, and a card that the hub can read."""
+    from huggingface_hub import ModelCard
+    from peft import PeftConfig
+
+    folder, trained = project.root / "reports/adapter", project.root / "artifacts/adapter"
+    assert {path.name for path in folder.iterdir()} == {"README.md", *(path.name for path in trained.iterdir())}
+    weights = "adapter_model.safetensors"
+    assert (folder / weights).read_bytes() == (trained / weights).read_bytes()
+    assert PeftConfig.from_pretrained(str(folder)).base_model_name_or_path == "org/tiny"
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict()["base_model"] == "org/tiny"
+    assert "| train.lr | 0.01 |" in card.text
+    assert str(project.root.parent.parent) not in card.content
