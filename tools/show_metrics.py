@@ -8,6 +8,7 @@ Reads   metrics/*.json, metrics/timing/*.json (`dvc metrics show` and `dvc metri
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,9 +17,9 @@ from rich.table import Column, Table
 from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
+from trnlora.results import STAGES, flat, metric_files
 
 MODELS = ("base", "tuned")
-STAGES = ("fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm")
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
 
 def stage_metrics(stage: str) -> dict[str, Any]:
     """What a stage measured, its timing included; empty where it has not run."""
-    files = (paths.METRICS / f"{stage}.json", paths.METRICS / "timing" / f"{stage}.json")
+    files = (Path(file) for file in metric_files(stage))
     return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
 
 
@@ -58,14 +59,6 @@ def of_model(evaluation: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]
             yield from flat(value)
         elif key.startswith(f"{name}_"):
             yield from flat(value, f"{key.removeprefix(f'{name}_')}.")
-
-
-def flat(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in metrics.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def shown(value: Any) -> str:

@@ -68,8 +68,10 @@ def running_server(url: str, command: list[str]) -> Iterator[None]:
 def answers(url: str) -> bool:
     try:
         client.request(url, "/v1/models", timeout=5)
-    except UserError as error:
-        return "no server" not in str(error)  # one that refuses is there, and the page shows why
+    except client.Unreachable:
+        return False
+    except UserError:
+        pass  # one that refuses is there, and the page shows why
     return True
 
 

@@ -9,6 +9,10 @@ from typing import Any
 from trnlora.errors import UserError
 
 
+class Unreachable(UserError):
+    """No server answers."""
+
+
 def headers() -> dict[str, str]:
     """With the API key of the environment, VLLM_API_KEY, where there is one."""
     key = os.environ.get("VLLM_API_KEY")
@@ -16,7 +20,7 @@ def headers() -> dict[str, str]:
 
 
 def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> Any:
-    """GET, or POST `body` as JSON; the parsed reply or its text. Raises UserError where there is none, or a refusal."""
+    """GET, or POST `body` as JSON; the parsed reply or its text. Raises Unreachable, or UserError for a refusal."""
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url + path, data, headers()), timeout=timeout) as response:
@@ -25,7 +29,7 @@ def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: fl
     except urllib.error.HTTPError as error:
         raise UserError(refusal(url, error.code, error.read().decode(errors="replace"))) from None
     except OSError as error:
-        raise UserError(unreachable(url, getattr(error, "reason", error))) from None
+        raise Unreachable(unreachable(url, getattr(error, "reason", error))) from None
 
 
 def refusal(url: str, status: int, text: str) -> str:
