@@ -156,6 +156,9 @@ def start_engine(params: Params, engine_args: dict[str, Any]) -> Any:
         with contextlib.nullcontext() if verbose else quiet():
             from vllm import LLM
 
+            from trnlora.numerics import settle_vector_math
+
+            settle_vector_math()
             return LLM(**engine_args)
     except Exception as error:
         said = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
@@ -199,7 +202,7 @@ def generate(
         sampling,
         lora_request=LoRARequest(adapter.name, 1, str(adapter.folder)) if adapter else None,
         # Not a disabled bar where nobody watches: vLLM divides by its elapsed time, which is then 0.
-        use_tqdm=bar if sys.stderr.isatty() else False,
+        use_tqdm=bar if sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE") else False,
     )
     return outputs, time.perf_counter() - begun
 

@@ -48,7 +48,9 @@ def main() -> None:
 
     from trnlora.lora import load_adapter_shards, peft_adapter, peft_adapter_config
     from trnlora.merge import write_merged
+    from trnlora.numerics import settle_vector_math
 
+    settle_vector_math()
     started = time.perf_counter()
     shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
     with atomic_dir(paths.ADAPTER) as partial:

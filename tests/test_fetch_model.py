@@ -48,6 +48,7 @@ class Run:
         self._main = main
         monkeypatch.chdir(root)
         monkeypatch.setattr(sys, "argv", ["fetch_model.py"])
+        monkeypatch.setenv("TQDM_DISABLE", "1")  # the stage sets it; here it must not outlive the test
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "PIP_FIND_LINKS"):
             monkeypatch.delenv(name, raising=False)
 

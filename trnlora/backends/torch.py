@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trnlora.numerics import settle_vector_math
+
 T = TypeVar("T")
 
 LOSS_CHUNK = 256  # rows of logits that exist at once: 256 × 49,152 in float32 are 48 MiB
@@ -70,6 +72,7 @@ def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBac
 
     The first error of a rank is raised after all have ended.
     """
+    settle_vector_math()
     results: list[Any] = [None] * len(backends)
     errors: list[BaseException] = []
 
@@ -116,6 +119,7 @@ def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_
 
     World ranks are laid out as NxD's: tensor-parallel neighbours first, rank = dp_rank · tp_size + tp_rank.
     """
+    settle_vector_math()
     tp_size = dist.get_world_size(tp_group)
     mine = None
     for dp_rank in range(dp_size):
