@@ -1,4 +1,4 @@
-"""The first calls of MKL's vector functions from several threads at once, which without a mend are wrong now and then."""
+"""First calls of MKL's vector functions from several threads at once, which without a mend are wrong now and then."""
 
 import subprocess
 import sys

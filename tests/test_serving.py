@@ -432,7 +432,8 @@ def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
     terminal, inside = pty.openpty()
     termios.tcsetwinsize(inside, (40, 120))
     command = [sys.executable, str(ROOT / "stages" / "eval_vllm.py")]
-    with subprocess.Popen(command, cwd=evaluated, stdout=subprocess.DEVNULL, stderr=inside) as process:
+    env = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    with subprocess.Popen(command, cwd=evaluated, env=env, stdout=subprocess.DEVNULL, stderr=inside) as process:
         os.close(inside)
         shown = b""
         with contextlib.suppress(OSError):  # EIO: the other end is closed
