@@ -101,18 +101,17 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
     import numpy as np
     import torch
 
-    from trnlora.checkpoint import create_hf_folder
+    from trnlora.checkpoint import StoredTensor, create_hf_folder
     from trnlora.reshard import each_block
 
     folder.mkdir()
     noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     noise_bytes = noise.view(torch.uint8).numpy()
 
-    def fill(name, tensor, first, end):  # type: ignore[no-untyped-def]
-        size = (end - first) * tensor.row_bytes
+    def fill(name: str, tensor: StoredTensor, first: int, block: np.ndarray) -> int:
         shift = hash((len(name), first)) % 2**20 * 2
-        tensor.write_rows(first, np.resize(noise_bytes[shift:], size))
-        return size
+        tensor.write_rows(first, noise_bytes[shift : shift + block.size])
+        return block.size
 
     specs = {name: (shape, torch.bfloat16) for name, shape in hf_shapes(config).items()}
     with create_hf_folder(folder, specs) as tensors:

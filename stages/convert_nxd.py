@@ -86,6 +86,8 @@ def to_nxd(config: LlamaConfig, convert: Convert) -> None:
 
 def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Convert) -> int:
     """Write every rank's file below `shards` from the HF folder `model`; the bytes written."""
+    import numpy as np
+
     from trnlora.checkpoint import PRETRAINED_TAG, HFCheckpoint, StoredTensor, create_rank_file, rank_file
     from trnlora.reshard import each_block, parts_of_hf_tensors, scatter
 
@@ -100,8 +102,9 @@ def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Conver
         ]
         parts = parts_of_hf_tensors(tables, ranks)
 
-        def move(name: str, tensor: StoredTensor, first: int, end: int) -> int:
-            return scatter(tensor.read_rows(first, end), first, parts[name])
+        def move(name: str, tensor: StoredTensor, first: int, block: np.ndarray) -> int:
+            tensor.read_into(first, block)
+            return scatter(block, first, parts[name])
 
         blocks = each_block({name: source[name] for name in parts}, move, convert.buffer_mib * 2**20)
         show_progress(blocks, size, "writing shards")
@@ -140,8 +143,7 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
                     shutil.copyfile(file, partial / file.name)
             target = files.enter_context(create_hf_folder(partial, specs))
 
-            def move(name: str, tensor: StoredTensor, first: int, end: int) -> int:
-                block = np.zeros((end - first, tensor.row_bytes), dtype=np.uint8)
+            def move(name: str, tensor: StoredTensor, first: int, block: np.ndarray) -> int:
                 gather(block, first, parts[name])
                 tensor.write_rows(first, block)
                 return block.size

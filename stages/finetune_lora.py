@@ -48,7 +48,7 @@ def main() -> None:
     else:
         if params.backend == "neuron":
             enter_neuron(params)
-        launch(params.train.dp_size * params.convert.tp_size)
+        launch(params.train.dp_size * params.convert.tp_size, params.train.threads)
 
 
 def enter_neuron(params: Params) -> None:
@@ -63,7 +63,7 @@ def enter_neuron(params: Params) -> None:
     os.execve(python, [python, "-u", __file__, *sys.argv[1:]], {**os.environ, **env})
 
 
-def launch(processes: int) -> None:
+def launch(processes: int, threads: int | None) -> None:
     """Start the ranks with torchrun's launcher and wait; the first failure of a rank becomes the one error line.
 
     A rank that dies ends the others at once: the launcher looks after them every 0.2 s, and SIGTERM ends a rank
@@ -73,6 +73,8 @@ def launch(processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     # More threads than cores make every rank wait for the others' time slices.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # And MKL must not take fewer than these when the machine is busy: sums would differ in the last bits.
@@ -153,6 +155,7 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, dp_size)
             model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, load_rank(shard_file))
             add_lora(model, params.lora)
+            model.recompute_layers = params.train.activation_checkpointing
         draw_lora_a(model, params.train.seed)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         expected = trainable_parameters(config, params.convert.kv_size_multiplier, tp_size, params.lora)

@@ -94,6 +94,8 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("train.warmup_ratio", 1.1, "train.warmup_ratio"),
     ("train.global_batch_size", "8", "write it unquoted"),
     ("train.checkpoint_every_steps", 0, "train.checkpoint_every_steps"),
+    ("train.threads", 0, "train.threads"),
+    ("train.activation_checkpointing", "yes", "train.activation_checkpointing"),
     ("train", None, "train"),
     ("convert.tp_size", 5, "num_attention_heads % tp_size"),
     ("convert.tp_size", 0, "convert.tp_size"),

@@ -150,7 +150,7 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
 
 
 def sharded_gradients(
-    folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor]
+    folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor], recompute: bool = False
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient;
     both are small, since attention that a large adapter saturates has gradients of rounding errors."""
@@ -173,6 +173,7 @@ def sharded_gradients(
     for backend in backends:
         model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
         add_lora(model, lora)
+        model.recompute_layers = recompute
         heads = heads_of_rank(config, convert, backend.tp_rank)
         layers: Any = model.model.layers
         for index, layer in enumerate(layers):
@@ -193,6 +194,17 @@ def sharded_gradients(
     trainable = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
     adapters = [{n: p.detach() for n, p in each.items()} for each in trainable]
     return losses[0], adapters, [{n: p.grad for n, p in each.items() if p.grad is not None} for each in trainable]
+
+
+def test_recomputed_layers_have_the_same_gradients(tiny_llama: Path) -> None:
+    lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
+    row = packed([20, 20], 48, 1536)
+    loss, _, gradients = sharded_gradients(tiny_llama, conversion(3, 1), lora, row)
+    again, _, recomputed = sharded_gradients(tiny_llama, conversion(3, 1), lora, row, recompute=True)
+    assert torch.equal(loss, again)
+    for rank, named in enumerate(gradients):
+        assert named.keys() == recomputed[rank].keys()
+        assert all(torch.equal(gradient, recomputed[rank][name]) for name, gradient in named.items())
 
 
 def assert_same_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trnlora.architecture import LlamaConfig
 from trnlora.backends import Backend
@@ -106,6 +107,7 @@ class Llama(nn.Module):
         self.config = config
         self.backend = backend
         self.kv_size_multiplier = kv_size_multiplier
+        self.recompute_layers = False  # on the way back, and keep only what goes into each: memory for time
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
 
@@ -146,7 +148,10 @@ class Llama(nn.Module):
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
         documents = self.backend.documents(document_ids)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, documents)
+            if self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, documents)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

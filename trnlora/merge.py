@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +28,16 @@ def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in source.stored.items()}
         merged = files.enter_context(create_hf_folder(target, specs))
 
-        def move(name: str, tensor: StoredTensor, first: int, end: int) -> int:
+        def move(name: str, tensor: StoredTensor, first: int, block: np.ndarray) -> int:
+            tensor.read_into(first, block)
             prefix = "base_model.model." + name.removesuffix(".weight")
             if f"{prefix}.lora_A.weight" in adapter:
-                lora_a, lora_b = adapter[f"{prefix}.lora_A.weight"], adapter[f"{prefix}.lora_B.weight"][first:end]
-                rows = tensor.read(first, end)
-                rows = (rows.float() + scale * (lora_b @ lora_a)).to(rows.dtype)  # (rows, H)
-                merged[name].write_rows(first, rows.contiguous().view(torch.uint8).view(len(rows), -1).numpy())
-            else:
-                merged[name].write_rows(first, tensor.read_rows(first, end))
-            return end - first
+                lora_a = adapter[f"{prefix}.lora_A.weight"]
+                lora_b = adapter[f"{prefix}.lora_B.weight"][first : first + len(block)]
+                rows = torch.from_numpy(block).view(tensor.dtype)  # (rows, H), in the block itself
+                rows.copy_(rows.float() + scale * (lora_b @ lora_a))
+            merged[name].write_rows(first, block)
+            return len(block)
 
         for _ in each_block(source.stored, move, buffer_bytes):
             pass

@@ -96,6 +96,8 @@ class Train(Section):
     dp_size: PositiveInt
     micro_batch_size: PositiveInt
     global_batch_size: PositiveInt
+    activation_checkpointing: bool
+    threads: PositiveInt | None
     checkpoint_every_steps: PositiveInt
     checkpoints_kept: PositiveInt
     seed: Annotated[int, Field(ge=0)]
@@ -171,6 +173,8 @@ class Params(Section):
         return self
 
     def _check_neuron(self) -> None:
+        if self.train.activation_checkpointing:
+            raise ValueError("train.activation_checkpointing: on neuron it is neuron.selective_checkpointing instead")
         if self.neuron.sequence_parallel and self.data.seq_len % self.convert.tp_size:
             raise ValueError(
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "

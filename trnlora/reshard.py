@@ -6,6 +6,7 @@ written once), so memory is cores × buffer_bytes whatever the model, and each b
 
 import dataclasses
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ def scatter(block: np.ndarray, first: int, parts: Sequence[Part]) -> int:
 
 
 def gather(block: np.ndarray, first: int, parts: Sequence[Part]) -> None:
-    """Fill rows `first`… of an HF tensor (uint8, zeros) from the ranks.
+    """Fill rows `first`… of an HF tensor (uint8) from the ranks.
 
     Raises UserError where ranks that hold copies of the same rows (KV heads, norms) differ.
     """
@@ -90,19 +91,29 @@ def _overlap(block: np.ndarray, first: int, part: Part) -> tuple[np.ndarray, int
 
 def each_block(
     tensors: Mapping[str, StoredTensor],
-    work: Callable[[str, StoredTensor, int, int], int],
+    work: Callable[[str, StoredTensor, int, np.ndarray], int],
     buffer_bytes: int,
 ) -> Iterator[int]:
-    """Call work(name, tensor, first row, end row) for blocks of at most `buffer_bytes`, a thread a core.
+    """Call work(name, tensor, first row, block) for blocks of at most `buffer_bytes`, a thread a core.
 
-    Yields what each call returns. (Reading, writing and copying bytes release Python's lock.)
+    block: uint8 (rows, row_bytes) to work in, with what an earlier call left in it: fresh memory for each block would
+    cost as much time as a copy of it, for the kernel clears it. Yields what each call returns. (Reading, writing and
+    copying bytes release Python's lock.)
     """
+    own = threading.local()
+
+    def run(name: str, tensor: StoredTensor, first: int, end: int) -> int:
+        size = (end - first) * tensor.row_bytes
+        if not hasattr(own, "buffer") or own.buffer.size < size:
+            own.buffer = np.empty(max(size, buffer_bytes), dtype=np.uint8)
+        return work(name, tensor, first, own.buffer[:size].reshape(end - first, tensor.row_bytes))
+
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = []
         for name, tensor in tensors.items():
             rows = max(1, buffer_bytes // tensor.row_bytes)
             for first in range(0, tensor.rows, rows):
-                jobs.append(pool.submit(work, name, tensor, first, min(first + rows, tensor.rows)))
+                jobs.append(pool.submit(run, name, tensor, first, min(first + rows, tensor.rows)))
         try:
             for job in jobs:
                 yield job.result()
