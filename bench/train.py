@@ -1,0 +1,326 @@
+"""How fast, and in how much memory, finetune_lora trains at tp 1: against HF's Trainer + PEFT on the same rows.
+
+    python bench/train.py [--pairs N] [--steps N] [--memory] [--dir DIR]    reads artifacts/model, artifacts/prepared
+
+Trains on the packed rows that finetune_lora reads, a row a step, in the same order and from the same lora_A, and prints
+for each way of doing it the median of N runs, which alternate, and the loss of the last step, which must agree:
+
+ours       the stage itself at tp 1: a packed row, attention inside each document
+hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
+hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents one after the other, nothing padded
+
+HF's q, k and v share one lora_A, as NxD has it (see trnlora/lora.py); dropout is 0, so that all three compute the same.
+Tokens are real ones, padding does not count; seconds are those of the optimizer steps. Beside them stands the
+processor's peak: float32 products of the model's own shapes alone, and what share of it a step of ours reaches,
+counting just the products that LoRA needs of real tokens.
+
+--memory   peak resident memory of ours and hf for one document of 256 … 4096 tokens, all of them labelled, instead
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WAYS = ["ours", "hf", "hf-packed"]
+LENGTHS = [256, 512, 1024, 2048, 4096]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each way (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of a run (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="the memory over sequence lengths instead")
+    parser.add_argument("--dir", type=Path, help="where the runs write (default: the temporary folder)")
+    parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        way, folder = args.run
+        os.chdir(folder)
+        result = {"ours": run_ours, "peak": gemm_peak}.get(way, lambda: run_hf(packed=way == "hf-packed"))()
+        print(json.dumps(result))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the same for all
+    with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-train-") as name:
+        folder = Path(name)
+        (folder / "artifacts").mkdir()
+        (folder / "artifacts" / "model").symlink_to(ROOT / "artifacts" / "model")
+        if args.memory:
+            memory(folder)
+        else:
+            (folder / "artifacts" / "prepared").symlink_to(ROOT / "artifacts" / "prepared")
+            speed(folder, args.pairs, args.steps)
+
+
+def run(way: str, folder: Path) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--run", way, str(folder)], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def set_up(folder: Path, **train: Any) -> None:
+    """The default profile's params with one rank and no dropout, and its shard."""
+    import yaml
+
+    params = yaml.safe_load((ROOT / "profiles" / "smollm2-135m-cpu.yaml").read_text("utf-8"))
+    params["convert"] |= {"tp_size": 1, "kv_size_multiplier": 1}
+    params["lora"]["lora_dropout"] = 0.0
+    params["train"] |= {"global_batch_size": 1, "micro_batch_size": 1, **train}
+    params["data"]["seq_len"] = params["serve"]["max_model_len"] - 1  # what training reads is in artifacts/prepared
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+    if not (folder / "artifacts" / "shards").exists():
+        subprocess.run(
+            [sys.executable, ROOT / "stages" / "convert_nxd.py"], cwd=folder, stdout=subprocess.DEVNULL, check=True
+        )
+
+
+def speed(folder: Path, pairs: int, steps: int) -> None:
+    set_up(folder, max_steps=steps)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "peak")}
+    for number in range(pairs):
+        for way, results in runs.items():
+            results.append(run(way, folder))
+            if way == "peak":
+                print(f"run {number + 1}: peak {results[-1]['flops'] / 1e9:.0f} GFLOP/s", flush=True)
+            else:
+                r = results[-1]
+                print(
+                    f"run {number + 1}: {way} {r['tokens'] / r['seconds']:.0f} tokens/s, loss {r['loss']:.5f}",
+                    flush=True,
+                )
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{steps} steps, a packed row each, {os.environ['OMP_NUM_THREADS']} threads, float32")
+    for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "last loss"):
+        table.add_column(column, justify="right" if column else "left")
+    for way in WAYS:
+        speeds = [run["tokens"] / run["seconds"] for run in runs[way]]
+        # run by run, since a machine's speed drifts
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs[way], strict=True)]
+        table.add_row(
+            way, f"{statistics.median(speeds):.0f}", f"{statistics.median(ratios):.2f}",
+            f"{max(run['rss_gib'] for run in runs[way]):.2f}", f"{runs[way][-1]['loss']:.5f}",
+        )  # fmt: skip
+    Console().print(table)
+    shares = [
+        run["flops"] / run["seconds"] / peak["flops"] for run, peak in zip(runs["ours"], runs["peak"], strict=True)
+    ]
+    peak = statistics.median(run["flops"] for run in runs["peak"])
+    share = f"{statistics.median(shares):.0%}"
+    print(f"products of the model's shapes alone: {peak / 1e9:.0f} GFLOP/s; a step of ours reaches {share} of that")
+
+
+def memory(folder: Path) -> None:
+    """Peak memory of ours and hf for a document of each length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="peak RSS in GiB, one document of so many tokens, all labelled")
+    for column in ("tokens", "ours", "ours, activation_checkpointing", "hf", "hf / ours"):
+        table.add_column(column, justify="right")
+    for length in LENGTHS:
+        one_document(folder / "artifacts" / "prepared", length)
+        set_up(folder, max_steps=2, epochs=2)
+        plain, hf = run("ours", folder)["rss_gib"], run("hf", folder)["rss_gib"]
+        set_up(folder, max_steps=2, epochs=2, activation_checkpointing=True)
+        checkpointed = run("ours", folder)["rss_gib"]
+        print(f"{length} tokens: {plain:.2f}, {checkpointed:.2f}, {hf:.2f} GiB", flush=True)
+        table.add_row(str(length), f"{plain:.2f}", f"{checkpointed:.2f}", f"{hf:.2f}", f"{hf / plain:.2f}")
+    Console().print(table)
+
+
+def one_document(prepared: Path, length: int) -> None:
+    """A prepared folder whose rows are one document of `length` random tokens, and short ones to validate on."""
+    import torch
+
+    from trnlora.architecture import LlamaConfig
+    from trnlora.data import write_parquet
+    from trnlora.files import write_sums
+
+    shutil.rmtree(prepared, ignore_errors=True)
+    prepared.mkdir()
+    vocabulary = LlamaConfig.from_folder(ROOT / "artifacts" / "model").vocab_size
+    for split, tokens in (("train", length), ("validation", 64)):
+        ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+        row = {"input_ids": ids, "labels": ids, "position_ids": list(range(tokens)), "document_ids": [1] * tokens}
+        write_parquet(prepared / f"{split}.parquet", [{**row, "row_ids": [1]}])
+    write_sums(prepared)
+
+
+def run_ours() -> dict[str, Any]:
+    """The stage, in the current folder."""
+    from trnlora import paths
+    from trnlora.files import read_json
+
+    subprocess.run([sys.executable, ROOT / "stages" / "finetune_lora.py"], stdout=subprocess.DEVNULL, check=True)
+    metrics = read_json(paths.METRICS / "finetune_lora.json")
+    timing = read_json(paths.METRICS / "timing" / "finetune_lora.json")
+    tokens = metrics["train_tokens"]
+    return {
+        "tokens": tokens,
+        "seconds": tokens / timing["tokens_per_second"],
+        "loss": metrics["train_loss"],
+        "rss_gib": timing["peak_rss_gib_per_rank"],
+        "flops": sum(2 * m * k * n * times for m, k, n, times in products(documents())),
+    }
+
+
+def documents() -> list[list[dict[str, list[int]]]]:
+    """The documents (input_ids, labels) of each packed row that training reads, in its order."""
+    from trnlora import paths
+    from trnlora.batches import epoch_order, read_rows
+    from trnlora.params import load_params
+
+    train = load_params().train
+    assert train.max_steps is not None
+    rows = read_rows(paths.PREPARED / "train.parquet")
+    count = len(rows["labels"])
+    order = [row for epoch in range(train.epochs) for row in epoch_order(count, epoch, train.seed).tolist()]
+    steps = []
+    for row in order[: train.max_steps]:
+        ids = rows["document_ids"][row]
+        steps.append(
+            [
+                {name: rows[name][row][ids == document].tolist() for name in ("input_ids", "labels")}
+                for document in range(1, int(ids.max()) + 1)
+            ]
+        )
+    return steps
+
+
+def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, int, int]]:
+    """(m, k, n, how often) of the matrix products that LoRA needs for these steps' real tokens.
+
+    Forward and the gradient of the input for each frozen weight, that of the lowest layer's q, k and v excepted: there
+    is no adapter below. A, B and their gradients besides. The head at labelled tokens alone. No attention.
+    """
+    from trnlora import paths
+    from trnlora.architecture import LlamaConfig
+    from trnlora.params import load_params
+
+    config, r = LlamaConfig.from_folder(paths.MODEL), load_params().lora.r
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    found = []
+    for step in steps:
+        tokens = sum(len(document["input_ids"]) for document in step)
+        labelled = sum(label != -100 for document in step for label in document["labels"][1:])
+        for n in (q, kv, kv):  # (tokens, hidden) @ (hidden, n), and back
+            found += [(tokens, hidden, n, layers), (tokens, n, hidden, layers - 1)]
+            found += [(tokens, r, n, layers), (tokens, n, r, layers), (n, tokens, r, layers)]  # B, its input's, its own
+        found += [(tokens, hidden, r, layers), (r, tokens, hidden, layers), (tokens, r, hidden, layers - 1)]  # A
+        for k, n in ((q, hidden), (hidden, 2 * config.intermediate_size), (config.intermediate_size, hidden)):
+            found += [(tokens, k, n, layers), (tokens, n, k, layers)]
+        found += [(labelled, hidden, config.vocab_size, 1), (labelled, config.vocab_size, hidden, 1)]
+    return found
+
+
+def gemm_peak() -> dict[str, Any]:
+    """FLOP/s of the model's products one after the other with nothing between, each at its best of several runs."""
+    import torch
+
+    flops = seconds = 0.0
+    for m, k, n, times in products(documents()[:1]):
+        x, weight = torch.randn(m, k), torch.randn(n, k)
+        best = math.inf
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            best = min(best, time.perf_counter() - started)
+        flops += 2 * m * k * n * times
+        seconds += best * times
+    return {"flops": flops / seconds}
+
+
+def run_hf(packed: bool) -> dict[str, Any]:
+    """HF Trainer + PEFT in the current folder's rows."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.data import SequentialSampler
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    from trnlora import paths
+    from trnlora.finetuner import linear_schedule
+    from trnlora.params import load_params
+
+    params = load_params()
+    steps = documents()
+    base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=torch.float32)
+    config = LoraConfig(
+        r=params.lora.r, lora_alpha=params.lora.lora_alpha, target_modules=["q_proj", "k_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model: Any = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(params.train.seed)
+    for layer in model.base_model.model.model.layers:
+        attention = layer.self_attn
+        a = attention.q_proj.lora_A["default"].weight
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.lora.draw_lora_a
+        attention.k_proj.lora_A["default"].weight = attention.v_proj.lora_A["default"].weight = a
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    collate = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer)
+    losses: list[float] = []
+    seconds = 0.0
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *unused: Any, **unused_too: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *unused: Any, **unused_too: Any) -> None:
+            nonlocal seconds
+            seconds += time.perf_counter() - self.started
+
+        def on_log(self, *unused: Any, logs: dict[str, float] | None = None, **unused_too: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(logs["loss"])
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SequentialSampler(steps)
+
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=params.train.lr, weight_decay=params.train.weight_decay
+    )
+    warmup = math.ceil(params.train.warmup_ratio * len(steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, len(steps), warmup))
+    arguments = TrainingArguments(
+        output_dir="hf", per_device_train_batch_size=1, max_steps=len(steps), logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, use_cpu=True, max_grad_norm=params.train.max_grad_norm,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = InOrder(
+        model=model, args=arguments, train_dataset=steps, optimizers=(optimizer, schedule), callbacks=[Clock()],
+        data_collator=lambda batch: collate(batch[0]),  # an item is a step's documents
+    )  # fmt: skip
+    trainer.train()
+    return {
+        "tokens": sum(len(document["input_ids"]) for step in steps for document in step),
+        "seconds": seconds,
+        "loss": losses[-1],
+        "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+    }
+
+
+if __name__ == "__main__":
+    main()
