@@ -10,7 +10,8 @@ copy       the same output bytes, file by file with shutil.copyfile and fsync
 baseline   what NxD's converter does (scripts/checkpoint_converter.py): load everything, for each rank rebuild q, o and
            the repeated k and v whole, clone the rank's slices, torch.save (and fsync)
 
-Every run is a process of its own; seconds are of its work without imports, memory is the process's peak resident set.
+Every run is a process of its own and finds what it reads on the disk, not in memory;
+seconds are of its work without imports, memory is the process's peak resident set.
 The baseline holds the whole model in memory, so it runs for the 1b preset alone.
 """
 
@@ -123,6 +124,12 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
     """One run in this process; prints its figures as JSON."""
     target = root / f"{way}-out"
     shutil.rmtree(target, ignore_errors=True)
+    # A copy of files that were just written would read them from memory, a conversion of older ones from the disk.
+    for file in (root / ("ours-out" if way == "copy" else "model")).rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if way == "ours":
         from convert_nxd import write_shards
 

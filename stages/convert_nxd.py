@@ -88,7 +88,7 @@ def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Conver
     """Write every rank's file below `shards` from the HF folder `model`; the bytes written."""
     import numpy as np
 
-    from trnlora.checkpoint import PRETRAINED_TAG, HFCheckpoint, StoredTensor, create_rank_file, rank_file
+    from trnlora.checkpoint import PRETRAINED_TAG, HFCheckpoint, StoredTensor, create_rank_file, rank_file, stored_bytes
     from trnlora.reshard import each_block, parts_of_hf_tensors, scatter
 
     tables = [shard_pieces(config, convert, rank) for rank in range(convert.tp_size)]
@@ -115,7 +115,15 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
     """Write the shards below `shards` back as an HF folder, with the config and tokenizer of artifacts/model."""
     import numpy as np
 
-    from trnlora.checkpoint import PRETRAINED_TAG, StoredTensor, create_hf_folder, open_rank_file, rank_file
+    from trnlora.checkpoint import (
+        PRETRAINED_TAG,
+        StoredTensor,
+        copy_all_but_weights,
+        create_hf_folder,
+        open_rank_file,
+        rank_file,
+        stored_bytes,
+    )
     from trnlora.layout import hf_shapes
     from trnlora.reshard import each_block, gather, kv_order, parts_of_hf_tensors
 
@@ -138,9 +146,7 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
         folder.parent.mkdir(parents=True, exist_ok=True)
         check_space(folder, size)
         with atomic_dir(folder) as partial:
-            for file in sorted(paths.MODEL.iterdir()):
-                if not file.name.startswith("model"):  # config, tokenizer, chat template
-                    shutil.copyfile(file, partial / file.name)
+            copy_all_but_weights(paths.MODEL, partial)
             target = files.enter_context(create_hf_folder(partial, specs))
 
             def move(name: str, tensor: StoredTensor, first: int, block: np.ndarray) -> int:
@@ -150,12 +156,6 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
 
             show_progress(each_block(target, move, convert.buffer_mib * 2**20), size, "writing HF folder")
     print(f"HF folder in {folder}")
-
-
-def stored_bytes(specs: dict) -> int:
-    import math
-
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
 def check_space(target: Path, size: int) -> None:

@@ -9,14 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_layout import conversion
+from safetensors.torch import load_file
+from test_layout import assemble, conversion
 from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM as HFLlama
 
 from trnlora.architecture import LlamaConfig
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
-from trnlora.checkpoint import HFCheckpoint
 from trnlora.errors import UserError
 from trnlora.layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
 from trnlora.llama import Llama
@@ -27,11 +27,11 @@ CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "
 
 
 def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
-    with HFCheckpoint(folder) as source:
-        return [
-            {name: source.assemble(pieces) for name, pieces in shard_pieces(config, convert, rank).items()}
-            for rank in range(convert.tp_size)
-        ]
+    weights = load_file(folder / "model.safetensors")
+    return [
+        {name: assemble(weights, pieces) for name, pieces in shard_pieces(config, convert, rank).items()}
+        for rank in range(convert.tp_size)
+    ]
 
 
 def sharded_logits(folder: Path, convert: Convert, ids: torch.Tensor) -> torch.Tensor:

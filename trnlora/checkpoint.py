@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretraine
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")
 
 MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file, as save_pretrained cuts them
+
+Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensors' shapes and dtypes by name
 
 # Names of dtypes in safetensors headers.
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -134,17 +137,6 @@ class HFCheckpoint:
             shape[pieces[0].dim] = sum(piece.stop - piece.start for piece in pieces)
         return tuple(shape), first.dtype
 
-    def assemble(self, pieces: list[Piece]) -> torch.Tensor:
-        """One NxD tensor in memory: its pieces, concatenated along their dim."""
-        parts = []
-        for piece in pieces:
-            stored = self[piece.hf_key]
-            if piece.dim == 0:
-                parts.append(stored.read(piece.start, piece.stop))
-            else:
-                parts.append(stored.read() if piece.dim is None else stored.read()[:, piece.start : piece.stop])
-        return torch.cat(parts, dim=pieces[0].dim or 0)
-
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """A safetensors file's header by tensor, and where the data begin, after checking that the file is whole.
@@ -168,10 +160,20 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + header_size
 
 
+def stored_bytes(specs: Specs) -> int:
+    """The bytes of tensors of these shapes and dtypes."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
+
+
+def copy_all_but_weights(model: Path, target: Path) -> None:
+    """Copy an HF folder's config, tokenizer and chat template to `target`."""
+    for file in sorted(model.iterdir()):
+        if not file.name.startswith("model"):
+            shutil.copyfile(file, target / file.name)
+
+
 @contextlib.contextmanager
-def create_safetensors(
-    path: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> Iterator[dict[str, StoredTensor]]:
+def create_safetensors(path: Path, specs: Specs) -> Iterator[dict[str, StoredTensor]]:
     """Create a safetensors file with room for tensors of these shapes and dtypes, to be written in place."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -192,9 +194,7 @@ def create_safetensors(
 
 
 @contextlib.contextmanager
-def create_hf_folder(
-    folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> Iterator[dict[str, StoredTensor]]:
+def create_hf_folder(folder: Path, specs: Specs) -> Iterator[dict[str, StoredTensor]]:
     """Create a model's safetensors in `folder`, to be written in place: one file, or files of at most 5 GB and an
     index, as transformers' save_pretrained names and cuts them."""
     files: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
@@ -211,8 +211,7 @@ def create_hf_folder(
         names = ["model.safetensors"]
     else:
         weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
-        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": stored_bytes(specs)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     with contextlib.ExitStack() as stack:
         stored: dict[str, StoredTensor] = {}
@@ -222,9 +221,7 @@ def create_hf_folder(
 
 
 @contextlib.contextmanager
-def create_rank_file(
-    path: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> Iterator[dict[str, StoredTensor]]:
+def create_rank_file(path: Path, specs: Specs) -> Iterator[dict[str, StoredTensor]]:
     """Create what `torch.save` writes for a flat dict of tensors, with room for the data, to be written in place.
 
     The zip's checksums of the data stay 0; torch does not look at them (it is built without miniz's CRC check).

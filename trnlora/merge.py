@@ -1,7 +1,6 @@
 """Base and adapter as one plain HF model, written tensor by tensor, for servers that cannot load LoRA."""
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trnlora.checkpoint import HFCheckpoint, StoredTensor, create_hf_folder
+from trnlora.checkpoint import HFCheckpoint, StoredTensor, copy_all_but_weights, create_hf_folder
 from trnlora.params import Lora
 from trnlora.reshard import each_block
 
@@ -21,9 +20,7 @@ def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora:
     model's dtype, as PEFT's merge does. Memory is that of one adapted tensor, or of the blocks that are copied.
     """
     scale = lora.lora_alpha / lora.r
-    for file in sorted(model.iterdir()):
-        if not file.name.startswith("model"):  # config, tokenizer, chat template
-            shutil.copyfile(file, target / file.name)
+    copy_all_but_weights(model, target)
     with HFCheckpoint(model) as source, contextlib.ExitStack() as files:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in source.stored.items()}
         merged = files.enter_context(create_hf_folder(target, specs))

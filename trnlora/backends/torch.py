@@ -66,6 +66,10 @@ class ThreadGroup:
         self._barrier.wait()  # nobody fills a slot anew before everybody has read it
         return result
 
+    def abort(self) -> None:
+        """Let the ranks that wait for this one fail."""
+        self._barrier.abort()
+
 
 def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBackend"], T]) -> list[T]:
     """Run `work` for every rank of `thread_backends` at once; results in the order of ranks.
@@ -83,7 +87,9 @@ def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBac
             pass  # another rank failed first
         except BaseException as error:
             errors.append(error)
-            backends[rank].abort()
+            for group in (backends[rank].tp_group, backends[rank].kv_group):
+                assert isinstance(group, ThreadGroup)
+                group.abort()
 
     threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(len(backends))]
     for thread in threads:
@@ -101,17 +107,11 @@ def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
     barrier = threading.Barrier(size)
     slots: list[Tensor | None] = [None] * size
     kv: dict[int, ThreadGroup] = {}
-    kv_barriers = []
     for group in kv_groups:
-        kv_barriers.append(threading.Barrier(len(group)))
+        kv_barrier = threading.Barrier(len(group))
         kv_slots: list[Tensor | None] = [None] * len(group)
-        kv.update({rank: ThreadGroup(index, kv_slots, kv_barriers[-1]) for index, rank in enumerate(group)})
-
-    def abort() -> None:
-        for each in (barrier, *kv_barriers):
-            each.abort()
-
-    return [TorchBackend(ThreadGroup(rank, slots, barrier), kv[rank], abort) for rank in range(size)]
+        kv.update({rank: ThreadGroup(index, kv_slots, kv_barrier) for index, rank in enumerate(group)})
+    return [TorchBackend(ThreadGroup(rank, slots, barrier), kv[rank]) for rank in range(size)]
 
 
 def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> "TorchBackend":
@@ -129,7 +129,7 @@ def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_
             if dist.get_rank() in ranks:
                 mine = kv_group
     assert mine is not None, "every rank is in one KV group"
-    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(mine), dist.destroy_process_group)
+    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(mine))
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -265,12 +265,11 @@ class GQAQKVColumnParallelLinear(nn.Module):
 class TorchBackend:
     """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
 
-    def __init__(self, tp_group: Group, kv_group: Group, abort: Callable[[], None]):
+    def __init__(self, tp_group: Group, kv_group: Group):
         self.tp_group = tp_group
         self.kv_group = kv_group
         self.tp_rank = tp_group.rank
         self.tp_size = tp_group.size
-        self.abort = abort
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         return ParallelEmbedding(num_embeddings, embedding_dim, self.tp_group)
