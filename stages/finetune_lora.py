@@ -138,6 +138,7 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
 
     rank, is_first = int(os.environ["RANK"]), os.environ["RANK"] == "0"
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
+    check_sums(paths.MODEL, "fetch_model", [paths.MODEL_CONFIG.name])
     check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet"])
     shard_file = rank_file(paths.SHARDS, PRETRAINED_TAG, rank % tp_size)
     check_sums(paths.SHARDS, "convert_nxd", [str(shard_file.relative_to(paths.SHARDS))])

@@ -5,6 +5,7 @@
 Reads   artifacts/lora_adapter (NxD shards), artifacts/model, artifacts/prepared/validation.jsonl,
         metrics/finetune_lora.json
 Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and nothing else),
+        artifacts/adapter.SHA256SUMS (beside it: the folder is to hold just the two),
         artifacts/merged (with flatten.merged_model: base + adapter as a plain HF folder; else empty),
         metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
 
@@ -23,7 +24,7 @@ from rich.progress import track
 from trnlora import paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, read_json, read_jsonl, write_json
+from trnlora.files import atomic_dir, check_sums, read_json, read_jsonl, write_json, write_sums
 from trnlora.params import load_params
 
 BATCH_TOKENS = 1024
@@ -35,6 +36,9 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params(args.params)
     config = LlamaConfig.from_folder(paths.MODEL)
+    check_sums(paths.LORA_SHARDS, "finetune_lora")
+    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
+    check_sums(paths.MODEL, "fetch_model")
     trainer_loss = read_json(paths.METRICS / "finetune_lora.json")["validation_loss"]
     examples = read_jsonl(paths.PREPARED / "validation.jsonl")
 
@@ -81,6 +85,7 @@ def main() -> None:
                 f"{trainer_loss:.5f}: more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter "
                 "was not kept; check that artifacts/model is the model that was converted (`dvc status`)"
             )
+    write_sums(paths.ADAPTER, paths.ADAPTER_SUMS)
 
     with atomic_dir(paths.MERGED) as partial:
         if params.flatten.merged_model:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trnlora import paths
 from trnlora.errors import UserError, run
+from trnlora.files import check_sums
 
 if TYPE_CHECKING:
     from trnlora.data import Example
@@ -89,6 +90,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder} has no tokenizer: run stages/fetch_model.py first (`dvc repro prepare_data` does)")
+    check_sums(folder, "fetch_model", without=(".safetensors",))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from trnlora.files import write_sums
+
 ROOT = Path(__file__).parent.parent
 
 # <|im_start|> opens a turn and <|im_end|> closes it and is EOS, as in SmolLM2's ChatML.
@@ -71,6 +73,7 @@ def make_llama() -> Callable[..., Path]:
             model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        write_sums(folder)  # as fetch_model does, for the tests that begin with a later stage
         return folder
 
     return make

@@ -17,8 +17,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from trnlora.architecture import LlamaConfig
 from trnlora.errors import run
-from trnlora.files import read_json
+from trnlora.files import read_json, write_json, write_jsonl, write_sums
 
 SECONDS = 10
 
@@ -270,9 +271,7 @@ def adapter_of(bench: Bench) -> list[Path]:
     """The shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
-    from trnlora.architecture import LlamaConfig
     from trnlora.checkpoint import LORA_TAG, rank_file, save_rank
-    from trnlora.files import write_json, write_sums
     from trnlora.lora import _adapter_shapes, nxd_adapter_config
     from trnlora.params import Params
 
@@ -283,7 +282,6 @@ def adapter_of(bench: Bench) -> list[Path]:
     for file in files:
         save_rank(file, {name: torch.full(shape, 0.5) for name, shape in shapes.items()})
     write_json(folder / "adapter_config.json", nxd_adapter_config(params.lora))
-    write_sums(folder)
     return files
 
 
@@ -322,11 +320,64 @@ def test_adapters(bench: Bench, case: str) -> None:
     bench.install_model()
     bench.write_params()
     spoil(adapter_of(bench))
+    write_sums(Path("artifacts/lora_adapter"))  # wrong from the start, not damaged since
     Path("metrics").mkdir()
     Path("metrics/finetune_lora.json").write_text('{"validation_loss": 1.0}')
     Path("artifacts/prepared").mkdir()
     Path("artifacts/prepared/validation.jsonl").write_text("")
+    write_sums(Path("artifacts/prepared"))
     assert message in bench.refused("stages/flatten_adapter.py")
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("stage", "damaged"),
+    [
+        ("prepare_data", "model/tokenizer.json"),
+        ("convert_nxd", "model/model.safetensors"),
+        # tests/test_finetune.py has finetune_lora's
+        ("flatten_adapter", "model/model.safetensors"),
+        ("flatten_adapter", "prepared/validation.jsonl"),
+        ("flatten_adapter", "lora_adapter/lora/model/dp_rank_00_tp_rank_01_pp_rank_00.pt"),
+        ("eval_vllm", "model/model.safetensors"),
+        ("eval_vllm", "prepared/validation.jsonl"),
+        ("eval_vllm", "prepared/test.jsonl"),
+        ("eval_vllm", "adapter/adapter_model.safetensors"),
+    ],
+)
+def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage: str, damaged: str) -> None:
+    from safetensors.torch import save_file
+
+    from trnlora.checkpoint import load_rank
+    from trnlora.lora import peft_adapter, peft_adapter_config
+    from trnlora.params import Params
+
+    bench.install_model()
+    bench.write_rows()
+    bench.write_params()
+    artifacts, params = Path("artifacts"), Params.model_validate(bench.params)
+    shards = [load_rank(file) for file in adapter_of(bench)]
+    write_sums(artifacts / "lora_adapter")
+    (artifacts / "adapter").mkdir()
+    adapter = peft_adapter(shards, LlamaConfig.from_folder(bench.llama), params.convert)
+    save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
+    write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
+    write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")
+    for split in ("validation", "test"):
+        write_jsonl(artifacts / f"prepared/{split}.jsonl", bench.rows)
+    write_sums(artifacts / "prepared")
+    write_json(Path("metrics/finetune_lora.json"), {"validation_loss": 1.0})
+    write_json(Path("metrics/flatten_adapter.json"), {"peft_validation_loss": 1.0})
+
+    flip_a_byte(artifacts / damaged)
+    line = bench.refused(f"stages/{stage}.py")
+    assert f"artifacts/{damaged} is damaged" in line
+    assert "run `dvc repro -f " in line
 
 
 @pytest.mark.parametrize(
@@ -336,7 +387,7 @@ def test_adapters(bench: Bench, case: str) -> None:
         ("stages/convert_nxd.py", "artifacts/model/config.json is missing"),
         ("stages/finetune_lora.py", "artifacts/model/config.json is missing"),
         ("stages/flatten_adapter.py", "artifacts/model/config.json is missing"),
-        ("stages/eval_vllm.py", "artifacts/prepared/validation.jsonl is missing"),
+        ("stages/eval_vllm.py", "artifacts/prepared is missing"),
         ("tools/serve.py", "artifacts/adapter is missing"),
     ],
 )

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from trnlora import data, templates
 from trnlora.errors import UserError
-from trnlora.files import sha256
+from trnlora.files import sha256, write_sums
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "data" / "tasks.jsonl"
@@ -552,6 +552,8 @@ def test_stage_errors_are_one_line(stage_root: Path, tmp_path: Path) -> None:
     assert "all 576 train rows exceed data.seq_len 8 tokens" in error()
     write_params(root / "params.yaml")
     (root / "artifacts" / "model" / "tokenizer.json").write_text('{"version": "1.0", "trunca')
+    assert "artifacts/model/tokenizer.json is damaged" in error()
+    write_sums(root / "artifacts" / "model")
     assert "artifacts/model: the tokenizer cannot be read" in error()
     shutil.rmtree(root / "artifacts" / "model")
     assert "artifacts/model has no tokenizer: run stages/fetch_model.py first" in error()

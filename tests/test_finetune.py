@@ -1,5 +1,6 @@
 """Training through the real stages: reproducible to the byte, independent of the cut, and stopped by one line."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -63,18 +64,23 @@ def test_max_steps_ends_the_schedule_and_is_validated(trained: Callable[..., Pat
     assert found["validation_loss"] != found["base_validation_loss"]
 
 
-def test_a_failing_rank_ends_the_run_with_one_line(trained: Callable[..., Path]) -> None:
+def test_damaged_inputs_end_the_run_with_one_line(trained: Callable[..., Path]) -> None:
     folder = trained("broken", train={"max_steps": 1})
-    shard = folder / "artifacts/shards/pretrained_weight/model/dp_rank_00_tp_rank_01_pp_rank_00.pt"
-    shard.write_bytes(shard.read_bytes()[:-1000])
     before = digests(folder / "artifacts" / "lora_adapter")
-    done = stage("finetune_lora", folder)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "rank 1" in line
-    assert "tp_rank_01_pp_rank_00.pt is damaged" in line
-    assert digests(folder / "artifacts" / "lora_adapter") == before  # the last good adapter is untouched
+    for damaged, ranks in (
+        ("shards/pretrained_weight/model/dp_rank_00_tp_rank_01_pp_rank_00.pt", "1"),
+        ("prepared/train.parquet", "012"),
+    ):
+        path = folder / "artifacts" / damaged
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+        done = stage("finetune_lora", folder)
+        path.write_bytes(whole)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert re.match(rf"error: training stopped, rank [{ranks}] failed: artifacts/{damaged} is damaged", line), line
+        assert digests(folder / "artifacts" / "lora_adapter") == before  # the last good adapter is untouched
 
 
 def test_minus_one_steps_are_refused_with_the_reason(prepared: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from trnlora import peft_folder, serving
 from trnlora.errors import UserError
+from trnlora.files import write_sums
 from trnlora.params import Params
 
 R = 16
@@ -409,6 +410,8 @@ def evaluated(workdir: Path, tiny_llama: Path, adapter: Path) -> Path:
             for number, (row, prompt, (prompt_ids, response_ids)) in enumerate(zip(part, prompts, pairs, strict=True)):
                 extra = {"prompt": prompt, "prompt_token_ids": prompt_ids, "response_token_ids": response_ids}
                 out.write(json.dumps({**row, "id": f"{split}-{number}", **extra}) + "\n")
+    write_sums(workdir / "artifacts" / "prepared")
+    write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
     validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
     loss = peft_loss(tiny_llama, adapter, validation)
     (workdir / "metrics").mkdir()
@@ -422,6 +425,7 @@ def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_p
     (copy / "metrics" / "flatten_adapter.json").write_text('{"peft_validation_loss": null}')
     assert_one_line(script("stages/eval_vllm.py", cwd=copy), "flatten_adapter.json has no number peft_validation_loss")
     (copy / "artifacts" / "prepared" / "test.jsonl").write_text("")
+    write_sums(copy / "artifacts" / "prepared")
     assert_one_line(script("stages/eval_vllm.py", cwd=copy), "artifacts/prepared/test.jsonl has no rows")
 
 
@@ -467,6 +471,7 @@ def test_eval_refuses_an_adapter_without_effect(evaluated: Path, tiny_llama: Pat
     copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
     (copy / "artifacts" / "adapter").unlink()
     write_adapter(tiny_llama, copy / "artifacts" / "adapter", scale=0.0)
+    write_sums(copy / "artifacts" / "adapter", copy / "artifacts" / "adapter.SHA256SUMS")
     for name in ("artifacts/answers.jsonl", "metrics/eval_vllm.json"):
         (copy / name).unlink(missing_ok=True)
     done = script("stages/eval_vllm.py", cwd=copy)

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
-from trnlora.files import atomic_file, read_json, write_json
+from trnlora.files import SUMS, atomic_file, read_json, write_json
 from trnlora.layout import Piece
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
@@ -168,7 +168,7 @@ def stored_bytes(specs: Specs) -> int:
 def copy_all_but_weights(model: Path, target: Path) -> None:
     """Copy an HF folder's config, tokenizer and chat template to `target`."""
     for file in sorted(model.iterdir()):
-        if not file.name.startswith("model"):
+        if not file.name.startswith("model") and file.name != SUMS:
             shutil.copyfile(file, target / file.name)
 
 

@@ -27,12 +27,16 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     which happens when a stage outlives the `dvc` that started it.
     """
     partial = partial_path(target)
+    old = target.with_name(f".{target.name}.old.partial")
     lock = _lock_empty_dir(partial)
     try:
+        shutil.rmtree(old, ignore_errors=True)
         yield partial
-        shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir():  # moved aside first: killed while it is deleted, it would be there in part
+            target.rename(old)
         partial.rename(target)
     finally:
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
@@ -125,35 +129,50 @@ def sha256(path: Path) -> str:
 SUMS = "SHA256SUMS"
 
 
-def write_sums(folder: Path) -> None:
-    """Write the sha256 of every file below `folder` to `folder`/SHA256SUMS; `sha256sum -c SHA256SUMS` reads it."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    with atomic_file(folder / SUMS) as partial:
-        partial.write_text("".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names)), "utf-8")
+def write_sums(folder: Path, sums: Path | None = None) -> dict[str, str]:
+    """Write the sha256 of every file below `folder` to `sums` (None: `folder`/SHA256SUMS) and return them by path.
+
+    In the format of `sha256sum -c`, run in `folder`.
+    """
+    sums = sums or folder / SUMS
+    files = [path for path in folder.rglob("*") if path.is_file() and path != sums]
+    made = _digests(folder, sorted(str(path.relative_to(folder)) for path in files))
+    with atomic_file(sums) as partial:
+        partial.write_text("".join(f"{digest}  {name}\n" for name, digest in made.items()), "utf-8")
+    return made
 
 
-def check_sums(folder: Path, stage: str, names: Iterable[str] | None = None) -> None:
-    """Compare files below `folder` (`names`; None: all) with its SHA256SUMS; `stage` is what writes the folder.
+def check_sums(
+    folder: Path,
+    stage: str,
+    names: Iterable[str] | None = None,
+    without: tuple[str, ...] = (),
+    sums: Path | None = None,
+) -> None:
+    """Compare files below `folder` (`names`; None: all) with the sums written by `write_sums` in `stage`.
 
+    Files whose names have an ending of `without` are left alone. Each stage checks what it reads: sha256 costs a core
+    0.5 to 3 s a GiB (files are read in parallel), so a model's weights are left to the three stages that read them.
     Raises UserError naming the first file that is missing, damaged or not listed.
     """
     mend = f"run `dvc repro -f {stage}`"
+    sums = sums or folder / SUMS
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `dvc repro {stage}`")
     try:
-        lines = (folder / SUMS).read_text("utf-8").splitlines()
+        lines = sums.read_text("utf-8").splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (FileNotFoundError, ValueError):
-        raise UserError(f"{folder / SUMS} is missing or damaged: {mend}") from None
-    names = sorted(listed if names is None else names)
+        raise UserError(f"{sums} is missing or damaged: {mend}") from None
+    names = [name for name in (listed if names is None else names) if not name.endswith(without)]
     for name in names:
         if name not in listed or not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: {mend}")
-    for name, digest in _digests(folder, names):
+    for name, digest in _digests(folder, names).items():
         if digest != listed[name]:
-            raise UserError(f"{folder / name} is damaged, its sha256 is not that of {folder / SUMS}: {mend}")
+            raise UserError(f"{folder / name} is damaged, its sha256 is not that of {sums}: {mend}")
 
 
-def _digests(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing releases Python's lock
-        yield from zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True)
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

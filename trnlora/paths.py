@@ -10,6 +10,7 @@ PREPARED = Path("artifacts/prepared")  # prepare_data: packed rows (parquet) and
 SHARDS = Path("artifacts/shards")  # convert_nxd: pretrained_weight/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt
 LORA_SHARDS = Path("artifacts/lora_adapter")  # finetune_lora: lora/model/…pt and adapter_config.json, as NxD
 ADAPTER = Path("artifacts/adapter")  # flatten_adapter: the PEFT folder
+ADAPTER_SUMS = Path("artifacts/adapter.SHA256SUMS")
 MERGED = Path("artifacts/merged")  # flatten_adapter: base + adapter as a plain HF folder, empty unless asked for
 ANSWERS = Path("artifacts/answers.jsonl")  # eval_vllm: prompt, reference, base and tuned answers
 
