@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from trnlora import templates
 from trnlora.errors import UserError
-from trnlora.files import atomic_file, sha256
+from trnlora.files import atomic_file, parse_json, sha256
 from trnlora.sources import hub_snapshot, parse_source
 
 IGNORED = -100  # the label where nothing is to be learnt: torch's and HF's default ignore_index
@@ -101,13 +101,10 @@ def read_rows(path: Path) -> list[Row]:
 
 def _parse(line: bytes, number: int, where: str) -> Row:
     try:
-        values = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not valid UTF-8 ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise UserError(f"{where} is nested too deeply to be a row") from None
+    values = parse_json(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where} is not a JSON object with the columns {', '.join(COLUMNS)}")
     for column in COLUMNS:
@@ -115,15 +112,19 @@ def _parse(line: bytes, number: int, where: str) -> Row:
             raise UserError(f"{where} has no column {column!r} (wanted: {', '.join(COLUMNS)})")
         value = values[column]
         if not isinstance(value, str):
-            raise UserError(f"{where}: {column} must be a string, it is {json.dumps(value)[:60]}")
+            raise UserError(f"{where}: {column} must be a string, it is {_shown(value)}")
         if column != "context" and not value.strip():
             raise UserError(f"{where}: {column} is empty")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             raise UserError(f"{where}: {column} holds half of a surrogate pair, which no tokenizer takes")
     split = values.get("split")
     if "split" in values and split not in SPLITS:
-        raise UserError(f"{where}: split must be train or test, it is {json.dumps(split)[:60]}")
+        raise UserError(f"{where}: split must be train or test, it is {_shown(split)}")
     return Row(number, **{column: values[column].strip() for column in COLUMNS}, split=split)
+
+
+def _shown(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, dict | list) else json.dumps(value)[:60]
 
 
 # Choosing and splitting ---------------------------------------------------------------------------------------------

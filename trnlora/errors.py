@@ -8,6 +8,9 @@ from collections.abc import Callable
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, and the mend."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # it may quote a key or a library with line breaks
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; end on one line (exit 1) for what a user can cause, on a traceback for a bug."""

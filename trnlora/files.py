@@ -13,6 +13,8 @@ from typing import Any
 
 from trnlora.errors import UserError
 
+MEND = ": delete it and run `dvc repro`"
+
 
 def partial_path(target: Path) -> Path:
     """The temporary name of `target`, beside it so that a rename never crosses file systems."""
@@ -96,28 +98,40 @@ def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError naming the file when it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from None
+    return parse_json(_read_text(path), str(path), MEND)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line. Raises UserError naming the file (and line) otherwise."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
+    text = _read_text(path)
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would cut at U+2028 within a string
     rows = []
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not valid JSON ({error})") from None
+        row = parse_json(line, f"{path} line {number}", MEND)
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is no JSON object{MEND}")
+        rows.append(row)
     return rows
+
+
+def parse_json(text: str, where: str, mend: str = "") -> Any:
+    """The value of a JSON text. Raises UserError (`where` … `mend`) for whatever is not one that Python can hold."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # JSONDecodeError, and what int() says about a number of 5,000 digits
+        reason = str(error)
+    raise UserError(f"{where} is not valid JSON ({reason}){mend}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 ({error}){MEND}") from None
 
 
 def sha256(path: Path) -> str:

@@ -190,10 +190,12 @@ def load_params(path: Path = paths.PARAMS) -> Params:
     Raises UserError with one line that names the file, the key and what is wrong with it.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the project's root, or name a file with --params") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    try:
+        values = yaml.safe_load(text)
+    except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, KeyError for !!bool x, RecursionError …
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys: copy a profile with `make profile NAME=smollm2-135m-cpu`")
@@ -214,7 +216,7 @@ def _explain(detail: Any) -> str:
     if isinstance(value, str) and _is_number(value):
         mantissa, e, exponent = value.lower().partition("e")
         text += f"; YAML reads {value} as a string, write {float(mantissa)}e{exponent}" if e else "; write it unquoted"
-    elif not isinstance(value, dict | list):
+    elif not isinstance(value, dict | list) and not (isinstance(value, int) and value.bit_length() > 64):
         text += f" (it is {value!r})"
     return f"{key}: {text}" if key else text
 

@@ -1,0 +1,114 @@
+"""Whatever stands in a params file or a file of rows: a value, or one line that says what is wrong with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from trnlora.data import read_rows
+from trnlora.errors import UserError
+from trnlora.files import read_json, read_jsonl
+from trnlora.params import Params, load_params
+
+EXAMPLES = 300  # of each test; a second or two
+fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+PARAMS = (ROOT / "profiles/smollm2-135m-cpu.yaml").read_bytes()
+ROWS = b"".join((ROOT / "data/tasks.jsonl").read_bytes().splitlines(keepends=True)[:3])
+
+# What a parser has branches for, beside text of any kind.
+PIECES = [
+    *("{", "}", "[", "]", '"', "'", ":", ": ", ",", "- ", "\n", "\n  ", "\t", "\0", "#", "|", ">", "&a ", "*a", "? "),
+    *("!!bool x", "!!timestamp x", "!!int x", "!!binary x", "!!set {a}", "!!python/name:os.system ", "<<: *a", "---\n"),
+    *("null", "true", "~", "1e-4", "-1", "0x1f", "1_0", "0b", ".inf", ".nan", "NaN", "Infinity", "-0.0", "2026-13-01"),
+    *("\\u0000", "\\ud800", "\ufeff", "\u2028", "\x85", "é", "가", "9" * 5000, "0x" + "f" * 5000, "1" + "e9" * 3),
+]  # fmt: skip
+CHUNKS = st.one_of(st.sampled_from(PIECES).map(str.encode), st.text(max_size=8).map(str.encode), st.binary(max_size=8))
+SOUP = st.lists(CHUNKS, max_size=12).map(b"".join)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(PIECES),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def spoiled(draw: st.DrawFn, whole: bytes) -> bytes:
+    """`whole` with a piece of it replaced by something else."""
+    begin = draw(st.integers(0, len(whole)))
+    end = draw(st.integers(begin, min(len(whole), begin + 40)))
+    return whole[:begin] + draw(SOUP) + whole[end:]
+
+
+@st.composite
+def changed_params(draw: st.DrawFn) -> bytes:
+    """Valid YAML with the right keys, one of them with any value."""
+    params = yaml.safe_load(PARAMS)
+    section = draw(st.sampled_from(sorted(params)))
+    if isinstance(params[section], dict) and draw(st.booleans()):
+        params[section][draw(st.sampled_from(sorted(params[section])) | st.text(max_size=8))] = draw(VALUES)
+    else:
+        params[section] = draw(VALUES)
+    return yaml.safe_dump(params).encode()
+
+
+@st.composite
+def changed_rows(draw: st.DrawFn) -> bytes:
+    """Lines of valid JSON, one of them with any value in any column."""
+    rows: list[Any] = [json.loads(line) for line in ROWS.splitlines()]
+    column = draw(st.sampled_from([*rows[1], "other"]))
+    rows[1] = draw(VALUES) if draw(st.booleans()) else rows[1] | {column: draw(VALUES)}
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> Any:
+    """What `read` makes of the content; None after a UserError of one line that names the file."""
+    path.write_bytes(content)
+    try:
+        return read(path)
+    except UserError as error:
+        (line,) = str(error).splitlines()
+        assert path.name in line
+        return None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "fuzzed"
+
+
+@fuzz
+@given(content=SOUP | spoiled(PARAMS) | changed_params())
+@example(content=b"[" * 5000)
+@example(content=b"a: &a [*a]\nb: *a")
+@example(content=PARAMS.replace(b"epochs: 2", b"epochs: -0x" + b"f" * 5000))
+@example(content=PARAMS.replace(b"epochs: 2", b'epochs: "a\\nb"'))
+def test_params(path: Path, content: bytes) -> None:
+    params = value_or_line(load_params, path, content)
+    assert params is None or isinstance(params, Params)
+
+
+@fuzz
+@given(content=SOUP | spoiled(ROWS) | changed_rows())
+@example(content=b'{"instruction": ' + b"9" * 5000 + b"}")
+@example(content=b"[" * 5000)
+@example(content=b'{"instruction": ' + b"[" * 900 + b"]" * 900 + b"}")
+def test_rows(path: Path, content: bytes) -> None:
+    rows = value_or_line(read_rows, path, content)
+    assert rows is None or all(row.response for row in rows)
+
+
+@fuzz
+@given(content=SOUP | spoiled(ROWS) | changed_rows())
+@example(content=b"9" * 5000)
+@example(content=b"[" * 5000)
+def test_what_stages_leave(path: Path, content: bytes) -> None:
+    rows = value_or_line(read_jsonl, path, content)
+    assert rows is None or all(isinstance(row, dict) for row in rows)
+    value_or_line(read_json, path, content)
