@@ -35,7 +35,7 @@ READY := .venv/.ready
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench lock
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,3 +109,6 @@ bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
 
 lock: $(READY) ## compile requirements.in into requirements.lock
 	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh
+
+audit: $(READY) ## known vulnerabilities of the locked packages, asked of osv.dev
+	@python tools/audit.py

@@ -1,12 +1,16 @@
 """The environment and what makes it: lock file, Makefile, doctor. Nothing here installs a package."""
 
+import http.server
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -180,3 +184,43 @@ def test_metrics_table_without_metrics(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: there are no metrics yet: run `make repro`\n"
+
+
+class Osv(http.server.BaseHTTPRequestHandler):
+    """OSV's query, with one vulnerability that it knows."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        name = query["package"]["name"]
+        self.asked.append(name)
+        affected = [{"package": query["package"], "versions": [query["version"]]}]
+        found = {"id": "OSV-2026-1", "summary": "Bad", "affected": affected, "modified": "2026-01-01T00:00:00Z"}
+        body = json.dumps({"vulns": [found]} if name == "vllm" else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_audit_asks_for_all_that_is_installed_and_names_what_it_finds() -> None:
+    command = [sys.executable, str(ROOT / "tools/audit.py"), "--osv-url"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Osv) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 1
+    assert re.search(r"^vllm +[\d.]+ +OSV-2026-1", done.stdout, re.M), done.stdout + done.stderr
+    assert done.stderr.startswith("error: Found 1 known vulnerability in 1 package: raise")
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
+    assert sorted(Osv.asked) == sorted([*locked, "torch", "vllm"])
+
+    done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True)  # nobody listens any more
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: no audit without {url}")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compile requirements.in into requirements.lock: exact versions with hashes, for Python 3.11 on Linux.
 # torch itself stays out (setup.sh installs it); its CPU build must be seen all the same, or CUDA's packages come in.
+# It has no hash: each index and folder that TORCH_INDEX or PIP_FIND_LINKS may name can have a wheel of its own.
 set -euo pipefail
 . tools/torch_origin.sh
 if [[ -n $torch_wheels ]]; then
