@@ -147,8 +147,6 @@ def read_loss(stage: str, key: str) -> float:
 
 def start_engine(params: Params, engine_args: dict[str, Any]) -> Any:
     """A `vllm.LLM` in this process. Raises UserError with vLLM's reason, in one line, when it does not start."""
-    from pydantic import ValidationError
-
     verbose = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.update(serving.environment(params))
     # The engine in this process, whatever the backend: nothing can be left behind, and an error arrives as itself and
@@ -164,8 +162,7 @@ def start_engine(params: Params, engine_args: dict[str, Any]) -> Any:
             settle_vector_math()
             return LLM(**engine_args)
     except Exception as error:
-        said = "; ".join(e["msg"] for e in error.errors()) if isinstance(error, ValidationError) else str(error)
-        raise UserError(serving.start_failure(said or type(error).__name__)) from error
+        raise UserError(serving.failure("vLLM did not start", error)) from error
 
 
 @contextlib.contextmanager
@@ -191,7 +188,10 @@ def quiet() -> Iterator[None]:
 def generate(
     llm: Any, title: str, adapter: Adapter | None, prompts: list[list[int]], sampling: Any
 ) -> tuple[list[Any], float]:
-    """Outputs of vLLM in the order of `prompts` (token ids), and the seconds it took."""
+    """Outputs of vLLM in the order of `prompts` (token ids), and the seconds it took.
+
+    Raises UserError with vLLM's reason, in one line, when it refuses a prompt or its engine dies.
+    """
     from tqdm import tqdm
     from vllm.lora.request import LoRARequest
 
@@ -200,13 +200,16 @@ def generate(
         return rows if rows is not None else tqdm(**{**options, "desc": title, "leave": False})
 
     begun = time.perf_counter()
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling,
-        lora_request=LoRARequest(adapter.name, 1, str(adapter.folder)) if adapter else None,
-        # Not a disabled bar where nobody watches: vLLM divides by its elapsed time, which is then 0.
-        use_tqdm=bar if sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE") else False,
-    )
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            sampling,
+            lora_request=LoRARequest(adapter.name, 1, str(adapter.folder)) if adapter else None,
+            # Not a disabled bar where nobody watches: vLLM divides by its elapsed time, which is then 0.
+            use_tqdm=bar if sys.stderr.isatty() and not os.environ.get("TQDM_DISABLE") else False,
+        )
+    except Exception as error:
+        raise UserError(serving.failure(f"vLLM failed ({title})", error)) from error
     return outputs, time.perf_counter() - begun
 
 

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 
 STOP_SECONDS = 20  # from SIGTERM to SIGKILL
+ENGINE_DIED = "EngineDeadError"  # vllm/v1/engine/exceptions.py: all that its server says of an engine's end
 
 
 def main() -> None:
@@ -129,7 +131,8 @@ def chat_template(params: Params) -> str:
 def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:
     """Run the server in a process group of its own until it ends or a signal comes, and leave nothing of it behind.
 
-    What it prints while it starts and stops (warnings of its libraries) is shown only when VLLM_LOGGING_LEVEL is set.
+    What it prints while it starts and stops (warnings of its libraries), and more than the last line of tracebacks, is
+    shown only when VLLM_LOGGING_LEVEL is set.
     Raises UserError with the reason when it ends on its own.
     """
     verbose = "VLLM_LOGGING_LEVEL" in os.environ
@@ -147,18 +150,19 @@ def supervise(command: list[str], env: dict[str, str], url: str, models: list[st
         start_new_session=True,  # Ctrl-C reaches us alone, and killpg reaches its children
     )
     try:
-        start_up: list[str] = []
+        kept: deque[str] = deque(maxlen=1000)
         ready = threading.Event()
-        threading.Thread(target=relay, args=(server, start_up, ready, stopping, verbose), daemon=True).start()
+        reader = threading.Thread(target=relay, args=(server, kept, ready, stopping, verbose), daemon=True)
+        reader.start()
         print(f"starting vLLM for {url} …", flush=True)
         while server.poll() is None and not stopping.wait(0.5):
             if not ready.is_set() and is_healthy(url):
                 ready.set()
                 print(f"ready: {url}/v1, models {', '.join(models)}; Ctrl-C stops it", flush=True)
         if not stopping.is_set():
-            if ready.is_set():
-                raise UserError(f"vLLM's server ended on its own with exit code {server.returncode}")
-            raise UserError(serving.start_failure(reason(start_up)))
+            reader.join(timeout=STOP_SECONDS)  # the last lines say why
+            what = f"vLLM's server ended on its own (exit code {server.returncode})"
+            raise UserError(serving.failure(what if ready.is_set() else "vLLM did not start", reason([*kept])))
     finally:
         stop(server)
     print("stopped", flush=True)
@@ -166,19 +170,27 @@ def supervise(command: list[str], env: dict[str, str], url: str, models: list[st
 
 def relay(
     server: "subprocess.Popen[str]",
-    start_up: list[str],
+    kept: deque[str],
     ready: threading.Event,
     stopping: threading.Event,
     verbose: bool,
 ) -> None:
-    """Keep the server's lines until it is ready; print those between ready and the stop, or all if `verbose`."""
+    """Print the server's lines between ready and its end, or all if `verbose`.
+
+    In `kept` are the lines since the last request that was answered: they tell why it ended.
+    """
     assert server.stdout is not None
+    in_traceback = dead = False
     for line in server.stdout:
-        if verbose or (ready.is_set() and not stopping.is_set()):
+        text = re.sub(r"^\(\w+ pid=\d+\) (ERROR \S+ \S+ \[[^]]*\] )?", "", line)  # vLLM's mark of process and place
+        in_traceback = text.startswith("Traceback (") or (in_traceback and text[:1].isspace())
+        dead = dead or ENGINE_DIED in text
+        if verbose or (ready.is_set() and not (stopping.is_set() or in_traceback or dead)):
             sys.stdout.write(line)
             sys.stdout.flush()
-        if not ready.is_set():
-            start_up.append(line)
+        kept.append(line)
+        if line.endswith(" 200 OK\n"):
+            kept.clear()
 
 
 def is_healthy(url: str) -> bool:
@@ -190,8 +202,10 @@ def is_healthy(url: str) -> bool:
 
 
 def reason(lines: list[str]) -> str:
-    """The first exception that the server's output names: those after it only say that the engine did not start."""
+    """The first exception that the server's output names: those after it only say that the engine did not live."""
     for number, line in enumerate(lines):
+        if ENGINE_DIED in line:
+            return "its engine was killed; where nobody did it, the memory was full: see dmesg"
         if match := re.search(r"\b[\w.]*(?:Error|Exception): +(\S.*)", line):
             # pydantic counts the errors in its first line and tells them in the next ones, each with its [type=…]
             told = [text.split(" [type=")[0] for text in lines[number + 1 : number + 3] if " [type=" in text]

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.params import Params
@@ -208,7 +210,9 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def start_failure(reason: str) -> str:
-    """The one line for an engine that did not start; `reason` is what vLLM said."""
-    reason = " ".join(reason.split()).split("Value error, ")[-1]  # pydantic's prefix
-    return f"vLLM did not start: {reason} (see `serve` in params.yaml; VLLM_LOGGING_LEVEL=INFO shows vLLM's own log)"
+def failure(what: str, reason: Exception | str) -> str:
+    """The one line for an engine that did not start or has died; `reason` is what vLLM said."""
+    if isinstance(reason, ValidationError):
+        reason = "; ".join(detail["msg"] for detail in reason.errors())
+    said = " ".join((str(reason) or type(reason).__name__).split()).split("Value error, ")[-1]  # pydantic's prefix
+    return f"{what}: {said} (see `serve` in params.yaml; VLLM_LOGGING_LEVEL=INFO shows vLLM's own log)"
