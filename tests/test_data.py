@@ -60,7 +60,7 @@ def tokenizer(tiny_llama: Path) -> Any:
         (b'{"instruction": ', r"line 2 is not valid JSON \(.* at column 16\)"),
         (b'{"instruction": "\xff"}', "line 2 is not valid UTF-8 .* at byte 17"),
         (b'["a"]', "line 2 is not a JSON object with the columns instruction, context, response, category"),
-        (b"[" * 100_000, "line 2 is nested too deeply"),
+        (b"[" * 100_000, r"line 2 is not valid JSON \(nested too deeply\)"),
         (line(context="absent"), r"line 2 has no column 'context'"),
         (line(response=["it"]), r'line 2: response must be a string, it is \["it"\]'),
         (line(context=None), "line 2: context must be a string, it is null"),

@@ -112,19 +112,15 @@ def _parse(line: bytes, number: int, where: str) -> Row:
             raise UserError(f"{where} has no column {column!r} (wanted: {', '.join(COLUMNS)})")
         value = values[column]
         if not isinstance(value, str):
-            raise UserError(f"{where}: {column} must be a string, it is {_shown(value)}")
+            raise UserError(f"{where}: {column} must be a string, it is {json.dumps(value)[:60]}")
         if column != "context" and not value.strip():
             raise UserError(f"{where}: {column} is empty")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             raise UserError(f"{where}: {column} holds half of a surrogate pair, which no tokenizer takes")
     split = values.get("split")
     if "split" in values and split not in SPLITS:
-        raise UserError(f"{where}: split must be train or test, it is {_shown(split)}")
+        raise UserError(f"{where}: split must be train or test, it is {json.dumps(split)[:60]}")
     return Row(number, **{column: values[column].strip() for column in COLUMNS}, split=split)
-
-
-def _shown(value: Any) -> str:
-    return type(value).__name__ if isinstance(value, dict | list) else json.dumps(value)[:60]
 
 
 # Choosing and splitting ---------------------------------------------------------------------------------------------

@@ -118,9 +118,12 @@ def parse_json(text: str, where: str, mend: str = "") -> Any:
     """The value of a JSON text. Raises UserError (`where` … `mend`) for whatever is not one that Python can hold."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""  # a line of a JSONL file has its number in `where`
+        reason = f"{error.msg} at {line}column {error.colno}"
     except RecursionError:
         reason = "nested too deeply"
-    except ValueError as error:  # JSONDecodeError, and what int() says about a number of 5,000 digits
+    except ValueError as error:  # what int() says about a number of 5,000 digits
         reason = str(error)
     raise UserError(f"{where} is not valid JSON ({reason}){mend}")
 
