@@ -1,6 +1,7 @@
 """The environment and what makes it: lock file, Makefile, doctor. Nothing here installs a package."""
 
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from typing import ClassVar
 import pytest
 import yaml
 from conftest import ROOT
+
+from trnlora.params import load_params
 
 
 def doctor(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -177,6 +180,32 @@ def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
     assert re.search(r"^✗ backend neuron lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
+    assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "cores"),
+    [
+        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 2, 64),  # a trn2.48xlarge as it comes
+        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 1, 128),
+        ([{"nc_count": 2}] * 16, 1, 32),  # a trn1.32xlarge
+    ],
+)
+def test_doctor_counts_the_cores_of_the_run(
+    devices: list[dict[str, int]], size: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("doctor", ROOT / "tools/doctor.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tool = tmp_path / "neuron-ls"
+    tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    params = load_params(ROOT / "profiles/llama3-8b-trn2.yaml")
+    neuron = params.neuron.model_copy(update={"logical_core_size": size})
+    assert module.neuron_cores(params.model_copy(update={"neuron": neuron})) == cores
 
 
 def test_metrics_table_without_metrics(tmp_path: Path) -> None:

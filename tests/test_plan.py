@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Project
 
 from trnlora.architecture import LlamaConfig
 from trnlora.files import read_json
@@ -56,6 +57,15 @@ def test_llama3_8b_on_trn2_is_planned_offline(tmp_path: Path) -> None:
     assert "5,242,880 parameters (0.065%), 2,293,760 on a rank" in said
     assert "estimated from the size of data.source" in said
     assert "65,536 a step" in said
+
+
+def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
+    project.run("make", "profile", "NAME=llama3-8b-trn2")
+    said = project.dvc("repro", "--dry", "--force")
+    stages = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+    assert stages == [
+        "fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm",
+    ]  # fmt: skip
 
 
 def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
 from trnlora.params import Params, load_params
-from trnlora.plan import GIB, estimated_rows, make_plan
+from trnlora.plan import DTYPE_BYTES, GIB, estimated_rows, make_plan
 from trnlora.sources import hub_snapshot, parse_source
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
@@ -122,7 +122,7 @@ def neuron(params: Params) -> Iterator[str]:
     """Driver, cores, training environment and compile cache of a Trainium machine; every lack in one line."""
     lacking = []
     version = Path("/sys/module/neuron/version")
-    cores = neuron_cores()
+    cores = neuron_cores(params)
     if not version.exists():
         lacking.append("the Neuron driver (start AWS's Neuron machine image, or install aws-neuronx-dkms)")
     elif cores is None:
@@ -161,16 +161,20 @@ def neuron(params: Params) -> Iterator[str]:
     yield f"Neuron driver {version.read_text().strip()}, {cores} cores, {python}, compile cache {cache}"
 
 
-def neuron_cores() -> int | None:
-    """Logical cores of this machine; None without neuron-ls."""
+def neuron_cores(params: Params) -> int | None:
+    """Logical cores of this machine, as params.neuron.logical_core_size joins them; None without neuron-ls."""
     tool = shutil.which("neuron-ls", path=f"{os.environ['PATH']}:/opt/aws/neuron/bin")
     if tool is None:
         return None
     said = subprocess.run([tool, "--json-output"], capture_output=True, text=True)
     try:
-        return sum(device["nc_count"] for device in json.loads(said.stdout))
+        # neuron-ls counts logical cores of the machine's setting, which the run's variable overrides. trn1 has none.
+        physical = sum(
+            device["nc_count"] * device.get("logical_neuroncore_config", 1) for device in json.loads(said.stdout)
+        )
     except (ValueError, KeyError, TypeError):
         return None
+    return physical // params.neuron.logical_core_size
 
 
 def is_prepared(params: Params) -> bool:
@@ -188,16 +192,10 @@ def is_prepared(params: Params) -> bool:
 def plan(params: Params) -> Iterator[str]:
     """The sizes of the run, from the model's config: fetched, on the hub, or of profiles/configs."""
     source = parse_source(params.model.source)
-    known = Path("profiles/configs") / f"{source.name.rpartition('/')[2]}.json"
-    if is_fetched(params):
-        config = LlamaConfig.from_folder(paths.MODEL)
-    elif source.scheme == "hf" and known.exists():
-        config = LlamaConfig.from_hf(read_json(known))
-    elif source.scheme == "hf":
+    config = known_config(params)
+    if config is None and source.scheme == "hf":
         config = LlamaConfig.from_hf(read_json(hub_snapshot(source, ["config.json"]) / "config.json"))
-    elif source.scheme == "path":
-        config = LlamaConfig.from_folder(source.path)
-    else:
+    if config is None:
         raise UserError(f"{source.uri} is not here yet: run `dvc repro fetch_model` for its plan")
     check_divisible(config, params.convert)
     rows, how = estimated_rows(params), "estimated from the size of data.source; exact after prepare_data"
@@ -226,6 +224,19 @@ def plan(params: Params) -> Iterator[str]:
     else:
         yield f"steps        {run_plan.steps_per_epoch} an epoch, {run_plan.steps} in all ({rows} packed rows, {how})"
     yield f"tokens       {run_plan.tokens_per_step:,} a step, padding included"
+
+
+def known_config(params: Params) -> LlamaConfig | None:
+    """The model's config where it is on this machine: fetched, in its own folder, or of a profile of ours."""
+    source = parse_source(params.model.source)
+    known = Path("profiles/configs") / f"{source.name.rpartition('/')[2]}.json"
+    if is_fetched(params):
+        return LlamaConfig.from_folder(paths.MODEL)
+    if source.scheme == "path":
+        return LlamaConfig.from_folder(source.path)
+    if source.scheme == "hf" and known.exists():
+        return LlamaConfig.from_hf(read_json(known))
+    return None
 
 
 def processes(params: Params) -> int:
@@ -265,6 +276,14 @@ def recorded(params: Params) -> float | None:
     return float(metrics["weights_gib"]) if metrics.get("source") == params.model.source else None
 
 
+def weights_gib(params: Params) -> float | None:
+    """GiB of the model's weights, as fetched or by its config; None where neither is here."""
+    fetched, config = recorded(params), known_config(params)
+    if fetched is not None or config is None:
+        return fetched
+    return make_plan(params, config, None).parameters * DTYPE_BYTES[params.model.dtype] / GIB
+
+
 def token(params: Params) -> Iterator[str]:
     """Whether a gated model can be had is what `model` finds out; here is why it might not."""
     if params.model.source.startswith("hf://"):
@@ -275,7 +294,7 @@ def token(params: Params) -> Iterator[str]:
 def disk(params: Params) -> Iterator[str]:
     """Weights and shards (with an lm_head and KV replicas of their own), each once more in DVC's cache."""
     free = shutil.disk_usage(".").free / GIB
-    weights = recorded(params)
+    weights = weights_gib(params)
     if weights is None:
         yield f"{free:.0f} GiB of disk free; the model's size is known once it is fetched"
         return
@@ -290,7 +309,7 @@ def memory(params: Params) -> Iterator[str]:
     import psutil
 
     available = psutil.virtual_memory().available / GIB
-    weights = recorded(params)
+    weights = weights_gib(params)
     if weights is None:
         yield f"{available:.0f} GiB of memory available; the model's size is known once it is fetched"
         return
