@@ -1,9 +1,15 @@
 """The hand-written gradients against what autograd makes of the plain formulas, and against finite differences."""
 
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functionalize
 
+from trnlora import fused
 from trnlora.fused import rms_norm, rotary, swiglu
 
 
@@ -54,6 +60,25 @@ def test_gradients_by_finite_differences() -> None:
     angles = noise(2, 3, 4).double()
     assert torch.autograd.gradcheck(lambda x: rotary(x, angles.cos(), angles.sin()), x)
     assert torch.autograd.gradcheck(swiglu, x)
+
+
+def both_ways(function: Any, x: Tensor, grad: Tensor, *rest: Any) -> Tensor:
+    """An autograd.Function's output and its gradient of x."""
+    saved: list[Tensor] = []
+    y = function.forward(SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors)), x, *rest)
+    dx = function.backward(SimpleNamespace(saved_tensors=saved), grad)
+    return torch.cat([y.flatten(), (dx[0] if isinstance(dx, tuple) else dx).flatten()])
+
+
+def test_writes_into_views_survive_functionalization() -> None:
+    """What torch_xla does to a program before it compiles it: no tensor is written in place."""
+    wide, narrow, tables = noise(2, 5, 16), noise(2, 5, 8), noise(2, 5, 8)
+    for call, arguments in (
+        (partial(both_ways, fused._RMSNorm), (wide, wide, wide[0, 0], 1e-5)),
+        (partial(both_ways, fused._Rotary), (wide, wide, tables.cos(), tables.sin())),
+        (partial(both_ways, fused._SwiGLU), (wide, narrow)),
+    ):
+        assert torch.equal(functionalize(call)(*arguments), call(*arguments))
 
 
 def test_rms_norm_of_bfloat16_takes_the_mean_in_float32() -> None:
