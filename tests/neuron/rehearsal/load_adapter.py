@@ -1,0 +1,44 @@
+"""Loads a run's base model and adapter in NxD's own way: torchrun … load_adapter.py, in the run's folder."""
+
+import os
+
+import neuronx_distributed as nxd
+import torch.distributed as dist
+from neuronx_distributed.modules.lora import LoraConfig
+from neuronx_distributed.parallel_layers import parallel_state
+
+from trnlora import paths
+from trnlora.architecture import LlamaConfig
+from trnlora.backends import neuron
+from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file
+from trnlora.llama import Llama
+from trnlora.params import load_params
+
+params = load_params()
+dist.init_process_group("gloo")
+nxd_config = neuron._nxd_config(params)
+parallel_state.initialize_kv_group(params.convert.kv_size_multiplier)
+model = Llama.empty(
+    LlamaConfig.from_folder(paths.MODEL), neuron.NeuronBackend(params, nxd_config), params.convert.kv_size_multiplier
+)
+model.to_empty(device="cpu")
+nxd.load_checkpoint(str(paths.SHARDS), tag=PRETRAINED_TAG, model=model, strict=True)
+adapter = neuron._LoraModel(
+    model,
+    LoraConfig(
+        load_lora_from_ckpt=True,
+        lora_save_dir=str(paths.LORA_SHARDS.absolute()),  # NxD puts the folder before a file's name twice
+        lora_load_tag=f"{LORA_TAG}/model",
+        merge_sharded_lora=False,
+    ),
+)
+# LoraModel.load_state_dict would take base and adapter in one call, but raises for every key of the base that an
+# adapter alone lacks.
+adapter.is_base_model_loaded = True
+assert not adapter.load_lora_adapter().unexpected_keys
+
+stored = load_rank(rank_file(paths.LORA_SHARDS, LORA_TAG, int(os.environ["RANK"])))
+loaded = adapter.state_dict()
+assert loaded.keys() == stored.keys(), sorted(loaded.keys() ^ stored.keys())
+assert all(loaded[name].equal(tensor) for name, tensor in stored.items())
+assert all(tensor.any() for tensor in stored.values())

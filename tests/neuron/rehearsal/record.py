@@ -1,0 +1,69 @@
+"""stages/finetune_lora.py that also writes down what every rank computes: RECORD=folder python record.py
+
+Writes  RECORD/RANK.pt: `logits` of the first validation row before the first step (B, T, V/tp); `steps`: for each step
+        the trainable parameters before it and their gradients, reduced over ranks and replicas and not yet clipped;
+        `attentions`: how often a layer's attention was computed from then on, where the backend is neuron
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trnlora import finetuner
+from trnlora.errors import run
+from trnlora.numerics import settle_vector_math
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "stages"))
+import finetune_lora
+
+# AdamW moves a parameter by about lr · gradient / (|gradient| + eps). With the usual eps, 1e-8, it makes a whole step
+# where the gradient is so small that rounding chose its sign, and lora_A's gradients, which grow from 0, pass there.
+EPS = 1e-3
+
+
+class Recorder(finetuner.LoraFinetuner):
+    def on_train_start(self) -> None:
+        assert self.model is not None
+        names = ("input_ids", "position_ids", "document_ids")
+        with torch.no_grad():
+            logits = self.model.logits(self.model(*(self.validation_rows[name][:1] for name in names)))
+        self.record: dict[str, Any] = {"logits": logits, "steps": [], "attentions": 0}
+        if "NXD_CPU_MODE" in os.environ:
+            from trnlora.backends import neuron
+
+            scores = neuron._core_attention
+
+            def counted(*args: torch.Tensor) -> torch.Tensor:
+                self.record["attentions"] += 1
+                return scores(*args)
+
+            neuron._core_attention = counted
+
+    def configure_optimizers(self) -> Any:
+        configured = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["eps"] = EPS
+        return configured
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        parameters = self._trainable()
+        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}  # type: ignore[union-attr]
+        self.record["steps"].append({"weights": weights, "gradients": gradients})
+        super().configure_gradient_clipping(*args, **kwargs)
+
+    def on_train_end(self) -> None:
+        torch.save(self.record, Path(os.environ["RECORD"]) / f"{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    finetuner.LoraFinetuner = Recorder  # type: ignore[misc]
+    finetune_lora.__file__ = __file__  # what the stage starts its ranks with
+    if "RANK" in os.environ:
+        settle_vector_math()  # as the torch backend does for itself
+        finetune_lora.rank_main()
+    else:
+        run(finetune_lora.main)
