@@ -257,11 +257,13 @@ def run_hf(packed: bool) -> dict[str, Any]:
         TrainerCallback,
         TrainingArguments,
     )
+    from transformers.utils.logging import disable_progress_bar
 
     from trnlora import paths
     from trnlora.finetuner import linear_schedule
     from trnlora.params import load_params
 
+    disable_progress_bar()
     params = load_params()
     steps = documents()
     base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=torch.float32)
