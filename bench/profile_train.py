@@ -1,0 +1,118 @@
+"""Where the time of a training step goes: matrix products, attention, element-wise work, communication, data.
+
+    python bench/profile_train.py [--tp-size N] [--steps N]                 reads artifacts/model, artifacts/prepared
+
+Runs finetune_lora on the default profile with a profiler around its steps, and prints the first rank's seconds by kind.
+With one rank nothing is communicated; what tensor parallelism costs on one machine is the difference.
+"""
+
+import argparse
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Operators of aten by what they do; all others are element-wise, or copies and sums.
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of training (default: %(default)s)")
+    args = parser.parse_args()
+
+    import yaml
+
+    with tempfile.TemporaryDirectory(prefix="profile-train-") as name:
+        folder = Path(name)
+        (folder / "artifacts").mkdir()
+        for artifact in ("model", "prepared"):
+            (folder / "artifacts" / artifact).symlink_to(ROOT / "artifacts" / artifact)
+        params = yaml.safe_load((ROOT / "profiles" / "smollm2-135m-cpu.yaml").read_text("utf-8"))
+        params["convert"]["tp_size"] = args.tp_size
+        params["train"]["max_steps"] = args.steps
+        (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+        subprocess.run([sys.executable, ROOT / "stages" / "convert_nxd.py"], cwd=folder, check=True)
+        env = {
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // args.tp_size)),
+            "MALLOC_MMAP_THRESHOLD_": str(2**20),  # as the stage starts its ranks
+            "MALLOC_TRIM_THRESHOLD_": str(2**28),
+        }
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.tp_size)]
+        subprocess.run([*launcher, __file__], cwd=folder, env={**os.environ, **env}, check=True)
+
+
+def rank_main() -> None:
+    """The stage in this rank, with a profiler from the first training step to the last."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from trnlora import batches, progress
+    from trnlora.backends import torch as backend
+
+    profiler = profile(activities=[ProfilerActivity.CPU])
+
+    class Profiled(progress.TrainingProgress):
+        def on_train_start(self, *args: Any) -> None:
+            super().on_train_start(*args)
+            profiler.start()
+
+        def on_train_end(self, *args: Any) -> None:
+            super().on_train_end(*args)
+            profiler.stop()
+            if os.environ["RANK"] == "0":
+                report(profiler, self.seconds, self.total_steps)
+
+    def named(name: str, function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with record_function(name):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    progress.TrainingProgress = Profiled  # type: ignore[misc]
+    backend.ProcessGroup.all_reduce = named("communication", backend.ProcessGroup.all_reduce)  # type: ignore[method-assign]
+    batches.MicroBatches.__getitem__ = named("data", batches.MicroBatches.__getitem__)  # type: ignore[method-assign]
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    runpy.run_path(str(ROOT / "stages" / "finetune_lora.py"), run_name="__main__")
+
+
+def report(profiler: Any, seconds: float, steps: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = dict.fromkeys((*KINDS, "communication", "data", "element-wise, copies, sums"), 0.0)
+    for event in profiler.key_averages():
+        if event.key in ("communication", "data"):
+            found[event.key] += event.cpu_time_total  # with what it calls and waits for
+        elif event.key.startswith("aten::"):
+            kind = next((kind for kind, keys in KINDS.items() if event.key in keys), "element-wise, copies, sums")
+            found[kind] += event.self_cpu_time_total
+    found = {kind: microseconds / 1e6 for kind, microseconds in found.items()}
+    found["Python, autograd, the loop"] = max(0.0, seconds - sum(found.values()))
+    table = Table(title=f"{steps} steps, {os.environ['WORLD_SIZE']} ranks × {os.environ['OMP_NUM_THREADS']} threads")
+    for column in ("", "seconds a step", "share"):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, spent in found.items():
+        table.add_row(kind, f"{spent / steps:.3f}", f"{spent / seconds:.1%}")
+    table.add_row("all", f"{seconds / steps:.3f}", "")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        rank_main()
+    else:
+        main()
