@@ -15,7 +15,8 @@ compared with the base's alone.
 
 Reads   artifacts/model, artifacts/adapter (and its SHA256SUMS), artifacts/prepared/{validation,test}.jsonl,
         metrics/finetune_lora.json (validation_loss), metrics/flatten_adapter.json (peft_validation_loss)
-Writes  artifacts/answers.jsonl, metrics/eval_vllm.json, plots/exact_match_by_category.json
+Writes  artifacts/answers.jsonl, metrics/eval_vllm.json, metrics/timing/eval_vllm.json,
+        plots/exact_match_by_category.json
 """
 
 import argparse
@@ -71,17 +72,16 @@ def main() -> None:
     # first, so that loading the adapter and the first touch of memory are not part of the throughput.
     models: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
+    speeds: dict[str, dict[str, float]] = {}
     for name, adapter in ((serving.BASE, None), (serving.TUNED, tuned)):
         loss = teacher_forced_loss(llm, name, adapter, validation)
-        answers[name], speed = answer(llm, name, adapter, test, params.eval.max_tokens)
-        models[name] = {"loss": loss, **score(answers[name], test), **speed}
+        answers[name], speeds[name] = answer(llm, name, adapter, test, params.eval.max_tokens)
+        models[name] = {"loss": loss, **score(answers[name], test)}
 
     metrics: dict[str, Any] = {
         "prompts": len(test),
         "changed_fraction": scoring.changed_fraction(*([a["text"] for a in answers[name]] for name in models)),
         **{name: abs(models[serving.TUNED]["loss"] - loss) for name, loss in other_losses.items()},
-        "engine_start_seconds": engine_start_seconds,
-        "seconds": time.perf_counter() - begun,
         **models,
     }
     references, categories = [row["response"] for row in test], [row["category"] for row in test]
@@ -102,6 +102,8 @@ def main() -> None:
     REJECTED.unlink(missing_ok=True)
     write_jsonl(paths.ANSWERS, answer_rows)
     write_json(paths.METRICS / "eval_vllm.json", metrics)
+    timing = {"engine_start_seconds": engine_start_seconds, "seconds": time.perf_counter() - begun, **speeds}
+    write_json(paths.METRICS / "timing" / "eval_vllm.json", timing)
     write_json(
         paths.PLOTS / "exact_match_by_category.json",
         [

@@ -29,7 +29,7 @@ def test_what_differs_is_printed_and_nothing_else(run_project: Project) -> None:
     run_project.set_params(train={"lr": 5.0e-3}, data={"categories": ["[red]", "closed_qa"]})
     loss = json.loads((run_project.root / "metrics/finetune_lora.json").read_text("utf-8"))["validation_loss"]
     set_metric(run_project, "finetune_lora", validation_loss=loss + 0.5)
-    set_metric(run_project, "eval_vllm", seconds=1.0, engine_start_seconds=1.0)
+    set_metric(run_project, "timing/eval_vllm", seconds=1.0, engine_start_seconds=1.0)
     set_metric(run_project, "timing/finetune_lora", seconds=1.0)
     output = tool(run_project, "compare", "before")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]

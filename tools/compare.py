@@ -9,7 +9,6 @@ Seconds, memory and speed differ in any two runs and are left out: `make report 
 """
 
 import argparse
-import re
 import sys
 from typing import Any
 
@@ -22,7 +21,6 @@ from trnlora.errors import run
 from trnlora.results import Results, differing, load_results
 
 RIGHT = {False: "wrong", True: "right"}
-TIMES = re.compile(r"metrics/timing/.*|.*seconds|.*_per_s")
 
 
 def main() -> None:
@@ -36,7 +34,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     print_differences(console, "Params", a, b, [("", a.params, b.params)])
     files = dict.fromkeys([*a.metrics, *b.metrics])
-    metrics = [(file, a.metrics.get(file, {}), b.metrics.get(file, {})) for file in files if not TIMES.fullmatch(file)]
+    metrics = [(file, a.metrics.get(file, {}), b.metrics.get(file, {})) for file in files if "/timing/" not in file]
     print_differences(console, "Metrics", a, b, metrics)
     print_answers(console, a, b, args.samples)
 
@@ -49,8 +47,6 @@ def print_differences(
     for file, of_a, of_b in groups:
         stage = file.removeprefix(f"{paths.METRICS}/").removesuffix(".json")
         for key, before, after in differing(of_a, of_b):
-            if TIMES.fullmatch(key):
-                continue
             # Names and values are whatever params.yaml says: not rich's markup.
             cells = (f"{stage} {key}".strip(), shown(before), shown(after), change(before, after))
             table.add_row(*(Text(cell) for cell in cells))

@@ -32,7 +32,7 @@ def main() -> None:
     table = Table("stage", Column("metric", no_wrap=True), Column("value", overflow="fold"), title="Metrics")
     for stage, metrics in found.items():
         rest = {key: value for key, value in metrics.items() if not key.startswith(MODELS) and key != "sha256"}
-        for number, (key, value) in enumerate(flat(rest)):
+        for number, (key, value) in enumerate(rest.items()):
             table.add_row(stage if number == 0 else "", key, shown(value))
         table.add_section()
     console.print(table)
@@ -47,18 +47,16 @@ def main() -> None:
 
 
 def stage_metrics(stage: str) -> dict[str, Any]:
-    """What a stage measured, its timing included; empty where it has not run."""
+    """What a stage measured, its timing included, keys joined with dots; empty where it has not run."""
     files = (Path(file) for file in metric_files(stage))
-    return {key: value for file in files if file.exists() for key, value in read_json(file).items()}
+    return {key: value for file in files if file.exists() for key, value in flat(read_json(file))}
 
 
 def of_model(evaluation: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-    """eval_vllm's values of one model: {name: {…}, name_exact_match_by_category: {…}}."""
+    """eval_vllm's values of one model: name.… and name_exact_match_by_category.…"""
     for key, value in evaluation.items():
-        if key == name:
-            yield from flat(value)
-        elif key.startswith(f"{name}_"):
-            yield from flat(value, f"{key.removeprefix(f'{name}_')}.")
+        if key.startswith((f"{name}.", f"{name}_")):
+            yield key[len(name) + 1 :], value
 
 
 def shown(value: Any) -> str:
