@@ -154,6 +154,8 @@ def start_engine(params: Params, engine_args: dict[str, Any]) -> Any:
     # The engine in this process, whatever the backend: nothing can be left behind, and an error arrives as itself and
     # not as "engine core initialization failed".
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if not verbose:
+        os.environ["VLLM_LOGGING_LEVEL"] = "CRITICAL"  # the page that goes before such an error
     print("starting vLLM …", flush=True)
     try:
         with contextlib.nullcontext() if verbose else quiet():

@@ -255,9 +255,8 @@ class Project:
         path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
 
 
-@pytest.fixture
-def project(tmp_path: Path, tiny_llama: Path) -> Project:
-    """The working tree's files (without results) as a fresh repository, with params for the tiny Llama."""
+def make_project(root: Path, model: Path) -> Project:
+    """The working tree's files (without results) as a fresh repository in `root`, with params for the tiny Llama."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -265,7 +264,7 @@ def project(tmp_path: Path, tiny_llama: Path) -> Project:
         text=True,
         check=True,
     )
-    copy = Project(tmp_path / "project")
+    copy = Project(root)
     for name in filter(None, listed.stdout.split("\0")):
         source = ROOT / name
         if source.is_file() and name != "dvc.lock" and not name.startswith(("metrics/", "plots/", "tests/")):
@@ -273,7 +272,7 @@ def project(tmp_path: Path, tiny_llama: Path) -> Project:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     copy.set_params(
-        model={"source": f"path://{tiny_llama}", "sha256": None},
+        model={"source": f"path://{model}", "sha256": None},
         data={"seq_len": 256},
         train={"max_steps": 20, "lr": 1.0e-2},
         eval={"max_tokens": 16, "max_prompts": 8, "min_changed_fraction": 0.0},
@@ -285,3 +284,8 @@ def project(tmp_path: Path, tiny_llama: Path) -> Project:
         exclude.write("/.venv\n")  # .gitignore's /.venv/ is a folder, not a link
     copy.commit("The project")
     return copy
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_llama: Path) -> Project:
+    return make_project(tmp_path / "project", tiny_llama)

@@ -1,19 +1,23 @@
 """What is checked before vLLM starts, then vLLM for real: the server with its signals, and the evaluation stage."""
 
 import contextlib
+import http.client
 import json
 import os
 import pty
+import random
 import re
 import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,13 +243,16 @@ def test_the_first_exception_in_the_output_is_the_reason() -> None:
     ]
     assert reason(pydantic).strip() == "Value error, too long"
     assert reason(["Killed\n"]) == "Killed"
+    dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above).\n"
+    assert reason(["RuntimeError: no kernel\n", dead]) == "no kernel"
+    assert reason(["INFO: Shutting down\n", dead]).startswith("its engine was killed")
 
 
 # The server for real
 
 
 class Server:
-    def __init__(self, workdir: Path, tmp: Path, *arguments: str) -> None:
+    def __init__(self, workdir: Path, tmp: Path, *arguments: str, **secrets: str) -> None:
         self.port = free_port()
         self.log = tmp / "serve.log"
         env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
@@ -253,7 +260,7 @@ class Server:
             self.process = psutil.Popen(
                 [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port), *arguments],
                 cwd=workdir,
-                env=env | {"TMPDIR": str(tmp)},
+                env=env | {"TMPDIR": str(tmp)} | secrets,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -313,6 +320,113 @@ def test_smoke_prints_both_answers(server: Server, workdir: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Name a [bold]river." in done.stdout
     assert re.search(r"base \(\d+\.\d\d s\).*tuned \(\d+\.\d\d s\)", done.stdout)
+
+
+CLIENTS = 16
+LOAD_SECONDS = float(os.environ.get("LOAD_SECONDS", "20"))
+
+
+def send(port: int, path: str, content: bytes) -> tuple[int, Any]:
+    """Status and parsed reply of one POST."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", path, content, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+    finally:
+        connection.close()
+
+
+def hang_up(port: int, content: bytes, after: str) -> None:
+    """A streamed request, dropped with a reset: in the middle of it, when it is sent, or after the first tokens."""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    )
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.sendall(f"{head}\r\n\r\n".encode() + (content[:20] if after == "half" else content))
+        if after == "tokens":
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+class Load:
+    """One client: requests drawn one after the other, and what became of them."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self.port = port
+        self.draw = random.Random(seed)
+        self.answered: Counter[str] = Counter()
+        self.lost: list[str] = []
+
+    def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            kind = self.draw.choice(["chat", "completion", "completion", *BAD, "hang up"])
+            try:
+                getattr(self, kind.replace(" ", "_"))() if kind not in BAD else self.refused(kind)
+                self.answered[kind] += 1
+            except Exception as error:
+                self.lost.append(f"{kind}: {error!r}")
+
+    def body(self, **more: Any) -> dict[str, Any]:
+        model = self.draw.choice(["base", "tuned"])
+        return {"model": model, "max_tokens": self.draw.randint(1, 48), "temperature": 0} | more
+
+    def chat(self) -> None:
+        messages = [{"role": "user", "content": f"Count to {self.draw.randint(1, 99)}."}]
+        status, reply = send(self.port, "/v1/chat/completions", json.dumps(self.body(messages=messages)).encode())
+        assert status == 200, reply
+        assert reply["choices"][0]["finish_reason"] in ("stop", "length")
+
+    def completion(self) -> None:
+        prompt = "word " * self.draw.randint(1, 400)
+        status, reply = send(self.port, "/v1/completions", json.dumps(self.body(prompt=prompt)).encode())
+        assert status == 200, reply
+        assert reply["choices"][0]["finish_reason"] in ("stop", "length")
+
+    def refused(self, kind: str) -> None:
+        content, wanted = BAD[kind]
+        status, reply = send(self.port, "/v1/completions", content)
+        assert status in wanted, (status, reply)
+        assert reply["error"]["message"]
+        assert "Traceback" not in json.dumps(reply)
+
+    def hang_up(self) -> None:
+        content = json.dumps(self.body(prompt="Count.", stream=True, max_tokens=400)).encode()
+        hang_up(self.port, content, self.draw.choice(["half", "sent", "tokens"]))
+
+
+def completion(**body: Any) -> bytes:
+    return json.dumps({"model": "tuned", "prompt": "Hello", "max_tokens": 4} | body).encode()
+
+
+BAD: dict[str, tuple[bytes, set[int]]] = {
+    "over-long prompt": (completion(prompt="word " * 3000), {400}),
+    "over-long answer": (completion(max_tokens=100_000), {400}),
+    "token of no vocabulary": (completion(prompt=[999_999]), {400}),
+    "unknown model": (completion(model="nobody"), {404}),
+    "bad JSON": (completion()[:-1], {400, 422}),
+    "no JSON": (b"\xff\xfe\x00", {400, 422}),
+    "no prompt": (b'{"model": "tuned"}', {400, 422}),
+    "wrong type": (completion(max_tokens="many"), {400, 422}),
+    "out of range": (completion(temperature=-1), {400, 422}),
+    "empty": (b"", {400, 422}),
+}
+
+
+@pytest.mark.slow
+def test_parallel_clients_good_and_bad(server: Server, workdir: Path) -> None:
+    """LOAD_SECONDS (default 20; 60 is the promise) of 16 clients: no valid request lost, clean 4xx for the others."""
+    clients = [Load(server.port, seed) for seed in range(CLIENTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(lambda client: client.run(time.monotonic() + LOAD_SECONDS), clients))
+    total = sum((client.answered for client in clients), Counter())
+    print(f"{CLIENTS} clients, {LOAD_SECONDS:.0f} s: {dict(total)}")
+    assert [line for client in clients for line in client.lost] == []
+    assert total.keys() == {"chat", "completion", "hang up", *BAD}
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60) as reply:
+        assert reply.status == 200
+    assert script("tools/smoke.py", "--question", "?", "--port", str(server.port), cwd=workdir).returncode == 0
+    assert "Traceback" not in server.log.read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -479,6 +593,22 @@ def test_eval_refuses_an_adapter_without_effect(evaluated: Path, tiny_llama: Pat
     assert len((copy / "artifacts" / "answers.rejected.jsonl").read_text("utf-8").splitlines()) == 10
     assert not (copy / "artifacts" / "answers.jsonl").exists()
     assert not (copy / "metrics" / "eval_vllm.json").exists()
+
+
+@pytest.mark.slow
+def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, tmp_path: Path) -> None:
+    """In the middle of the evaluation, with the engine up: a row that has no room in serve.max_model_len."""
+    copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
+    path = copy / "artifacts" / "prepared" / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows[-1]["prompt_token_ids"] *= 100
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_sums(path.parent)
+    (copy / "artifacts" / "answers.jsonl").unlink(missing_ok=True)
+    done = script("stages/eval_vllm.py", cwd=copy)
+    assert "base: loss" in done.stdout
+    assert_one_line(done, "vLLM failed (base answers): ", "maximum model length", "`serve` in params")
+    assert not (copy / "artifacts" / "answers.jsonl").exists()
 
 
 @pytest.mark.slow

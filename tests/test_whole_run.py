@@ -1,0 +1,250 @@
+"""The whole `dvc repro` on the tiny Llama: killed at random moments of every stage, and with secrets around it.
+
+One undisturbed run, in an environment full of canaries, is what the tests here look at. KILLS (default 6) is how often
+the other run is killed, SEED (0) draws the moments:
+
+    KILLS=24 SEED=1 make test ARGS="-s tests/test_whole_run.py -k killed"
+"""
+
+import http.server
+import os
+import random
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Project, digests, make_project, metrics
+from test_dvc import ORDER, check_cache, ran
+from test_serving import Server, free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+KILLS = int(os.environ.get("KILLS", "6"))
+SEED = int(os.environ.get("SEED", "0"))
+
+CANARY = "caNary7f3a"
+SECRETS = {
+    name: f"{CANARY}-{name.lower()}"
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "VLLM_API_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+    )
+}
+# What eval_vllm measures of time; all else of the metrics is the same in two runs.
+MEASURED = ("seconds", "engine_start_seconds", "requests_per_s", "output_tokens_per_s")
+
+
+class Repro:
+    """`dvc repro` in the background, and when each stage began."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.log = project.root.parent / f"{project.root.name}-{time.monotonic_ns()}.log"
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [".venv/bin/dvc", "repro"],
+                cwd=project.root,
+                env=project.env | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.began: dict[str, float] = {}
+
+    def printed(self) -> str:
+        return self.log.read_text("utf-8")
+
+    def alive(self) -> bool:
+        """Also notes the stages that have begun since the last call."""
+        running = self.process.poll() is None
+        for name in ran(self.printed()):
+            self.began.setdefault(name, time.monotonic())
+        return running
+
+    def processes(self) -> list[psutil.Process]:
+        """All that this run has started, in whatever session: they work in the project's folder."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.cwd() == str(self.project.root):
+                    found.append(process)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
+    def kill(self) -> None:
+        for process in [self.process, *self.processes()]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:  # the kernel ends a rank with its launcher
+                continue
+        self.process.wait()
+        psutil.wait_procs(self.processes(), timeout=30)
+        assert not self.processes()
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Project, dict[str, float], str]:
+    """A run that nothing disturbs: the project, the seconds of each stage, and what was printed."""
+    project = make_project(tmp_path_factory.mktemp("clean") / "project", tiny_llama)
+    project.env |= SECRETS
+    run = Repro(project)
+    while run.alive():
+        time.sleep(0.05)
+    assert run.process.returncode == 0, run.printed()
+    ends = [*list(run.began.values())[1:], time.monotonic()]
+    return project, {name: end - run.began[name] for name, end in zip(ORDER, ends, strict=True)}, run.printed()
+
+
+def lasting(project: Project) -> dict[str, Any]:
+    """The metrics without what is measured of time."""
+
+    def drop(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in values.items() if name not in MEASURED}
+        return {name: drop(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    return {stage: drop(metrics(project.root, stage)) for stage in ORDER}
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    clean: tuple[Project, dict[str, float], str], tmp_path: Path, tiny_llama: Path
+) -> None:
+    """SIGKILL to dvc, the stage, torchrun and its ranks at once, and the command again, over and over."""
+    whole, seconds, _ = clean
+    project = make_project(tmp_path / "project", tiny_llama)
+    moments = random.Random(SEED)
+    killed = []
+    for stage in sorted((ORDER[number % len(ORDER)] for number in range(KILLS)), key=ORDER.index):
+        run = Repro(project)
+        # This stage, or the next where a kill came too late for this one. A stage's seconds go until the next begins:
+        # those in which DVC puts the outs into its cache and writes dvc.lock are among them.
+        while run.alive() and not [name for name in run.began if ORDER.index(name) >= ORDER.index(stage)]:
+            time.sleep(0.02)
+        stage = list(run.began)[-1]
+        time.sleep(moments.uniform(0, seconds[stage]))
+        if run.alive():
+            run.kill()
+            killed.append(list(run.began)[-1])
+        else:
+            assert run.process.returncode == 0, run.printed()
+    print(f"killed {len(killed)} times: {', '.join(f'{stage} {killed.count(stage)}' for stage in ORDER)}")
+    assert len(killed) > KILLS * 2 / 3
+
+    project.dvc("repro")
+    assert ran(project.dvc("repro")) == []
+    assert digests(project.root / "artifacts") == digests(whole.root / "artifacts")
+    assert lasting(project) == lasting(whole)
+    check_cache(project)
+    assert not list((project.root / ".scratch/checkpoints").iterdir())
+    assert not list((project.root / "artifacts").glob(".*"))
+
+
+def holders(folder: Path) -> list[str]:
+    """Files below `folder` that hold a canary."""
+    files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
+    return [str(file) for file in files if file.is_file() and CANARY.encode() in file.read_bytes()]
+
+
+def test_no_secret_is_written_or_printed(clean: tuple[Project, dict[str, float], str]) -> None:
+    project, _, printed = clean
+    assert CANARY not in printed
+    project.commit("A run")
+    project.run(".venv/bin/python", "tools/report.py")
+    project.run(".venv/bin/python", "tools/card.py")
+    assert CANARY not in project.run(".venv/bin/python", "tools/doctor.py", check=False)
+    assert CANARY not in project.run(".venv/bin/python", "tools/serve.py", "--dry-run", "--port", str(free_port()))
+    assert holders(project.root) == []
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A hub that refuses everything, with the token in its answer."""
+
+    status: int
+
+    def do_GET(self) -> None:
+        said = (self.headers.get("Authorization") or "").encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(said)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("status", [None, 401, 403, 404, 500])
+def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | None) -> None:
+    """From the hub (None: where nobody listens) and from a package index with a password in its address."""
+    project.env |= SECRETS
+    refusing = type("Hub", (Refusing,), {"status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port if status else free_port()}"
+        project.env |= {"HF_ENDPOINT": f"http://{address}", "HF_HUB_DISABLE_XET": "1"}
+        project.env |= {"PIP_INDEX_URL": f"http://user:{CANARY}@{address}/simple", "PIP_RETRIES": "0"}
+        for key in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "HF_HUB_OFFLINE"):
+            project.env.pop(key, None)
+        for model, data in (
+            ({"source": "hf://org/name@main", "sha256": None}, {}),
+            ({"source": "pypi://tiny==1.0/model.gguf", "sha256": "0" * 64}, {}),
+            ({}, {"source": "hf://org/rows@main"}),
+        ):
+            project.set_params(model=model, data=data)
+            stage = "prepare_data" if data else "fetch_model"
+            printed = project.run(".venv/bin/python", f"stages/{stage}.py", check=False)
+            assert re.fullmatch(r"(downloading .*\n)?error: .*\n", printed), printed
+            assert CANARY not in printed
+        server.shutdown()
+    assert holders(project.root) == []
+
+
+@pytest.fixture(scope="module")
+def served(clean: tuple[Project, dict[str, float], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The run's model and adapter served with a key, and vLLM's own log shown."""
+    server = Server(clean[0].root, tmp_path_factory.mktemp("served"), **SECRETS, VLLM_LOGGING_LEVEL="INFO")
+    yield server
+    if server.process.is_running():
+        server.process.terminate()
+        server.process.wait()
+
+
+def test_the_key_opens_and_is_not_logged(served: Server, clean: tuple[Project, dict[str, float], str]) -> None:
+    project = clean[0]
+    smoke = (".venv/bin/python", "tools/smoke.py", "--question", "?", "--port", str(served.port))
+    assert "tuned" in project.run(*smoke)
+    project.env["VLLM_API_KEY"] = "another"
+    assert "wants an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
+    project.env |= SECRETS
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        served.request("/v1/models")
+    assert refused.value.code == 401
+    assert CANARY not in served.log.read_text("utf-8")
+    assert holders(project.root) == []
+
+
+def test_an_engine_that_dies_ends_the_server_with_one_line(served: Server) -> None:
+    """The last test of `served`: it ends it."""
+    family = served.process.children(recursive=True)
+    (engine,) = [process for process in family if "EngineCore" in " ".join(process.cmdline())]
+    engine.send_signal(signal.SIGKILL)
+    assert served.process.wait(timeout=60) == 1
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    *_, line = served.log.read_text("utf-8").splitlines()
+    assert line.startswith("error: vLLM's server ended on its own (exit code 0): its engine was killed")
