@@ -15,9 +15,10 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -246,6 +247,37 @@ def test_the_first_exception_in_the_output_is_the_reason() -> None:
     dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above).\n"
     assert reason(["RuntimeError: no kernel\n", dead]) == "no kernel"
     assert reason(["INFO: Shutting down\n", dead]).startswith("its engine was killed")
+
+
+# What vLLM 0.32 printed when its engine was killed, shortened; before it, a request that failed and one that did not.
+DIED = """\
+(APIServer pid=7) ERROR 11-24 11:38:40 [serving.py:9] Traceback (most recent call last):
+(APIServer pid=7) ERROR 11-24 11:38:40 [serving.py:9]   File "serving.py", line 7, in create
+(APIServer pid=7) ERROR 11-24 11:38:40 [serving.py:9] ValueError: not this one
+INFO:     127.0.0.1:35918 - "POST /v1/completions HTTP/1.1" 200 OK
+INFO:     127.0.0.1:35918 - "POST /v1/completions HTTP/1.1" 400 Bad Request
+(APIServer pid=7) ERROR 11-24 11:38:42 [async_llm.py:906] AsyncLLM output_handler failed.
+(APIServer pid=7) ERROR 11-24 11:38:42 [async_llm.py:906] Traceback (most recent call last):
+(APIServer pid=7) ERROR 11-24 11:38:42 [async_llm.py:906]   File "async_llm.py", line 849, in output_handler
+(APIServer pid=7) ERROR 11-24 11:38:42 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore …
+INFO:     Shutting down
+nanobind: leaked 4 instances!
+"""
+
+
+def test_of_a_traceback_the_last_line_is_shown_and_of_the_engines_end_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve = runpy.run_path(str(ROOT / "tools" / "serve.py"))
+    (tmp_path / "log").write_text(DIED, "utf-8")
+    kept: deque[str] = deque()
+    ready = threading.Event()
+    ready.set()
+    with subprocess.Popen(["cat", tmp_path / "log"], stdout=subprocess.PIPE, text=True) as server:
+        serve["relay"](server, kept, ready, threading.Event(), False)
+    lines = DIED.splitlines()
+    assert capsys.readouterr().out.splitlines() == lines[2:6]
+    assert serve["reason"]([*kept]).startswith("its engine was killed")
 
 
 # The server for real
