@@ -640,7 +640,7 @@ def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, tmp_path: P
     (copy / "artifacts" / "answers.jsonl").unlink(missing_ok=True)
     done = script("stages/eval_vllm.py", cwd=copy)
     assert "base: loss" in done.stdout
-    assert_one_line(done, "vLLM failed (base answers): ", "maximum model length", "`serve` in params")
+    assert_one_line(done, "vLLM failed (base answers): ", "1024", "`serve` in params")
     assert not (copy / "artifacts" / "answers.jsonl").exists()
 
 
