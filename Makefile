@@ -35,10 +35,10 @@ READY := .venv/.ready
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench lock audit
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench profile-train lock audit
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the environment alone, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
@@ -106,6 +106,11 @@ profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 
 bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
 	@python bench/convert.py
+	@python bench/train.py
+	@python bench/train.py --memory
+
+profile-train: $(READY) ## where a training step's time goes
+	@python bench/profile_train.py
 
 lock: $(READY) ## compile requirements.in into requirements.lock
 	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh

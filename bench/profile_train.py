@@ -1,8 +1,8 @@
 """Where the time of a training step goes: matrix products, attention, element-wise work, communication, data.
 
-    python bench/profile_train.py [--tp-size N] [--steps N]                 reads artifacts/model, artifacts/prepared
+    python bench/profile_train.py [--tp-size N] [--steps N]    (make profile-train: one rank)
 
-Runs finetune_lora on the default profile with a profiler around its steps, and prints the first rank's seconds by kind.
+Reads artifacts/model and artifacts/prepared. Runs finetune_lora on the default profile with a profiler around its steps, and prints the first rank's seconds by kind.
 With one rank nothing is communicated; what tensor parallelism costs on one machine is the difference.
 """
 
