@@ -2,8 +2,9 @@
 
     python bench/profile_train.py [--tp-size N] [--steps N]    (make profile-train: one rank)
 
-Reads artifacts/model and artifacts/prepared. Runs finetune_lora on the default profile with a profiler around its steps, and prints the first rank's seconds by kind.
-With one rank nothing is communicated; what tensor parallelism costs on one machine is the difference.
+Reads artifacts/model and artifacts/prepared. Runs finetune_lora on the default profile with a profiler around its
+steps and prints the first rank's seconds by kind. With one rank nothing is communicated; what tensor parallelism costs
+on one machine is the difference.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def report(profiler: Any, seconds: float, steps: int) -> None:
             found[kind] += event.self_cpu_time_total
     found = {kind: microseconds / 1e6 for kind, microseconds in found.items()}
     found["Python, autograd, the loop"] = max(0.0, seconds - sum(found.values()))
-    table = Table(title=f"{steps} steps, {os.environ['WORLD_SIZE']} ranks × {os.environ['OMP_NUM_THREADS']} threads")
+    table = Table(title=f"{steps} steps, tp {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads a rank")
     for column in ("", "seconds a step", "share"):
         table.add_column(column, justify="right" if column else "left")
     for kind, spent in found.items():
