@@ -1,7 +1,11 @@
 """LoRA fine-tuning of the sharded model with tensor parallelism.
 
-    python stages/finetune_lora.py [--params FILE]                      starts dp_size × tp_size ranks on this machine
+    python stages/finetune_lora.py [--params FILE]                      starts dp_size × tp_size ranks on this machine,
+                                                                        or its part of them, one of several nodes
     torchrun --nproc_per_node N … stages/finetune_lora.py [--params …]  the same, with a rendezvous of your own
+
+Several nodes: trnlora/nodes.py says which environment variables count, docs/scale.md how to start it. Each node reads
+the inputs below; the first one alone writes.
 
 A run that was stopped, by whatever, goes on from its last checkpoint in .scratch/checkpoints when it is started again
 with the same inputs, params and code, and ends in the same bytes (trnlora/resume.py).
@@ -14,6 +18,7 @@ Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt an
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import os
 import shutil
@@ -24,7 +29,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths
+from trnlora import nodes, paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, explain, run
 from trnlora.files import SUMS, atomic_dir, check_sums, clear_partial, partial_path, sha256, write_json, write_sums
@@ -45,16 +50,21 @@ def main() -> None:
     kv_groups = kv_replica_groups(config, params.convert)
     if "RANK" in os.environ:  # torchrun's, one process a rank
         train(params, config, kv_groups)
-    else:
-        if params.backend == "neuron":
-            enter_neuron(params)
-        launch(params.train.dp_size * params.convert.tp_size, params.train.threads)
+        return
+    if command := nodes.srun_command([sys.executable, "-u", *sys.argv]):
+        sys.stdout.flush()
+        os.execvp(command[0], command)  # SLURM's batch script runs on its first node alone
+    here = nodes.from_environment()
+    processes = nodes.processes_per_node(here.count, params.convert.tp_size, params.train.dp_size)
+    if params.backend == "neuron":
+        enter_neuron(params, here)
+    launch(here, processes, params.train.threads)
 
 
-def enter_neuron(params: Params) -> None:
+def enter_neuron(params: Params, here: nodes.Nodes) -> None:
     """Run this script anew with the Python and the environment variables that Trainium needs, if it is not so yet."""
     python = params.neuron.python or sys.executable
-    env = training_environment(params)
+    env = training_environment(params, here)
     if python == sys.executable and env.items() <= os.environ.items():
         return
     if not os.access(python, os.X_OK):
@@ -63,12 +73,13 @@ def enter_neuron(params: Params) -> None:
     os.execve(python, [python, "-u", __file__, *sys.argv[1:]], {**os.environ, **env})
 
 
-def launch(processes: int, threads: int | None) -> None:
-    """Start the ranks with torchrun's launcher and wait; the first failure of a rank becomes the one error line.
+def launch(here: nodes.Nodes, processes: int, threads: int | None) -> None:
+    """Start this node's ranks with torchrun's launcher and wait; the first failure of one becomes the one error line.
 
-    A rank that dies ends the others at once: the launcher looks after them every 0.2 s, and SIGTERM ends a rank
-    without delay.
+    A rank that dies ends the others of its node at once: the launcher looks after them every 0.2 s, and SIGTERM ends a
+    rank without delay. Those of other nodes hear of it from their connections to it.
     """
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -84,7 +95,10 @@ def launch(processes: int, threads: int | None) -> None:
     # And MKL must not take fewer than these when the machine is busy: sums would differ in the last bits.
     os.environ.setdefault("MKL_DYNAMIC", "FALSE")
     launch_config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+        min_nodes=here.count, max_nodes=here.count, nproc_per_node=processes,
+        # static: the node that is named the first has rank 0, which writes. c10d finds a free port on its own.
+        rdzv_backend="c10d" if here.count == 1 else "static", rdzv_endpoint=f"{here.address}:{here.port}",
+        rdzv_configs={} if here.count == 1 else {"rank": here.rank, "timeout": nodes.START_SECONDS},
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
     )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its page on a failure: see below
@@ -93,6 +107,11 @@ def launch(processes: int, threads: int | None) -> None:
     except SignalException as error:
         clear_partial(paths.LORA_SHARDS)
         raise UserError(f"training was stopped by {error.sigval.name}; run it again to go on") from None
+    except (DistNetworkError, DistStoreError) as error:
+        raise UserError(
+            f"{here.count} nodes did not meet at {here.address}:{here.port} within {nodes.START_SECONDS} s "
+            f"({str(error).splitlines()[0]}): start the stage on all of them, with ports open between them"
+        ) from None
     except ChildFailedError as error:
         clear_partial(paths.LORA_SHARDS)
         # The ranks that waited for the failed one fail too, within the same second, and may be heard of before it: a
@@ -116,6 +135,7 @@ def failure_text(failure: Any) -> tuple[str, str]:
 
 def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> None:
     import pytorch_lightning as pl
+    import torch
     import torch.distributed as dist
     from dvclive import Live
     from pytorch_lightning.strategies import ModelParallelStrategy
@@ -142,6 +162,9 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
 
     rank, is_first = int(os.environ["RANK"]), os.environ["RANK"] == "0"
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
+    if nodes.count() > 1:
+        nodes.processes_per_node(nodes.count(), tp_size, dp_size)  # torchrun started them, perhaps of other params
+        nodes.choose_interface()
     check_sums(paths.MODEL, "fetch_model", [paths.MODEL_CONFIG.name])
     check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet"])
     shard_file = rank_file(paths.SHARDS, PRETRAINED_TAG, rank % tp_size)
@@ -174,53 +197,67 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             "accelerator": "gpu" if params.backend == "cuda" else "cpu",
             "strategy": ModelParallelStrategy(data_parallel_size=dp_size, tensor_parallel_size=tp_size),
         }
-    checkpoint_params = {"checkpoint_every_steps", "checkpoints_kept"}
+    # The same result to about 1e-5 however many replicas: a run may go on with another number of them.
+    no_part_of_the_run = {"checkpoint_every_steps", "checkpoints_kept", "dp_size"}
+    inputs = {str(file): sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)}
     run_folder = resume.run_folder(
         {
             "backend": params.backend,
             "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
             "lora": params.lora.model_dump(),
-            "train": params.train.model_dump(exclude=checkpoint_params),
-            "inputs": [sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)],
+            "train": params.train.model_dump(exclude=no_part_of_the_run),
+            "inputs": inputs,
         }
     )
-    checkpoint = resume.latest(run_folder)
-    resumed = resume.load(checkpoint, rank) if checkpoint else None
-    step = resumed["step"] if resumed else 0
+    checkpoint = resume.latest(run_folder) if is_first else None
+    found = dataclasses.asdict(resume.Begun.read(checkpoint)) if checkpoint else None
+    addresses, found = nodes.meet(inputs | {"params.yaml": params.model_dump_json()}, found)
+    begun = resume.Begun(**found) if found else None
+    step = begun.step if begun else 0
     curves = None
     if is_first:
-        if checkpoint:
-            print(f"going on from step {step} of {total_steps} ({checkpoint})", flush=True)
-            resume.restore_curves(checkpoint, paths.PLOTS / "training")
-        curves = Live(str(paths.PLOTS / "training"), resume=checkpoint is not None, dvcyaml=None, save_dvc_exp=False)
+        if begun:
+            print(f"going on from step {step} of {total_steps} ({begun.folder})", flush=True)
+            if (begun.replicas, begun.threads) != (dp_size, torch.get_num_threads()):
+                print(
+                    f"it was made by {begun.replicas} replicas with {begun.threads} threads a rank, not by "
+                    f"{dp_size} with {torch.get_num_threads()}: the last digits will not be those of one unbroken run"
+                )
+            resume.restore_curves(Path(begun.folder), paths.PLOTS / "training")
+        curves = Live(str(paths.PLOTS / "training"), resume=begun is not None, dvcyaml=None, save_dvc_exp=False)
     module = LoraFinetuner(
-        build, params.train, train_rows, validation_rows, total_steps, step, resumed and resumed["module"]
+        build, params.train, train_rows, validation_rows, total_steps, step, begun.load if begun else None
     )
-    progress = TrainingProgress(total_steps, curves, **(resumed["progress"] if resumed else {}))
+    progress = TrainingProgress(total_steps, curves, **(begun.progress if begun else {}))
     checkpoints = resume.Checkpoints(
         run_folder, progress, params.train.checkpoint_every_steps, params.train.checkpoints_kept
     )
+
+    def all_have_their_models(*_: Any) -> None:
+        if nodes.count() > 1:
+            nodes.limit_waiting([dist.group.WORLD, module.dp_group])
+
     trainer = pl.Trainer(
         **placement,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+        num_nodes=nodes.count(),
         max_epochs=params.train.epochs,
         max_steps=total_steps,
         accumulate_grad_batches=params.train.global_batch_size // (params.train.micro_batch_size * dp_size),
         # At the start the whole validation set once: the base model's loss. A resumed run has it.
-        num_sanity_val_steps=0 if resumed else -1,
+        num_sanity_val_steps=0 if begun else -1,
         reload_dataloaders_every_n_epochs=1,  # each epoch has an order of its own
         use_distributed_sampler=False,  # MicroBatches cuts the rows for each replica
         enable_checkpointing=False,  # Lightning's holds the whole model, and not where in an epoch it was made
         enable_progress_bar=False,  # TrainingProgress, which also counts tokens
         enable_model_summary=False,
-        callbacks=[progress, checkpoints],
+        callbacks=[progress, checkpoints, pl.callbacks.LambdaCallback(on_fit_start=all_have_their_models)],
         logger=False,  # TrainingProgress keeps the curves
     )
     resume.fast_forward(trainer, step, steps_per_epoch)
     started = time.perf_counter()
     # Held from the start, so that no second run writes the same out.
-    with atomic_dir(paths.LORA_SHARDS) if is_first else contextlib.nullcontext():
+    with nodes.lost_nodes_named(addresses), atomic_dir(paths.LORA_SHARDS) if is_first else contextlib.nullcontext():
         try:
             trainer.fit(module)
         except NotFinite as error:
@@ -247,7 +284,8 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
             write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))
             write_sums(partial)
 
-    peaks = progress.peak_rss_gib()
+    with nodes.lost_nodes_named(addresses):
+        peaks = progress.peak_rss_gib()
     if is_first:
         metrics = {
             "train_loss": module.train_loss,

@@ -49,7 +49,8 @@ class LoraFinetuner(pl.LightningModule):
 
     build: makes this rank's model, from the strategy's device mesh with the dims data_parallel, tensor_parallel.
     train_rows, validation_rows: packed rows as `trnlora.batches.read_rows` gives them.
-    step, resumed: optimizer steps that are done, and the `training_state` after them; 0 and None for a new run.
+    step, resume: optimizer steps that are done, and what gives the `training_state` after them to a rank, from the
+        device mesh; 0 and None for a new run.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class LoraFinetuner(pl.LightningModule):
         validation_rows: dict[str, Tensor],
         total_steps: int,
         step: int = 0,
-        resumed: dict[str, Any] | None = None,
+        resume: Callable[[Any], dict[str, Any]] | None = None,
     ):
         super().__init__()
         self.build = build
@@ -70,7 +71,8 @@ class LoraFinetuner(pl.LightningModule):
         self.total_steps = total_steps
         self.steps_per_epoch = -(-len(train_rows["labels"]) // train.global_batch_size)
         self.start_step = step
-        self.resumed = resumed
+        self.resume = resume
+        self.resumed: dict[str, Any] | None = None
         self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
         self.model: Llama | None = None
         self.base_validation_loss = math.nan  # before the first step: lora_B is 0, so this is the base model
@@ -79,9 +81,6 @@ class LoraFinetuner(pl.LightningModule):
         self.train_loss = math.nan  # of the last step, like the next two
         self.grad_norm = math.nan  # before clipping
         self.lr = math.nan
-        if resumed:
-            for name, value in resumed["measured"].items():
-                setattr(self, name, value)
 
     def training_state(self) -> dict[str, Any]:
         """All of this rank that a run needs to go on after an optimizer step, on the CPU."""
@@ -100,7 +99,10 @@ class LoraFinetuner(pl.LightningModule):
             self.model = self.build(self.device_mesh)
             self.dp_group = self.device_mesh["data_parallel"].get_group()
             self.tp_group = self.device_mesh["tensor_parallel"].get_group()
-            if self.resumed:
+            if self.resume:
+                self.resumed = self.resume(self.device_mesh)
+                for name, value in self.resumed["measured"].items():
+                    setattr(self, name, value)
                 with torch.no_grad():
                     for name, parameter in self._trainable().items():
                         parameter.copy_(self.resumed["adapter"][name])
@@ -135,14 +137,16 @@ class LoraFinetuner(pl.LightningModule):
         self.step_loss = torch.zeros((), device=self.device)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], index: int) -> None:
-        """Seed what is random in a step (dropout) by the step: a resumed run needs no generator's state.
+        """Seed what is random (dropout) by the step and the micro-batch's place in the global batch.
 
-        Alike on tensor-parallel ranks, which share their input, and different on replicas, which do not.
+        So a resumed run needs no generator's state, ranks that share their input draw alike, and the same rows are
+        dropped alike on any number of replicas.
         """
-        if index % self.trainer.accumulate_grad_batches == 0:
-            seed = f"{self.train_params.seed} {self.global_step} {dist.get_rank(self.dp_group)}"
-            assert self.model is not None
-            self.model.backend.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
+        micro_batch = index % self.trainer.accumulate_grad_batches * self.train_params.dp_size
+        micro_batch += dist.get_rank(self.dp_group)
+        seed = f"{self.train_params.seed} {self.global_step} {micro_batch}"
+        assert self.model is not None
+        self.model.backend.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss_sum, _ = self._loss(batch)

@@ -1,15 +1,18 @@
 """Checkpoints within a training run: a run that was stopped, however hard, goes on where it was.
 
-    .scratch/checkpoints/<key>/step_00000040/rank_00.pt …     one file a rank
+    .scratch/checkpoints/<key>/step_00000040/tp_rank_00.pt …  one file a rank of the first replica
+                                             run.json         step, progress, where it ran
                                              curves/          DVCLive's files up to that step
                                              SHA256SUMS
 
 The key is a hash of all that the result depends on, so a checkpoint of another configuration is never found. The
 folder is no out of DVC, which deletes a stage's outs before it runs. What is random is a function of seed, step and
-replica (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither needs storing.
+micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither needs storing.
+Replicas are equal, so a checkpoint is of any number of them, on any number of nodes.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -22,26 +25,27 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from trnlora import nodes
 from trnlora.errors import UserError
-from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, sha256, write_sums
+from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, read_json, sha256, write_json, write_sums
 from trnlora.progress import TrainingProgress
 
 CHECKPOINTS = Path(".scratch/checkpoints")
 CURVES = "curves"
+RUN = "run.json"
 
 
 def run_folder(defined_by: dict[str, Any]) -> Path:
     """The folder of the run that `defined_by` (of JSON's types), this library's code and the arithmetic define.
 
-    The code is that of the modules imported so far. Threads and instruction set count, since sums depend on them in
-    the last bits and a resumed run is to end in the same bytes.
+    The code is that of the modules imported so far. The instruction set counts, since sums depend on it in the last
+    bits and a resumed run is to end in the same bytes. On threads and replicas they depend too: `Begun` has those.
     """
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "trnlora"]
     files = [Path(sys.argv[0]), *(Path(module.__file__) for module in modules if module.__file__)]
     defined_by = defined_by | {
         "code": {f"{file.parent.name}/{file.name}": sha256(file) for file in files},
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     text = json.dumps(defined_by, sort_keys=True)
@@ -49,7 +53,7 @@ def run_folder(defined_by: dict[str, Any]) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder that is whole. Every rank finds the same: none writes before all have."""
+    """The newest checkpoint of a run's folder that is whole."""
     for saved in reversed(_saved(folder)):
         try:
             check_sums(saved, "finetune_lora")
@@ -59,10 +63,42 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def load(saved: Path, rank: int) -> dict[str, Any]:
-    """What `rank` gave to `Checkpoints.save`: step, module and progress."""
-    state: dict[str, Any] = torch.load(saved / f"rank_{rank:02d}.pt", weights_only=True, map_location="cpu")
-    return state
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A run that goes on, of JSON's types, as RUN has it."""
+
+    folder: str  # of the checkpoint
+    step: int  # optimizer steps done
+    progress: dict[str, Any]  # `TrainingProgress.state`
+    # The result does not depend on these, but its last bits do.
+    replicas: int
+    threads: int  # of a rank
+
+    @staticmethod
+    def read(folder: Path) -> "Begun":
+        return Begun(**read_json(folder / RUN))
+
+    def load(self, mesh: Any) -> dict[str, Any]:
+        """The module's `training_state` of this rank. Call on all ranks: mesh as `LoraFinetuner` has it.
+
+        The first replica reads it and tells the others, whose nodes need not see its folder. (Neuron's groups carry no
+        objects: there they must.)
+        """
+        replicas: dist.ProcessGroup = mesh["data_parallel"].get_group()
+        file = Path(self.folder) / _rank_file(mesh)
+        told = nodes.count() > 1 and dist.get_backend(replicas) != "xla"
+        state: list[Any] = [None]
+        if not told or dist.get_rank(replicas) == 0:
+            if not file.exists():
+                raise UserError(f"{file} is not on this node: resuming on several nodes needs a shared folder")
+            state[0] = torch.load(file, weights_only=True, map_location="cpu")
+        if told:
+            dist.broadcast_object_list(state, group=replicas, group_src=0)
+        return state[0]
+
+
+def _rank_file(mesh: Any) -> str:
+    return f"tp_rank_{dist.get_rank(mesh['tensor_parallel'].get_group()):02d}.pt"
 
 
 def restore_curves(saved: Path, target: Path) -> None:
@@ -110,16 +146,20 @@ class Checkpoints(pl.Callback):
         self.save(trainer.global_step, module)
 
     def save(self, step: int, module: Any) -> None:
-        """Every rank writes its file below the folder that the first rank renames when all have."""
+        """The first replica's ranks write a file each below the folder that the first rank renames when all have."""
         rank = dist.get_rank()
         target = self.folder / f"step_{step:08d}"
         with atomic_dir(target) if rank == 0 else contextlib.nullcontext():
             dist.barrier()
-            state = {"step": step, "module": module.training_state(), "progress": self.progress.state()}
-            with atomic_file(partial_path(target) / f"rank_{rank:02d}.pt") as partial:
-                torch.save(state, partial)
+            state = module.training_state()
+            if dist.get_rank(module.dp_group) == 0:
+                with atomic_file(partial_path(target) / _rank_file(module.device_mesh)) as partial:
+                    torch.save(state, partial)
             dist.barrier()
             if self.progress.curves:
+                replicas = module.train_params.dp_size
+                begun = Begun(str(target), step, self.progress.state(), replicas, torch.get_num_threads())
+                write_json(partial_path(target) / RUN, dataclasses.asdict(begun))
                 self.progress.curves.make_summary()
                 shutil.copytree(self.progress.curves.dir, partial_path(target) / CURVES)
                 write_sums(partial_path(target))
