@@ -10,6 +10,8 @@ HOST ?=
 PORT ?=
 NAME ?=
 PLAN ?=
+PROFILE ?=
+NODES ?=
 COMPARE ?=
 A ?=
 B ?=
@@ -35,7 +37,7 @@ READY := .venv/.ready
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor precompile profile bench profile-train lock audit
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,7 +95,10 @@ chat: $(READY) ## a conversation with a model of the running server in the termi
 	@python tools/chat.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)')
 
 doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml? PLAN=1: what the run will be
-	@python tools/doctor.py $(if $(PLAN),--plan)
+	@python tools/$(if $(PLAN),plan,doctor).py
+
+plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes a core, steps, traffic, instance; default: params.yaml as it is
+	@python tools/plan.py $(if $(PROFILE),--params 'profiles/$(PROFILE).yaml') $(if $(NODES),--nodes $(NODES))
 
 precompile: $(READY) ## Trainium: compile the training graphs ahead, into neuron.compile_cache
 	@python tools/precompile.py

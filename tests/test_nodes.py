@@ -161,12 +161,13 @@ def stage_everywhere(hosts: list[Host], folders: list[Path]) -> list["psutil.Pop
 
 
 def torchrun_everywhere(hosts: list[Host], folders: list[Path], processes: int) -> list["psutil.Popen"]:
-    """The same through torchrun, which meets by c10d."""
+    """The same through torchrun, which meets by c10d; is_host, since these hosts share the machine's name."""
     return [
         host.start(
             folder, sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}",
             f"--nproc-per-node={processes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].address}:29400",
-            "--rdzv-id=test", f"--local-addr={host.address}", str(ROOT / "stages/finetune_lora.py"),
+            f"--rdzv-conf=is_host={int(host is hosts[0])}", "--rdzv-id=test", f"--local-addr={host.address}",
+            str(ROOT / "stages/finetune_lora.py"),
         )
         for host, folder in zip(hosts, folders, strict=False)
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from conftest import Project
 from trnlora.architecture import LlamaConfig
 from trnlora.files import read_json
 from trnlora.layout import check_divisible, kv_replica_groups
+from trnlora.nodes import Nodes
 from trnlora.params import load_params
 from trnlora.plan import make_plan
 from trnlora.trainium import training_environment
@@ -48,15 +49,90 @@ def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path
     assert (plan.steps_per_epoch, plan.steps) == (50, 100)
 
 
-def test_llama3_8b_on_trn2_is_planned_offline(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/doctor.py"), "--plan", "--params", "profiles/llama3-8b-trn2.yaml"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
+    """The plan's bytes against the tensors that a forward pass on the torch backend hands to the way back."""
+    from trnlora.backends.torch import thread_backends
+    from trnlora.llama import Llama
+    from trnlora.lora import add_lora, draw_lora_a
+
+    params = load_params(ROOT / "params.yaml")
+    params = params.model_copy(
+        update={
+            "convert": params.convert.model_copy(update={"tp_size": 1}),
+            "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
+        }
+    )
+    config = LlamaConfig.from_folder(make_llama(tmp_path / "llama", num_hidden_layers=6))
+    model = Llama.empty(config, thread_backends(kv_replica_groups(config, params.convert))[0], 1).to_empty(device="cpu")
+    add_lora(model, params.lora)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    draw_lora_a(model, seed=0)
+    model.recompute_layers = recompute
+    tokens = params.data.seq_len
+    ids = torch.arange(tokens)[None] % config.vocab_size
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = model(ids, torch.arange(tokens)[None], torch.ones_like(ids))
+    planned = make_plan(params, config, None).activation_bytes
+    if recompute:  # of the one layer that is whole on the way back, nothing is kept on the way there
+        planned = (6 + 1) * tokens * config.hidden_size * 4
+    assert hidden.requires_grad
+    assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
+
+
+def planned(*arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "tools/plan.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_llama3_8b_on_trn2_is_planned_offline() -> None:
+    said = planned("--params", "profiles/llama3-8b-trn2.yaml", "--nodes", "1", "2", "4")
     assert "8.030 B parameters" in said
     assert "64 = dp 2 × tp 32" in said
     assert "32 of 0.515 GiB" in said
     assert "5,242,880 parameters (0.065%), 2,293,760 on a rank" in said
     assert "estimated from the size of data.source" in said
     assert "65,536 a step" in said
+    # By hand. A layer keeps of 4096 tokens: two residuals (4096/32 × 4096 × 2 bytes each), q of one head and k and v of
+    # one KV head (3 × 128 × 2), gate and up (2 × 14336/32 × 2), lora_A's input and mask (4096/32 × 4096 × 5), 16 × 4.
+    activations = 32 * 4096 * (2 * 128 * 2 + 3 * 128 * 2 + 2 * 448 * 2 + 128 * 5 + 16 * 4)
+    assert f"activations {activations / 2**30:.3f} GiB" in said
+    # 4 all-reduces a layer, one for the embedding, one for the loss, of 4096 × 4096 × 2 bytes; LoRA's of 4096 × 16 × 4.
+    collectives = 8 * ((4 * 32 + 2) * 4096 * 4096 * 2 + 32 * 4096 * 16 * 4)
+    assert f"{collectives / 2**30:.2f} GiB inside the replica, 8.8 MiB between replicas" in said
+    assert "smallest fit trn2.48xlarge, from tp 2 × kv_size_multiplier 1 on" in said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["1", "2", "8", "1.13", "32.56", "8.8", "0.00", "0.184", "138"],
+        ["2", "4", "4", "1.13", "16.28", "8.8", "0.73", "0.092", "138"],
+        ["4", "8", "2", "1.13", "8.14", "8.8", "1.10", "0.046", "138"],
+    ]
+
+
+def test_llama3_70b_and_1b_are_planned_offline() -> None:
+    said = planned("--params", "profiles/llama3-70b-trn2.yaml", "--nodes", "4")
+    assert "70.554 B parameters" in said
+    assert "32 of 4.344 GiB" in said
+    assert "bytes a core 6.76 GiB" in said
+    assert "smallest fit trn2.48xlarge, from tp 16 × kv_size_multiplier 2 on" in said
+    assert "smallest fit trn1.32xlarge" in planned("--params", "profiles/llama3.2-1b-trn1.yaml")
+
+
+def test_a_batch_that_does_not_spread_is_one_line() -> None:
+    command = [sys.executable, "tools/plan.py", "--params", "profiles/llama3-8b-trn2.yaml", "--nodes", "16"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert refused.stderr == "error: train.global_batch_size 16 does not spread over 32 replicas on 16 nodes\n"
 
 
 def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
@@ -77,6 +153,15 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
     assert env["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:48620"  # the user's own stays
     assert "XLA_USE_BF16" not in env
+    assert "FI_PROVIDER" not in env  # one machine has no need of EFA
+
+
+def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NEURON_RT_ROOT_COMM_ID", raising=False)
+    env = training_environment(load_params(ROOT / "profiles/llama3-8b-trn2.yaml"), Nodes(2, 1, "trn05", 29500))
+    assert env["NEURON_RT_NUM_CORES"] == "32"  # of the 64 ranks
+    assert env["NEURON_RT_ROOT_COMM_ID"] == "trn05:48620"
+    assert env["FI_PROVIDER"] == "efa"
 
 
 def test_precompilation_takes_the_real_runs_options() -> None:

@@ -1,7 +1,6 @@
 """Preflight: would the pipeline and the server run here on params.yaml? One line a check; exit 1 when they would not.
 
     python tools/doctor.py [--params FILE]
-    python tools/doctor.py --plan       # what the run will be, on any machine and offline (make doctor PLAN=1)
     python tools/doctor.py --repro      # what `make repro` looks at: no server port, and only failures are printed
 
 Imports neither torch nor vLLM, so it takes about a second (a hub source that is not here yet: a look at its config).
@@ -25,7 +24,7 @@ from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
 from trnlora.params import Params, load_params
-from trnlora.plan import DTYPE_BYTES, GIB, estimated_rows, make_plan
+from trnlora.plan import DTYPE_BYTES, GIB
 from trnlora.sources import hub_snapshot, parse_source
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
@@ -38,13 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--repro", action="store_true", help="the checks of `make repro`; print failures only")
-    parser.add_argument("--plan", action="store_true", help="print the plan of the run and check nothing but its sizes")
     args = parser.parse_args()
     params = load_params(args.params)
-    if args.plan:
-        for line in plan(params):
-            print(line)
-        return
     checks: list[Check] = [python, packages, repository, backend, model, token, disk, memory]
     if not args.repro:
         checks.append(port)
@@ -175,55 +169,6 @@ def neuron_cores(params: Params) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return physical // params.neuron.logical_core_size
-
-
-def is_prepared(params: Params) -> bool:
-    """Whether artifacts/prepared is of these params, as dvc.lock has it."""
-    lock = Path("dvc.lock")
-    if not (paths.PREPARED / "train.parquet").exists() or not lock.exists():
-        return False
-    import yaml
-
-    stage = yaml.safe_load(lock.read_text("utf-8")).get("stages", {}).get("prepare_data", {})
-    recorded = stage.get("params", {}).get("params.yaml", {})
-    return all(recorded.get(f"data.{name}") == value for name, value in params.data.model_dump().items())
-
-
-def plan(params: Params) -> Iterator[str]:
-    """The sizes of the run, from the model's config: fetched, on the hub, or of profiles/configs."""
-    source = parse_source(params.model.source)
-    config = known_config(params)
-    if config is None and source.scheme == "hf":
-        config = LlamaConfig.from_hf(read_json(hub_snapshot(source, ["config.json"]) / "config.json"))
-    if config is None:
-        raise UserError(f"{source.uri} is not here yet: run `dvc repro fetch_model` for its plan")
-    check_divisible(config, params.convert)
-    rows, how = estimated_rows(params), "estimated from the size of data.source; exact after prepare_data"
-    if is_prepared(params):
-        import pyarrow.parquet as pq
-
-        rows, how = pq.read_metadata(paths.PREPARED / "train.parquet").num_rows, "as prepared"
-    run_plan = make_plan(params, config, rows)
-    convert, train = params.convert, params.train
-    yield f"model        {source.uri}: {run_plan.parameters / 1e9:.3f} B parameters, {params.model.dtype}"
-    yield (
-        f"ranks        {run_plan.ranks} = dp {train.dp_size} × tp {convert.tp_size}, {convert.hw_backend}, "
-        f"kv_size_multiplier {convert.kv_size_multiplier}"
-    )
-    yield f"shards       {run_plan.shards} of {run_plan.shard_bytes / GIB:.3f} GiB"
-    yield (
-        f"bytes a core {run_plan.shard_bytes / GIB:.3f} GiB of weights, {run_plan.adapter_bytes / 2**20:.1f} MiB of "
-        "adapter, gradients and optimizer; activations besides"
-    )
-    yield (
-        f"trainable    {run_plan.trainable:,} parameters ({run_plan.trainable / run_plan.parameters:.3%}), "
-        f"{run_plan.trainable_per_rank:,} on a rank"
-    )
-    if run_plan.steps is None:
-        yield "steps        known once the data are prepared"
-    else:
-        yield f"steps        {run_plan.steps_per_epoch} an epoch, {run_plan.steps} in all ({rows} packed rows, {how})"
-    yield f"tokens       {run_plan.tokens_per_step:,} a step, padding included"
 
 
 def known_config(params: Params) -> LlamaConfig | None:
