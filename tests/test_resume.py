@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_not_used(trained: Callabl
     training.ended(ranks)
     first, last = checkpoints(folder)[-2:]
 
-    (damaged,) = folder.glob(f".scratch/checkpoints/*/step_{last:08d}/rank_02.pt")
+    (damaged,) = folder.glob(f".scratch/checkpoints/*/step_{last:08d}/tp_rank_02.pt")
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
