@@ -13,6 +13,7 @@ PLAN ?=
 PROFILE ?=
 NODES ?=
 COMPARE ?=
+REV ?=
 A ?=
 B ?=
 SAMPLES ?=
@@ -37,10 +38,7 @@ READY := .venv/.ready
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train lock audit
-
-help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit help: ## this list @awk -F ':.*## ' '/^[a-z-]+:.*## / {printf " make %-14s %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the environment alone, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
@@ -116,6 +114,11 @@ bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
 
 profile-train: $(READY) ## where a training step's time goes
 	@python bench/profile_train.py
+
+pull-results: $(READY) ## REV=commit: that run's adapter, answers and metrics from the DVC remote into reports/REV
+	@for path in artifacts/adapter artifacts/answers.jsonl metrics; do \
+	    dvc get --quiet --force --rev '$(or $(REV),HEAD)' --out "reports/$(or $(REV),HEAD)/$${path##*/}" . "$$path"; done
+	@ls -d 'reports/$(or $(REV),HEAD)'/*
 
 lock: $(READY) ## compile requirements.in into requirements.lock
 	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh

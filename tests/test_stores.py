@@ -1,0 +1,73 @@
+"""The DVC remote on an S3-compatible server: what one machine has made, another has without making it again."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project, digests
+from test_dvc import ran
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of moto's server with a bucket `store`; credentials as anybody's, in the environment."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{url}/store", method="PUT")).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_run_is_pushed_cloned_pulled_and_up_to_date(project: Project, s3: str, tmp_path: Path) -> None:
+    project.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    project.dvc("remote", "add", "--default", "store", "s3://store/trnlora")
+    project.dvc("remote", "modify", "store", "endpointurl", s3)
+    assert ran(project.dvc("repro", "flatten_adapter"))[-1] == "flatten_adapter"
+    project.commit("A run")
+    project.dvc("push")
+    made = {name: digests(project.root / "artifacts" / name) for name in ("model", "shards", "lora_adapter", "adapter")}
+
+    elsewhere = Project(tmp_path / "elsewhere")
+    elsewhere.env = project.env
+    subprocess.run(["git", "clone", "-q", project.root, elsewhere.root], check=True)
+    (elsewhere.root / ".venv").symlink_to(sys.prefix)
+    elsewhere.dvc("pull", "flatten_adapter", "--with-deps", "--allow-missing")
+    for name in ("model", "lora_adapter", "adapter"):
+        assert digests(elsewhere.root / "artifacts" / name) == made[name]
+    assert not (elsewhere.root / "artifacts/shards").exists()  # push: false
+    assert ran(elsewhere.dvc("repro", "--allow-missing", "flatten_adapter")) == []
+
+    # Another learning rate needs the shards: they are made again, alike, and no other stage before the training runs.
+    elsewhere.set_params(train={"lr": 5.0e-3})
+    assert ran(elsewhere.dvc("repro", "flatten_adapter")) == ["convert_nxd", "finetune_lora", "flatten_adapter"]
+    assert digests(elsewhere.root / "artifacts/shards") == made["shards"]
+    elsewhere.commit("Another learning rate")
+    shutil.rmtree(elsewhere.root / ".dvc/cache")  # what comes now comes from the store
+    elsewhere.dvc("get", "--rev", "HEAD~1", "--out", "reports/first", ".", "artifacts/adapter")
+    assert digests(elsewhere.root / "reports/first") == made["adapter"]
