@@ -10,6 +10,8 @@ Writes  artifacts/prepared/{train,validation}.parquet   packed rows of data.seq_
 """
 
 import argparse
+import contextlib
+import functools
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +22,7 @@ from trnlora.errors import UserError, run
 from trnlora.files import check_sums
 
 if TYPE_CHECKING:
-    from trnlora.data import Example
+    from trnlora.params import Data
 
 
 def main() -> None:
@@ -33,52 +35,73 @@ def main() -> None:
     started = time.perf_counter()
 
     from trnlora import data
-    from trnlora.files import atomic_dir, write_json, write_jsonl, write_sums
+    from trnlora.files import atomic_dir, write_json, write_sums
     from trnlora.params import load_params
 
     params = load_params(args.params).data
-    rows = data.read_rows(data.fetch(params.source, params.sha256))
+    source = data.fetch(params.source, params.sha256)
+    with data.process_pool(source) as pool:
+        rows = data.read_keys(source, params.seed, pool)
     chosen = data.keep_categories(rows, params.categories)
-    splits = data.split_rows(chosen, params.test_fraction, params.validation_fraction, params.seed)
+    splits = data.split_rows(chosen, params.test_fraction, params.validation_fraction)
+    read, wanted = len(rows), {name: len(members) for name, members in splits.items()}
+    codes = data.split_codes(splits, rows[-1].id)
+    del rows, chosen, splits  # of a million rows, hundreds of MiB
 
     tokenizer = load_tokenizer(paths.MODEL)
-    examples: dict[str, list[Example]] = {}
-    dropped = truncated = 0
-    for split, its_rows in splits.items():
-        examples[split], overlong = data.encode(
-            its_rows, tokenizer, params.prompt_template, params.seq_len, params.overlong
-        )
-        if not examples[split]:
-            raise UserError(f"all {len(its_rows)} {split} rows exceed data.seq_len {params.seq_len} tokens: raise it")
-        dropped += overlong.dropped
-        truncated += overlong.truncated
-
+    chunks = data.chunks(source)
+    ends = [chunk.line for chunk in chunks[1:]] + [len(codes)]
+    options = (params.prompt_template, params.seq_len, params.overlong)
+    tasks = [(source, chunk, codes[chunk.line : end], *options) for chunk, end in zip(chunks, ends, strict=True)]
+    encode_here = functools.partial(data.encode_chunk, tokenizer=tokenizer)
     if args.show is not None:
-        show(examples["train"][: args.show], tokenizer)
+        show(source, codes, tokenizer, params, args.show)
         return
 
     # Padding is neither attended to nor learnt, so any token will do where the tokenizer has none of its own.
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    metrics: dict[str, Any] = {"rows_read": len(rows), "rows_dropped": dropped, "rows_truncated": truncated}
+    metrics: dict[str, Any] = {"rows_read": read, "rows_dropped": 0, "rows_truncated": 0}
+    categories: Counter[str] = Counter()
+    responses: dict[str, list[str]] = {split: [] for split in wanted}
     with atomic_dir(paths.PREPARED) as out:
-        for split, members in examples.items():
+        documents = {split: data.Documents(out) for split in wanted}
+        with contextlib.ExitStack() as stack:
+            files = {
+                split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8"))
+                for split in ("validation", "test")
+            }
+            pool = stack.enter_context(data.process_pool(source, tokenizer))
+            for parts in data.in_order(pool, data.encode_chunk if pool else encode_here, tasks):
+                for split, part in zip(wanted, parts, strict=True):
+                    documents[split].add(part)
+                    if split in files:
+                        files[split].write(part.records)
+                    categories += part.categories
+                    responses[split] += part.responses[: data.STATISTICS_ROWS - len(responses[split])]
+                    metrics["rows_dropped"] += part.overlong.dropped
+                    metrics["rows_truncated"] += part.overlong.truncated
+        for split, members in documents.items():
+            members.close()
+            if not members:
+                raise UserError(
+                    f"all {wanted[split]} {split} rows exceed data.seq_len {params.seq_len} tokens: raise it"
+                )
+            lengths = members.lengths
             counts: dict[str, float] = {
                 "rows": len(members),
-                "tokens": sum(len(example) for example in members),
-                "labelled_tokens": sum(len(example.response_ids) for example in members),
+                "tokens": int(lengths.sum()),
+                "labelled_tokens": members.labelled,
             }
             if split != "test":
-                packed = data.pack(members, params.seq_len, pad, params.packing, params.seed)
-                data.write_parquet(out / f"{split}.parquet", packed)
-                counts["packed_rows"] = len(packed)
-                counts["padding_fraction"] = round(1 - counts["tokens"] / (len(packed) * params.seq_len), 4)
-            if split != "train":
-                write_jsonl(out / f"{split}.jsonl", [data.example_record(example) for example in members])
+                packed = data.pack(members, lengths, params.seq_len, pad, params.packing, params.seed)
+                packed_rows = data.write_parquet(out / f"{split}.parquet", packed)
+                counts["packed_rows"] = packed_rows
+                counts["padding_fraction"] = round(1 - counts["tokens"] / (packed_rows * params.seq_len), 4)
             metrics[split] = counts
         write_sums(out)
-    everything = [example.row for members in examples.values() for example in members]
-    metrics["rows_by_category"] = dict(sorted(Counter(row.category for row in everything).items()))
-    metrics["responses"] = data.response_statistics([row.response for row in everything])
+    metrics["rows_by_category"] = dict(sorted(categories.items()))
+    first = [response for members in responses.values() for response in members]
+    metrics["responses"] = data.response_statistics(first[: data.STATISTICS_ROWS])
     write_json(paths.METRICS / "prepare_data.json", metrics)
     write_json(paths.METRICS / "timing" / "prepare_data.json", {"seconds": time.perf_counter() - started})
     report(metrics)
@@ -100,22 +123,30 @@ def load_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def show(examples: "list[Example]", tokenizer: Any) -> None:
-    """Print examples from their token ids, so that what is seen is what is trained on.
+def show(source: Path, codes: bytes, tokenizer: Any, params: "Data", number: int) -> None:
+    """Print training examples from their token ids, so that what is seen is what is trained on.
 
     The masked part is dim and the learnt part bold green; where there is no colour, the learnt part stands in ⟦ ⟧.
     """
     from rich.console import Console
     from rich.text import Text
 
+    from trnlora import data
+
     console = Console(highlight=False)
     left, right = ("", "") if console.color_system else ("⟦", "⟧")
-    for example in examples:
-        masked, learnt = len(example.prompt_ids), len(example.response_ids)
-        console.rule(f"line {example.row.id} · {example.row.category} · {masked} masked, {learnt} learnt")
-        text = Text(tokenizer.decode(example.prompt_ids), style="dim")
-        text.append(left + tokenizer.decode(example.response_ids) + right, style="not dim bold green")
-        console.print(text, soft_wrap=True)
+    for chunk in data.chunks(source):
+        rows = [row for row in data.read_rows(source, chunk) if codes[row.id] == 1][:number]
+        examples, _ = data.encode(rows, tokenizer, params.prompt_template, params.seq_len, params.overlong)
+        for example in examples:
+            masked, learnt = len(example.prompt_ids), len(example.response_ids)
+            console.rule(f"line {example.row.id} · {example.row.category} · {masked} masked, {learnt} learnt")
+            text = Text(tokenizer.decode(example.prompt_ids), style="dim")
+            text.append(left + tokenizer.decode(example.response_ids) + right, style="not dim bold green")
+            console.print(text, soft_wrap=True)
+        number -= len(examples)
+        if not number:
+            return
 
 
 def report(metrics: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def line(**changes: Any) -> bytes:
 
 def row(number: int, category: str = "talk", split: str | None = None, prompt: int | None = None) -> data.Row:
     return data.Row(number, f"Say {number if prompt is None else prompt}.", "", f"It is {number}.", category, split)
+
+
+def keys(rows: Iterable[data.Row], seed: int = 17) -> list[data.Key]:
+    return [data.key(one, seed) for one in rows]
+
+
+def packed_rows(examples: list[data.Example], *options: Any) -> list[dict[str, list[int]]]:
+    rows = data.pack(examples, [len(one) for one in examples], *options)
+    return [{column: values.tolist() for column, values in packed.items()} for packed in rows]
 
 
 def example(tokens: Iterator[int], prompt: int, response: int) -> data.Example:
@@ -76,7 +86,7 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line() + b"\n" + bad + b"\n" + line() + b"\n")
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))} {message}"):
-        data.read_rows(path)
+        data.read_keys(path, seed=17)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -84,7 +94,7 @@ def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match="holds no rows"):
-        data.read_rows(path)
+        data.read_keys(path, seed=17)
 
 
 def test_what_editors_and_texts_bring_along_is_read(tmp_path: Path) -> None:
@@ -220,7 +230,7 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 
 def test_categories() -> None:
-    rows = [row(1, "talk"), row(2, "list"), row(3, "talk")]
+    rows = keys([row(1, "talk"), row(2, "list"), row(3, "talk")])
     assert data.keep_categories(rows, None) == rows
     assert [kept.id for kept in data.keep_categories(rows, ["talk"])] == [1, 3]
     with pytest.raises(UserError, match=r"^data\.categories: no row has lists, tlak; the rows have list, talk$"):
@@ -235,20 +245,20 @@ def test_categories() -> None:
     shuffled=st.randoms(use_true_random=False),
 )
 def test_a_drawn_split(prompts: list[int], seed: int, shuffled: random.Random) -> None:
-    rows = [row(number, prompt=prompt) for number, prompt in enumerate(prompts)]
-    splits = data.split_rows(rows, 0.2, 0.25, seed)
+    rows = keys((row(number, prompt=prompt) for number, prompt in enumerate(prompts)), seed)
+    splits = data.split_rows(rows, 0.2, 0.25)
     # Each row once, in the order of the file.
     assert sorted(member.id for members in splits.values() for member in members) == list(range(len(rows)))
     assert all(members == sorted(members, key=lambda member: member.id) for members in splits.values())
     # No prompt in two splits, and the fractions are those of different prompts.
-    of = {name: {member.instruction for member in members} for name, members in splits.items()}
+    of = {name: {prompts[member.id] for member in members} for name, members in splits.items()}
     assert not of["train"] & of["test"] | of["train"] & of["validation"] | of["validation"] & of["test"]
     different = len(set(prompts))
     assert len(of["test"]) == max(1, round(0.2 * different))
     assert len(of["validation"]) == max(1, round(0.25 * (different - len(of["test"]))))
     # The order of the rows does not matter.
     shuffled.shuffle(rows)
-    again = data.split_rows(rows, 0.2, 0.25, seed)
+    again = data.split_rows(rows, 0.2, 0.25)
     assert {name: {member.id for member in members} for name, members in splits.items()} == {
         name: {member.id for member in members} for name, members in again.items()
     }
@@ -256,24 +266,25 @@ def test_a_drawn_split(prompts: list[int], seed: int, shuffled: random.Random) -
 
 def test_the_seed_changes_what_is_drawn() -> None:
     rows = [row(number) for number in range(50)]
-    drawn = [data.split_rows(rows, 0.2, 0.2, seed) for seed in (0, 0, 1)]
+    splits = [data.split_rows(keys(rows, seed), 0.2, 0.2) for seed in (0, 0, 1)]
+    drawn = [{name: [member.id for member in members] for name, members in one.items()} for one in splits]
     assert drawn[0] == drawn[1]
     assert drawn[0]["test"] != drawn[2]["test"]
     assert drawn[0]["validation"] != drawn[2]["validation"]
 
 
 def test_a_column_split_is_respected() -> None:
-    rows = [row(number, split="test" if number % 3 == 0 else "train") for number in range(30)]
-    splits = data.split_rows(rows, 0.9, 0.1, 17)
+    rows = keys(row(number, split="test" if number % 3 == 0 else "train") for number in range(30))
+    splits = data.split_rows(rows, 0.9, 0.1)
     assert [member.id for member in splits["test"]] == list(range(0, 30, 3))
     assert len(splits["validation"]) == 2
 
 
 def test_a_split_without_rows() -> None:
     with pytest.raises(UserError, match="2 rows leave none for test"):
-        data.split_rows([row(1, split="train"), row(2, split="train")], 0.2, 0.1, 17)
+        data.split_rows(keys([row(1, split="train"), row(2, split="train")]), 0.2, 0.1)
     with pytest.raises(UserError, match="1 rows leave none for train"):
-        data.split_rows([row(1)], 0.2, 0.1, 17)
+        data.split_rows(keys([row(1)]), 0.2, 0.1)
 
 
 # Tokenizing
@@ -335,7 +346,7 @@ def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, in
     tokens = iter(range(1, 10_000))  # every token occurs once, so a document is known by any of its tokens
     examples = [example(tokens, prompt, response) for prompt, response in lengths]
     found = []
-    packed = data.pack(examples, seq_len, pad, packing, seed)
+    packed = packed_rows(examples, seq_len, pad, packing, seed)
     for whole in packed:
         one = dict(whole)
         assert list(one) == ["input_ids", "labels", "position_ids", "document_ids", "row_ids"]
@@ -358,7 +369,7 @@ def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, in
         # Best fit opens a row only for what no open row takes, so no two rows would fit into one.
         free = sorted(one["document_ids"].count(0) for one in packed)
         assert len(free) == 1 or free[-1] + free[-2] < seq_len
-        assert packed == data.pack(examples, seq_len, pad, packing, seed)
+        assert packed == packed_rows(examples, seq_len, pad, packing, seed)
     else:
         assert found == [e.prompt_ids[0] for e in examples]
 
@@ -500,6 +511,41 @@ def test_another_process_writes_the_same_bytes(stage_root: Path, prepared: dict[
         check=True,
     )
     assert outputs(stage_root) == prepared
+
+
+def test_many_chunks_on_all_cores_give_the_same_bytes(
+    stage_root: Path, prepared: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set in chunks of 20 kB: real processes, and documents and rows across the borders of chunks."""
+    root = tmp_path / "run"
+    shutil.copytree(stage_root, root)
+    monkeypatch.setattr(data, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(data.chunks, "__defaults__", (20_000,))
+    started = []
+
+    def pool(processes: int, *args: Any, **options: Any) -> ProcessPoolExecutor:
+        started.append(processes)
+        return ProcessPoolExecutor(processes, *args, **options)
+
+    monkeypatch.setattr(data, "ProcessPoolExecutor", pool)
+    assert run_stage(root)[1] is None
+    cores = len(os.sched_getaffinity(0))
+    assert started == ([cores] * 2 if cores > 1 else [])
+    assert outputs(root) == prepared
+
+
+def test_best_fit_is_what_it_says() -> None:
+    """`assign` against best fit as one would write it down: the fullest row that takes the document, the first such."""
+    lengths = random.Random(3).choices(range(1, 65), k=400)
+    rows: list[list[int]] = []
+    for document in random.Random(17).sample(range(400), 400):
+        room = [64 - sum(lengths[member] for member in row) for row in rows]
+        fitting = [(left, number) for number, left in enumerate(room) if left >= lengths[document]]
+        if fitting:
+            rows[min(fitting)[1]].append(document)
+        else:
+            rows.append([document])
+    assert data.assign(lengths, 64, 17) == rows
 
 
 def test_stage_options(stage_root: Path, prepared: dict[str, bytes], tmp_path: Path) -> None:
