@@ -24,7 +24,7 @@ from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
 from trnlora.params import Params, load_params
-from trnlora.plan import DTYPE_BYTES, GIB
+from trnlora.plan import DTYPE_BYTES, GIB, make_plan
 from trnlora.sources import hub_snapshot, parse_source
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
