@@ -111,9 +111,6 @@ def hosts() -> Iterator[list[Host]]:
 
     try:
         ip("link", "add", bridge, "type", "bridge")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no network namespaces here ({error}): run as root, with iproute2 installed")
-    try:
         ip("link", "set", bridge, "up")
         for host in made:
             ip("netns", "add", host.name)
@@ -126,10 +123,15 @@ def hosts() -> Iterator[list[Host]]:
             ):
                 ip("-n", host.name, *arguments)
         yield made
+    except FileNotFoundError:
+        pytest.skip("no `ip` here: apt-get install iproute2")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here ({error.stderr.strip()}): run as root, in no unprivileged container")
     finally:
-        for host in made:
-            subprocess.run(["ip", "netns", "delete", host.name], check=False, capture_output=True)
-        ip("link", "delete", bridge)
+        if shutil.which("ip"):
+            for host in made:
+                subprocess.run(["ip", "netns", "delete", host.name], check=False, capture_output=True)
+            subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 @pytest.fixture
