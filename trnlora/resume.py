@@ -65,7 +65,7 @@ def latest(folder: Path) -> Path | None:
 
 @dataclasses.dataclass(frozen=True)
 class Begun:
-    """A run that goes on, of JSON's types, as RUN has it."""
+    """A run that goes on, of JSON's types; the checkpoint's RUN has all but its folder."""
 
     folder: str  # of the checkpoint
     step: int  # optimizer steps done
@@ -76,7 +76,7 @@ class Begun:
 
     @staticmethod
     def read(folder: Path) -> "Begun":
-        return Begun(**read_json(folder / RUN))
+        return Begun(str(folder), **read_json(folder / RUN))
 
     def load(self, mesh: Any) -> dict[str, Any]:
         """The module's `training_state` of this rank. Call on all ranks: mesh as `LoraFinetuner` has it.
@@ -158,8 +158,8 @@ class Checkpoints(pl.Callback):
             dist.barrier()
             if self.progress.curves:
                 replicas = module.train_params.dp_size
-                begun = Begun(str(target), step, self.progress.state(), replicas, torch.get_num_threads())
-                write_json(partial_path(target) / RUN, dataclasses.asdict(begun))
+                run = {"step": step, "progress": self.progress.state(), "replicas": replicas}
+                write_json(partial_path(target) / RUN, run | {"threads": torch.get_num_threads()})
                 self.progress.curves.make_summary()
                 shutil.copytree(self.progress.curves.dir, partial_path(target) / CURVES)
                 write_sums(partial_path(target))
