@@ -38,7 +38,10 @@ READY := .venv/.ready
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit help: ## this list @awk -F ':.*## ' '/^[a-z-]+:.*## / {printf " make %-14s %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the environment alone, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
@@ -109,6 +112,7 @@ profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
 
 bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
 	@python bench/convert.py
+	@python bench/data.py
 	@python bench/train.py
 	@python bench/train.py --memory
 
