@@ -48,7 +48,7 @@ def main() -> None:
         subprocess.run([sys.executable, ROOT / "stages" / "convert_nxd.py"], cwd=folder, check=True)
         env = {
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // args.tp_size)),
-            "MALLOC_MMAP_THRESHOLD_": str(2**20),  # as the stage starts its ranks
+            "MALLOC_MMAP_THRESHOLD_": str(2**22),  # as the stage starts its ranks
             "MALLOC_TRIM_THRESHOLD_": str(2**28),
         }
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.tp_size)]
