@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "stages"))
 
 # Operators of aten by what they do; all others are element-wise, or copies and sums.
 KINDS = {
@@ -35,6 +36,7 @@ def main() -> None:
     args = parser.parse_args()
 
     import yaml
+    from finetune_lora import rank_environment
 
     with tempfile.TemporaryDirectory(prefix="profile-train-") as name:
         folder = Path(name)
@@ -46,18 +48,13 @@ def main() -> None:
         params["train"]["max_steps"] = args.steps
         (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
         subprocess.run([sys.executable, ROOT / "stages" / "convert_nxd.py"], cwd=folder, check=True)
-        env = {
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // args.tp_size)),
-            "MALLOC_MMAP_THRESHOLD_": str(2**22),  # as the stage starts its ranks
-            "MALLOC_TRIM_THRESHOLD_": str(2**28),
-        }
+        env = rank_environment(args.tp_size, threads=None)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.tp_size)]
         subprocess.run([*launcher, __file__], cwd=folder, env={**os.environ, **env}, check=True)
 
 
 def rank_main() -> None:
     """The stage in this rank, with a profiler from the first training step to the last."""
-    import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from trnlora import batches, progress
@@ -86,7 +83,6 @@ def rank_main() -> None:
     progress.TrainingProgress = Profiled  # type: ignore[misc]
     backend.ProcessGroup.all_reduce = named("communication", backend.ProcessGroup.all_reduce)  # type: ignore[method-assign]
     batches.MicroBatches.__getitem__ = named("data", batches.MicroBatches.__getitem__)  # type: ignore[method-assign]
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     runpy.run_path(str(ROOT / "stages" / "finetune_lora.py"), run_name="__main__")
 
 

@@ -75,7 +75,6 @@ def set_up(folder: Path, **train: Any) -> None:
     params["convert"] |= {"tp_size": 1, "kv_size_multiplier": 1}
     params["lora"]["lora_dropout"] = 0.0
     params["train"] |= {"global_batch_size": 1, "micro_batch_size": 1, **train}
-    params["data"]["seq_len"] = params["serve"]["max_model_len"] - 1  # what training reads is in artifacts/prepared
     (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
     if not (folder / "artifacts" / "shards").exists():
         subprocess.run(

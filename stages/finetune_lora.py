@@ -33,7 +33,7 @@ from trnlora import nodes, paths
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, explain, run
 from trnlora.files import SUMS, atomic_dir, check_sums, clear_partial, partial_path, sha256, write_json, write_sums
-from trnlora.layout import check_divisible, kv_replica_groups
+from trnlora.layout import check_divisible, kv_replica_groups, trainable_parameters
 from trnlora.params import Params, load_params
 from trnlora.trainium import training_environment
 
@@ -84,16 +84,7 @@ def launch(here: nodes.Nodes, processes: int, threads: int | None) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    # More threads than cores make every rank wait for the others' time slices.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    # glibc would raise this to 32 MiB by itself and keep large freed tensors in its heap, which they fragment: 4.9 GiB
-    # in place of 3.0 after three steps of 2,048 tokens. Below 4 MiB, short rows would be a fifth slower.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**22))
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**28))
-    # And MKL must not take fewer than these when the machine is busy: sums would differ in the last bits.
-    os.environ.setdefault("MKL_DYNAMIC", "FALSE")
+    os.environ.update(rank_environment(processes, threads))
     launch_config = LaunchConfig(
         min_nodes=here.count, max_nodes=here.count, nproc_per_node=processes,
         # static: the node that is named the first has rank 0, which writes. c10d finds a free port on its own.
@@ -127,6 +118,22 @@ def launch(here: nodes.Nodes, processes: int, threads: int | None) -> None:
         raise UserError(f"training stopped, rank {rank} failed: {reason.removeprefix('UserError: ')}") from None
 
 
+def rank_environment(processes: int, threads: int | None) -> dict[str, str]:
+    """Environment variables of the ranks, `processes` on this machine; what the user has set stays."""
+    env = {
+        # More threads than cores make every rank wait for the others' time slices.
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+        # glibc would raise this to 32 MiB by itself and keep large freed tensors in its heap, which they fragment:
+        # 4.9 GiB in place of 3.0 after three steps of 2,048 tokens. Below 4 MiB, short rows would be a fifth slower.
+        "MALLOC_MMAP_THRESHOLD_": str(2**22),
+        "MALLOC_TRIM_THRESHOLD_": str(2**28),
+        # MKL must not take fewer threads when the machine is busy: sums would differ in the last bits.
+        "MKL_DYNAMIC": "FALSE",
+    }
+    env = {name: os.environ.get(name, value) for name, value in env.items()}
+    return env if threads is None else env | {"OMP_NUM_THREADS": str(threads)}
+
+
 def failure_text(failure: Any) -> tuple[str, str]:
     """What a failed rank said: its exception (or the signal that ended it) and its traceback, if it left one."""
     said = failure.error_file_data["message"]
@@ -146,7 +153,7 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
     from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
     from trnlora.finetuner import LoraFinetuner, NotFinite
     from trnlora.llama import Llama
-    from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config, trainable_parameters
+    from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config
     from trnlora.progress import TrainingProgress
 
     on_neuron = params.backend == "neuron"

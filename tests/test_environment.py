@@ -208,6 +208,13 @@ def test_doctor_counts_the_cores_of_the_run(
     assert module.neuron_cores(params.model_copy(update={"neuron": neuron})) == cores
 
 
+def test_doctor_and_plan_start_without_torch() -> None:
+    """`make repro` calls doctor each time: what imports torch takes seconds."""
+    code = "import sys; import doctor, plan; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_metrics_table_without_metrics(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/show_metrics.py")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

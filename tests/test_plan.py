@@ -13,7 +13,7 @@ from trnlora.files import read_json
 from trnlora.layout import check_divisible, kv_replica_groups
 from trnlora.nodes import Nodes
 from trnlora.params import load_params
-from trnlora.plan import make_plan
+from trnlora.plan import LOSS_CHUNK, make_plan
 from trnlora.trainium import training_environment
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
     """The plan's bytes against the tensors that a forward pass on the torch backend hands to the way back."""
-    from trnlora.backends.torch import thread_backends
+    from trnlora.backends import torch as torch_backend
     from trnlora.llama import Llama
     from trnlora.lora import add_lora, draw_lora_a
 
@@ -64,7 +64,8 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
         }
     )
     config = LlamaConfig.from_folder(make_llama(tmp_path / "llama", num_hidden_layers=6))
-    model = Llama.empty(config, thread_backends(kv_replica_groups(config, params.convert))[0], 1).to_empty(device="cpu")
+    (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert))
+    model = Llama.empty(config, backend, 1).to_empty(device="cpu")
     add_lora(model, params.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -72,6 +73,7 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     model.recompute_layers = recompute
     tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size
+    assert torch_backend.LOSS_CHUNK == LOSS_CHUNK  # written twice: a plan needs no torch
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

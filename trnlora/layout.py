@@ -15,7 +15,7 @@ from typing import Any
 
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.params import Convert
+from trnlora.params import Convert, Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,3 +195,10 @@ def hf_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, hidden)
     return shapes
+
+
+def trainable_parameters(config: LlamaConfig, kv_size_multiplier: int, tp_size: int, lora: Lora) -> int:
+    """Number of trainable values on one rank: A (r, H) and this rank's rows of the three Bs, in every layer."""
+    q_rows = config.num_attention_heads * config.head_dim // tp_size
+    kv_rows = config.num_key_value_heads * config.head_dim * kv_size_multiplier // tp_size
+    return config.num_hidden_layers * lora.r * (config.hidden_size + q_rows + 2 * kv_rows)

@@ -71,13 +71,6 @@ def adapter_state(model: Llama) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
 
 
-def trainable_parameters(config: LlamaConfig, kv_size_multiplier: int, tp_size: int, lora: Lora) -> int:
-    """Number of trainable values on one rank: A (r, H) and this rank's rows of the three Bs, in every layer."""
-    q_rows = config.num_attention_heads * config.head_dim // tp_size
-    kv_rows = config.num_key_value_heads * config.head_dim * kv_size_multiplier // tp_size
-    return config.num_hidden_layers * lora.r * (config.hidden_size + q_rows + 2 * kv_rows)
-
-
 def is_replicated(name: str) -> bool:
     """Whether a trainable parameter is whole on every tensor-parallel rank (lora_A), not cut (lora_B)."""
     return ".lora_A." in name

@@ -17,7 +17,7 @@ def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora:
     """Write `model` (an HF folder) with W + lora_alpha / r · B A for each adapted W to the folder `target`.
 
     adapter: PEFT's keys, as `trnlora.lora.peft_adapter` gives them. Sums are made in float32 and rounded once to the
-    model's dtype, as PEFT's merge does. Memory is that of one adapted tensor, or of the blocks that are copied.
+    model's dtype, as PEFT's merge does. Memory is that of the blocks that are moved, and their float32 sums.
     """
     scale = lora.lora_alpha / lora.r
     copy_all_but_weights(model, target)

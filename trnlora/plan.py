@@ -9,8 +9,7 @@ import math
 
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.layout import check_divisible, hf_shapes, shard_pieces
-from trnlora.lora import trainable_parameters
+from trnlora.layout import check_divisible, hf_shapes, shard_pieces, trainable_parameters
 from trnlora.params import Params
 from trnlora.sources import parse_source
 
