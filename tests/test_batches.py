@@ -1,5 +1,6 @@
 """Global batches: every row once an epoch, and each labelled token of a step with the same weight."""
 
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,6 +48,19 @@ def test_replicas_and_micro_batches_together_are_the_global_batch(
         assert weight == pytest.approx(1.0 if has_labels else 0.0)
         seen += step_rows
     assert sorted(seen) == list(range(rows))
+
+
+def test_padding_that_ends_all_rows_is_cut_off_where_shapes_may_change() -> None:
+    documents = torch.tensor([[1, 1, 2, 0, 0], [1, 0, 0, 0, 0], [1, 2, 2, 2, 0]])
+    table = {name: documents.clone() for name in COLUMNS}
+    batches = partial(MicroBatches, table, torch.arange(3), global_batch_size=2, micro_batch_size=2)
+    cut, whole = batches(), batches(static_shapes=True)
+    assert [batch["input_ids"].tolist() for batch in (cut[0], cut[1])] == [
+        [[1, 1, 2], [1, 0, 0]],
+        [[1, 2, 2, 2], [1, 1, 2, 0]],
+    ]
+    assert cut[1]["document_ids"].tolist() == [[1, 2, 2, 2], [0, 0, 0, 0]]  # the second is an empty row
+    assert {column.shape for column in (whole[0][name] for name in COLUMNS)} == {(2, 5)}
 
 
 def test_epochs_have_orders_of_their_own_that_repeat() -> None:

@@ -48,7 +48,8 @@ class MicroBatches(Dataset):
     tokens of the whole global batch, whatever the replicas and micro-batches (mean of means would weigh a token
     by its row's length). Lightning divides by the number of accumulated batches: that is multiplied in again.
 
-    order: row indices, in the order of the epoch.
+    order: row indices, in the order of the epoch. static_shapes: give columns their full length, for a graph that was
+    compiled for it; else the padding that ends all rows of a micro-batch is cut off.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class MicroBatches(Dataset):
         micro_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        static_shapes: bool = False,
     ):
         self.rows = rows
+        self.static_shapes = static_shapes
         self.accumulate = global_batch_size // (micro_batch_size * dp_size)
         steps = -(-len(order) // global_batch_size)
         filled = torch.cat([order, order.new_full((steps * global_batch_size - len(order),), -1)])
@@ -81,6 +84,9 @@ class MicroBatches(Dataset):
         batch = {name: self.rows[name][index.clamp(min=0)].clone() for name in COLUMNS}
         batch["labels"][index < 0] = -100
         batch["document_ids"][index < 0] = 0
+        if not self.static_shapes:
+            longest = max(1, int((batch["document_ids"] > 0).sum(1).max()))
+            batch = {name: column[:, :longest] for name, column in batch.items()}
         batch["loss_scale"] = self.accumulate / self.tokens_of_step[step]
         return batch
 

@@ -64,25 +64,20 @@ class StoredTensor:
 
     def read_into(self, start: int, block: np.ndarray) -> None:
         """Fill `block`, contiguous uint8 (rows, row_bytes), with the rows from `start` on."""
-        begin = self.offset + start * self.row_bytes
-        view, position = memoryview(block.data).cast("B"), begin
+        view, position = memoryview(block.data).cast("B"), self.offset + start * self.row_bytes
         while view:  # a read may be short
             count = os.preadv(self.fd, [view], position)
             if count == 0:
                 raise UserError("a checkpoint file became shorter while it was read: rerun the stage that writes it")
             view, position = view[count:], position + count
-        if os.environ.get("T_READ"):
-            os.posix_fadvise(self.fd, begin, block.size, os.POSIX_FADV_DONTNEED)
 
     def write_rows(self, start: int, block: np.ndarray) -> None:
         """Write bytes (rows, row_bytes) from row `start` on."""
-        begin = self.offset + start * self.row_bytes
-        view, position = memoryview(np.ascontiguousarray(block).data).cast("B"), begin
+        position = self.offset + start * self.row_bytes
+        view = memoryview(np.ascontiguousarray(block).data).cast("B")
         while view:
             count = os.pwrite(self.fd, view, position)
             view, position = view[count:], position + count
-        if os.environ.get("T_WRITE"):
-            os.posix_fadvise(self.fd, begin, position - begin, os.POSIX_FADV_DONTNEED)
 
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) as a tensor of its own."""

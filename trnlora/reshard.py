@@ -1,11 +1,10 @@
 """Move a model between its HF tensors and NxD's shards, a block of rows at a time, in either direction.
 
 A block of an HF tensor is read once and written to every rank that holds part of it (or filled from the ranks and
-written once), so memory is cores × buffer_bytes whatever the model, and each byte is touched as a copy would.
+written once), so memory is THREADS × buffer_bytes whatever the model, and each byte is touched as a copy would.
 """
 
 import dataclasses
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,8 @@ from trnlora.checkpoint import StoredTensor
 from trnlora.errors import UserError
 from trnlora.layout import Piece
 from trnlora.params import Convert
+
+THREADS = 8  # more than cores: at any moment most of them wait for the disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def each_block(
     work: Callable[[str, StoredTensor, int, np.ndarray], int],
     buffer_bytes: int,
 ) -> Iterator[int]:
-    """Call work(name, tensor, first row, block) for blocks of at most `buffer_bytes`, a thread a core.
+    """Call work(name, tensor, first row, block) for blocks of at most `buffer_bytes`, in THREADS threads.
 
     block: uint8 (rows, row_bytes) to work in, with what an earlier call left in it: fresh memory for each block would
     cost as much time as a copy of it, for the kernel clears it. Yields what each call returns. (Reading, writing and
@@ -108,7 +109,7 @@ def each_block(
             own.buffer = np.empty(max(size, buffer_bytes), dtype=np.uint8)
         return work(name, tensor, first, own.buffer[:size].reshape(end - first, tensor.row_bytes))
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         jobs = []
         for name, tensor in tensors.items():
             rows = max(1, buffer_bytes // tensor.row_bytes)

@@ -17,6 +17,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
+    static_shapes: bool  # whether batches of several lengths would each cost a compilation
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""

@@ -82,6 +82,7 @@ class _LoraModel(LoraModel):
 class NeuronBackend:
     """`trnlora.backends.Backend` over NxD's groups, which `NeuronStrategy` makes."""
 
+    static_shapes = True
     adapter: LoraModel  # NxD's wrapper around the model with LoRA, which saves the adapter
 
     def __init__(self, params: Params, nxd_config: dict[str, Any]):

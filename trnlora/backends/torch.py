@@ -265,6 +265,8 @@ class GQAQKVColumnParallelLinear(nn.Module):
 class TorchBackend:
     """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
 
+    static_shapes = False
+
     def __init__(self, tp_group: Group, kv_group: Group):
         self.tp_group = tp_group
         self.kv_group = kv_group
@@ -312,4 +314,4 @@ class TorchBackend:
             dist.all_reduce(gradient, group=group)
 
     def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
