@@ -1,6 +1,5 @@
 """The training loop's Lightning module: one Llama with LoRA over any backend's parallel layers."""
 
-import functools
 import hashlib
 import math
 import os
@@ -87,7 +86,7 @@ class LoraFinetuner(pl.LightningModule):
         """All of this rank that a run needs to go on after an optimizer step, on the CPU."""
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         state = {
-            "adapter": {name: parameter.detach() for name, parameter in self._trainable.items()},
+            "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
             "optimizer": optimizer.state_dict(),  # type: ignore[union-attr]
             "schedule": schedule.state_dict(),  # type: ignore[union-attr]
             "measured": {name: getattr(self, name) for name in MEASURED},
@@ -105,7 +104,7 @@ class LoraFinetuner(pl.LightningModule):
                 for name, value in self.resumed["measured"].items():
                     setattr(self, name, value)
                 with torch.no_grad():
-                    for name, parameter in self._trainable.items():
+                    for name, parameter in self._trainable().items():
                         parameter.copy_(self.resumed["adapter"][name])
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -161,7 +160,7 @@ class LoraFinetuner(pl.LightningModule):
         """Add the replicas' gradients (each was already divided by the whole global batch's tokens)."""
         if dist.get_world_size(self.dp_group) > 1:
             assert self.model is not None
-            gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
             self.model.backend.add_over_replicas(gradients, self.dp_group)
             dist.all_reduce(self.step_loss, group=self.dp_group)
         self.train_loss = self.step_loss.item()
@@ -171,7 +170,7 @@ class LoraFinetuner(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
         """Clip by the norm over all ranks: what is whole on every rank, or copied to several, counts once."""
         squares = torch.zeros(2, device=self.device)  # of cut parameters (to be added over ranks), of replicated ones
-        for name, parameter in self._trainable.items():
+        for name, parameter in self._trainable().items():
             assert parameter.grad is not None
             copies = self._copies(name)
             squares[int(is_replicated(name))] += parameter.grad.square().sum() / copies
@@ -180,7 +179,7 @@ class LoraFinetuner(pl.LightningModule):
         self._check_finite("loss", self.train_loss)
         self._check_finite("gradient's norm", norm.item())
         scale = (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self._trainable.values():
+        for parameter in self._trainable().values():
             parameter.grad.mul_(scale)  # type: ignore[union-attr]
         self.grad_norm = norm.item()
 
@@ -216,7 +215,7 @@ class LoraFinetuner(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         train = self.train_params
         assert self.model is not None
-        parameters = list(self._trainable.values())
+        parameters = list(self._trainable().values())
         optimizer = self.model.backend.adamw(parameters, lr=train.lr, weight_decay=train.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: linear_schedule(step, self.total_steps, self.warmup_steps)
@@ -227,7 +226,6 @@ class LoraFinetuner(pl.LightningModule):
             self.resumed = None  # all of it is in use now
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @functools.cached_property  # walking through all modules takes milliseconds, several times a step
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
