@@ -137,7 +137,7 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
     (shard,) = shards_of(tiny_llama, config, conversion(1, 1))
     model = Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
     with torch.no_grad():
-        loss, labelled = model.loss(model(row["input_ids"], row["position_ids"], row["document_ids"]), row["labels"])
+        loss, labelled = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
         hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
         expected, start = torch.zeros(()), 0
         for length in lengths:
@@ -186,7 +186,7 @@ def sharded_gradients(
 
     def work(backend: TorchBackend) -> torch.Tensor:
         model = models[backend.tp_rank]
-        loss, _ = model.loss(model(row["input_ids"], row["position_ids"], row["document_ids"]), row["labels"])
+        loss, _ = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
         loss.backward()
         return loss.detach()
 

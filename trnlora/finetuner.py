@@ -109,8 +109,7 @@ class LoraFinetuner(pl.LightningModule):
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
-        hidden = self.model(batch["input_ids"], batch["position_ids"], batch["document_ids"])
-        return self.model.loss(hidden, batch["labels"])
+        return self.model.loss(batch["input_ids"], batch["position_ids"], batch["document_ids"], batch["labels"])
 
     def _batches(self, rows: dict[str, Tensor], order: Tensor, first: int = 0) -> DataLoader:
         assert self.model is not None

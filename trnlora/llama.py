@@ -59,11 +59,12 @@ class Attention(nn.Module):
         self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (q_size, kv_size), kv_size_multiplier)
         self.o_proj = backend.row_parallel_linear(q_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any, keep: Tensor | None = None) -> Tensor:
         # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
         y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, documents)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.o_proj(y if keep is None else y[keep])
 
 
 class MLP(nn.Module):
@@ -84,8 +85,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any, keep: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, documents, keep)
+        x = (x if keep is None else x[keep]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -139,30 +141,46 @@ class Llama(nn.Module):
         """
         model = cls.empty(config, backend, kv_size_multiplier)
         model.check_shard({name: tuple(tensor.shape) for name, tensor in shard.items()})
-        model.load_state_dict(dict(shard), strict=True, assign=True)
+        tensors = dict(shard)
+        if config.tie_word_embeddings:  # the file holds the same rows twice: one of them stays unread
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor) -> Tensor:
-        """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors."""
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors.
+
+        keep (B, T), bool: the positions that are wanted; the last layer computes no others, and (N, H) is returned.
+        """
         x = self.model.embed_tokens(input_ids)
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
         documents = self.backend.documents(document_ids)
+        last = self.model.layers[-1]
         for layer in self.model.layers:
+            inputs = (x, cos, sin, documents, keep if layer is last else None)
             if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, documents, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, documents)
+                x = layer(*inputs)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part (…, V/tp) of the logits of hidden states (…, H)."""
         return self.lm_head(hidden)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the next-token cross-entropy in nats over labelled tokens, and their number.
+    def loss(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the next-token cross-entropy in nats over labelled tokens, and their number, from (B, T) tensors.
 
-        hidden (B, T, H) and labels (B, T) are aligned as in HF: position t predicts labels[t + 1], and −100 marks
-        what is not to be learnt.
+        Labels are aligned as in HF: position t predicts labels[t + 1], and −100 marks what is not to be learnt.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
-        return self.backend.cross_entropy(hidden, self.lm_head, targets), (targets != -100).sum()
+        labelled = targets != -100
+        if self.backend.static_shapes:
+            hidden = self(input_ids, position_ids, document_ids)
+        else:
+            hidden, targets = self(input_ids, position_ids, document_ids, labelled), targets[labelled]
+        return self.backend.cross_entropy(hidden, self.lm_head, targets), labelled.sum()

@@ -17,7 +17,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
-    static_shapes: bool  # whether batches of several lengths would each cost a compilation
+    static_shapes: bool  # whether each new shape would cost a compilation
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""
@@ -44,10 +44,11 @@ class Backend(Protocol):
         ...
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
-        """Sum of the losses in nats against targets (B, T), token ids; −100 marks what counts not.
+        """Sum of the losses in nats against targets, token ids, of the model's output.
 
-        hidden: the model's output, (B, T, H), or this rank's part of the tokens with sequence parallelism, which
-        lm_head, a column_parallel_linear of H to the vocabulary, frozen, puts together.
+        hidden (N, H) and targets (N,) are of labelled tokens alone. With static_shapes they are of all: targets (B, T),
+        where −100 marks what counts not, and hidden (B, T, H), or this rank's part of the tokens with sequence
+        parallelism, which lm_head, a column_parallel_linear of H to the vocabulary, frozen, puts together.
         """
         ...
 

@@ -303,8 +303,7 @@ class TorchBackend:
         return torch.cat(rows)
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
-        labelled = targets != -100
-        return _LinearCrossEntropy.apply(hidden[labelled], lm_head.weight, targets[labelled], self.tp_group)
+        return _LinearCrossEntropy.apply(hidden, lm_head.weight, targets, self.tp_group)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
