@@ -20,6 +20,7 @@ SAMPLES ?=
 SET ?=
 BASE ?=
 ADAPTERS ?=
+REPLICAS ?=
 MODEL ?=
 ARGS ?=
 
@@ -80,8 +81,8 @@ lint: $(READY) ## ruff and mypy
 	@ruff format --check
 	@mypy trnlora stages tools tests data
 
-serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= ADAPTERS="name=path …"
-	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS))
+serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …"
+	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS)) $(if $(REPLICAS),--replicas '$(REPLICAS)')
 
 load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, where serve.runtime_adapters allows it
 	@python tools/load_adapter.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ADAPTERS)

@@ -3,8 +3,14 @@
 SkyPilot's own schema was run by hand on launch/sky.yaml (its package wants a hundred others): see docs/scale.md.
 """
 
+import http.server
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -56,3 +62,54 @@ def test_sky_gives_every_node_its_part(tmp_path: Path) -> None:
         "dvc repro prepare_data convert_nxd 2 1 10.0.0.5",
         "python stages/finetune_lora.py 2 1 10.0.0.5",
     ]
+
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(str(self.server.server_port).encode())  # type: ignore[attr-defined]
+
+    def log_message(self, *unused: object) -> None:
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_front_spreads_requests_and_leaves_out_a_dead_server(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+    if nginx is None:
+        pytest.skip("no nginx here: apt-get install nginx-light")
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    config, front = (ROOT / "launch/nginx.conf").read_text("utf-8"), free_port()
+    for written, used in (("8000", servers[0].server_port), ("8001", servers[1].server_port), ("8080", front)):
+        assert f"127.0.0.1:{written}" in config
+        config = config.replace(f"127.0.0.1:{written}", f"127.0.0.1:{used}")
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\n{config}", "utf-8")
+    running = subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+
+    def ask() -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{front}/health", timeout=5) as answer:
+            return int(answer.read())
+
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", front)) == 0:
+                    break
+            time.sleep(0.05)
+        assert {ask() for _ in range(10)} == {server.server_port for server in servers}
+        servers[0].shutdown()
+        servers[0].server_close()
+        assert {ask() for _ in range(10)} == {servers[1].server_port}
+    finally:
+        running.terminate()
+        running.wait()
+        for server in servers:
+            server.shutdown()

@@ -463,6 +463,57 @@ def test_parallel_clients_good_and_bad(server: Server, workdir: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_dashboard_asks_for_what_the_server_exports(server: Server) -> None:
+    """launch/grafana-vllm.json: every metric and label of its queries is on /metrics after a few requests."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
+        exported = response.read().decode()
+    dashboard = json.loads((ROOT / "launch/grafana-vllm.json").read_text("utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
+    assert len(asked) >= 12
+    for name in asked:
+        assert re.search(rf"^{name}{{[^}}]*model_name=", exported, re.M), name
+    assert re.search(r'^vllm:request_success_total{[^}]*finished_reason="length"', exported, re.M)
+    assert re.search(r'^vllm:num_requests_running{[^}]*engine="0"', exported, re.M)
+
+
+@pytest.mark.slow
+def test_the_load_bench_prints_a_line_for_each_number_of_clients(server: Server, workdir: Path) -> None:
+    options = ("--requests", "2", "--input-len", "16", "--output-len", "8")
+    done = script(
+        "bench/load.py", "--url", f"http://127.0.0.1:{server.port}", "--clients", "1", "3", *options, cwd=workdir
+    )
+    assert done.returncode == 0, done.stderr
+    header, *lines = done.stdout.splitlines()
+    assert "tokens/s" in header
+    figures = [[float(figure) for figure in line.split()] for line in lines]
+    assert [row[0] for row in figures] == [1, 3]
+    assert all(figure > 0 for row in figures for figure in row)
+    refused = script("bench/load.py", "--url", "http://127.0.0.1:9", cwd=workdir)
+    assert_one_line(refused, "no server answers at http://127.0.0.1:9", "make serve")
+
+
+@pytest.mark.slow
+def test_replicas_share_one_address(workdir: Path, tmp_path: Path) -> None:
+    """Two engines: both get requests, and each answers as the other."""
+    two = Server(workdir, tmp_path, "--replicas", "2")
+    try:
+        prompt = "### Instruction:\nName the capital of France.\n\n### Response:\n"
+        with ThreadPoolExecutor(8) as clients:
+            answers = set(clients.map(lambda _: two.complete("tuned", prompt), range(16)))
+        assert len(answers) == 1
+        with urllib.request.urlopen(f"http://127.0.0.1:{two.port}/metrics") as response:
+            exported = response.read().decode()
+        done = re.findall(r'^vllm:request_success_total{[^}]*engine="(\d)"[^}]*} ([\d.]+)$', exported, re.M)
+        served = {engine: sum(float(count) for of, count in done if of == engine) for engine in ("0", "1")}
+        assert sum(served.values()) == 16
+        assert min(served.values()) > 0
+    finally:
+        two.process.terminate()
+        two.process.wait()
+
+
+@pytest.mark.slow
 def test_sigterm_leaves_no_process_and_no_file(server: Server) -> None:
     """The last test of `server`: it stops it."""
     family = server.process.children(recursive=True)

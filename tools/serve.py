@@ -1,9 +1,10 @@
 """Serve the base model as `base` and adapters by name behind vLLM's OpenAI-compatible server, until Ctrl-C.
 
     python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--adapters NAME=FOLDER …] [--dry-run]
+    python tools/serve.py --replicas N …      several engines behind the one address, which share the load
     python tools/serve.py --container IMAGE … on Trainium: the same server in a container
 
-(make serve HOST= PORT= ADAPTERS=). The default adapter is the pipeline's, as `tuned`.
+(make serve HOST= PORT= ADAPTERS= REPLICAS=). The default adapter is the pipeline's, as `tuned`.
 
 Chat requests are rendered with the template that training used (data.prompt_template). The API key comes from the
 environment alone, VLLM_API_KEY; without one the server binds to loopback addresses only.
@@ -44,6 +45,9 @@ def main() -> None:
     parser.add_argument(
         "--adapters", nargs="+", metavar="NAME=FOLDER", help="PEFT folders (default: tuned=artifacts/adapter)"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=1, metavar="N", help="engines behind this one address (vLLM's data parallelism)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     parser.add_argument("--container", metavar="IMAGE", help="backend neuron: run the server in this image of AWS's")
     args = parser.parse_args()
@@ -61,6 +65,8 @@ def main() -> None:
         template = Path(scratch) / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
         if params.backend == "neuron":
+            if args.replicas > 1:
+                raise UserError("backend neuron serves one replica an address: start several, behind launch/nginx.conf")
             if args.adapters:
                 raise UserError("backend neuron serves the pipeline's adapter alone: leave ADAPTERS= out")
             python = params.neuron.vllm_python or sys.executable
@@ -72,6 +78,8 @@ def main() -> None:
                 env, command = {}, serving.neuron_container(env, command, args.container, [Path.cwd(), Path(scratch)])
         else:
             command = serving.serve_command(params, host, port, template, adapters)
+            if args.replicas > 1:
+                command += ["--data-parallel-size", str(args.replicas)]
         if args.dry_run:
             key = "VLLM_API_KEY: set" if os.environ.get("VLLM_API_KEY") else "VLLM_API_KEY: not set"
             print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()))
