@@ -61,7 +61,9 @@ def main() -> None:
     # vLLM then takes any folder that a client names, unchecked: see tools/load_adapter.py.
     env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if params.serve.runtime_adapters else "0"
 
-    with tempfile.TemporaryDirectory(prefix="vllm-serve-") as scratch:
+    # vLLM's sockets go there, whose paths Linux limits to 107 characters: too few below a long TMPDIR.
+    short = None if len(tempfile.gettempdir()) <= 50 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="vllm-serve-", dir=short) as scratch:
         template = Path(scratch) / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
         if params.backend == "neuron":
