@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--container", metavar="IMAGE", help="backend neuron: run the server in this image of AWS's")
     args = parser.parse_args()
 
+    if args.replicas < 1:
+        raise UserError(f"--replicas {args.replicas}: give 1 or more")
     params = load_params(args.params)
     host = args.host or params.serve.host
     port = args.port if args.port is not None else params.serve.port
