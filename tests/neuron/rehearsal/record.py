@@ -24,6 +24,13 @@ import finetune_lora
 EPS = 1e-3
 
 
+class WholeRows(finetuner.MicroBatches):
+    """Rows with the padding at their end on both backends: what is drawn (dropout) depends on the shape."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "static_shapes": True})
+
+
 class Recorder(finetuner.LoraFinetuner):
     def on_train_start(self) -> None:
         assert self.model is not None
@@ -61,6 +68,7 @@ class Recorder(finetuner.LoraFinetuner):
 
 if __name__ == "__main__":
     finetuner.LoraFinetuner = Recorder  # type: ignore[misc]
+    finetuner.MicroBatches = WholeRows  # type: ignore[misc]
     finetune_lora.__file__ = __file__  # what the stage starts its ranks with
     if "RANK" in os.environ:
         settle_vector_math()  # as the torch backend does for itself
