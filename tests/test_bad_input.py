@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from test_serving import free_port
 
 from trnlora.architecture import LlamaConfig
 from trnlora.errors import run
@@ -399,11 +400,6 @@ def test_a_stage_without_the_one_before(bench: Bench, script: str, message: str)
 
 
 # The environment
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def test_port_in_use(bench: Bench) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_serving import free_port
 
 SKY = yaml.safe_load((ROOT / "launch/sky.yaml").read_text("utf-8"))
 SCRIPTS = {
@@ -72,12 +73,6 @@ class Upstream(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *unused: object) -> None:
         pass
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_the_front_spreads_requests_and_leaves_out_a_dead_server(tmp_path: Path) -> None:

@@ -306,6 +306,10 @@ class Server:
         with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
             return json.load(reply)
 
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as reply:
+            return str(reply.read().decode())
+
     def complete(self, model: str, prompt: str, max_tokens: int = 16) -> str:
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         return str(self.request("/v1/completions", **body)["choices"][0]["text"])
@@ -465,8 +469,7 @@ def test_parallel_clients_good_and_bad(server: Server, workdir: Path) -> None:
 @pytest.mark.slow
 def test_the_dashboard_asks_for_what_the_server_exports(server: Server) -> None:
     """launch/grafana-vllm.json: every metric and label of its queries is on /metrics after a few requests."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as response:
-        exported = response.read().decode()
+    exported = server.metrics()
     dashboard = json.loads((ROOT / "launch/grafana-vllm.json").read_text("utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked = {name for query in queries for name in re.findall(r"vllm:\w+", query)}
@@ -502,9 +505,7 @@ def test_replicas_share_one_address(workdir: Path, tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as clients:
             answers = set(clients.map(lambda _: two.complete("tuned", prompt), range(16)))
         assert len(answers) == 1
-        with urllib.request.urlopen(f"http://127.0.0.1:{two.port}/metrics") as response:
-            exported = response.read().decode()
-        done = re.findall(r'^vllm:request_success_total{[^}]*engine="(\d)"[^}]*} ([\d.]+)$', exported, re.M)
+        done = re.findall(r'^vllm:request_success_total{[^}]*engine="(\d)"[^}]*} ([\d.]+)$', two.metrics(), re.M)
         served = {engine: sum(float(count) for of, count in done if of == engine) for engine in ("0", "1")}
         assert sum(served.values()) == 16
         assert min(served.values()) > 0
