@@ -31,8 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "stages"))
 
-from trnlora.architecture import LlamaConfig
-from trnlora.layout import hf_shapes
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.nxd_layout import hf_shapes
 from trnlora.params import Convert
 
 PRESETS = {
@@ -102,8 +102,8 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
     import numpy as np
     import torch
 
-    from trnlora.checkpoint import StoredTensor, create_hf_folder
-    from trnlora.reshard import each_block
+    from trnlora.weights.storage import StoredTensor, create_hf_folder
+    from trnlora.weights.reshard import each_block
 
     folder.mkdir()
     noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
@@ -133,7 +133,7 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
     if way == "ours":
         from convert_nxd import write_shards
 
-        import trnlora.checkpoint  # noqa: F401  # torch's import is no part of the work
+        import trnlora.weights.storage  # noqa: F401  # torch's import is no part of the work
 
         started = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):  # its progress
@@ -149,7 +149,7 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
         import torch
         from safetensors.torch import load_file
 
-        from trnlora.checkpoint import PRETRAINED_TAG, rank_file
+        from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
         started = time.perf_counter()
         state: dict[str, torch.Tensor] = {}

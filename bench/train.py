@@ -9,7 +9,7 @@ ours       the stage itself at tp 1: a packed row, attention inside each documen
 hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
 hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents one after the other, nothing padded
 
-HF's q, k and v share one lora_A, as NxD has it (see trnlora/lora.py); dropout is 0, so that all three compute the same.
+HF's q, k and v share one lora_A, as NxD has it (see trnlora/model/lora.py); dropout is 0, so that all three compute the same.
 Tokens are real ones, padding does not count; seconds are those of the optimizer steps. Beside them stands the
 processor's peak: float32 products of the model's own shapes alone, and what share of it a step of ours reaches,
 counting just the products that LoRA needs of real tokens.
@@ -143,8 +143,8 @@ def one_document(prepared: Path, length: int) -> None:
     """A prepared folder whose rows are one document of `length` random tokens, and short ones to validate on."""
     import torch
 
-    from trnlora.architecture import LlamaConfig
-    from trnlora.data import write_parquet
+    from trnlora.model.config import LlamaConfig
+    from trnlora.data.rows import write_parquet
     from trnlora.files import write_sums
 
     shutil.rmtree(prepared, ignore_errors=True)
@@ -178,7 +178,7 @@ def run_ours() -> dict[str, Any]:
 def documents() -> list[list[dict[str, list[int]]]]:
     """The documents (input_ids, labels) of each packed row that training reads, in its order."""
     from trnlora import paths
-    from trnlora.batches import epoch_order, read_rows
+    from trnlora.training.batches import epoch_order, read_rows
     from trnlora.params import load_params
 
     train = load_params().train
@@ -205,7 +205,7 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     is no adapter below. A, B and their gradients besides. The head at labelled tokens alone. No attention.
     """
     from trnlora import paths
-    from trnlora.architecture import LlamaConfig
+    from trnlora.model.config import LlamaConfig
     from trnlora.params import load_params
 
     config, r = LlamaConfig.from_folder(paths.MODEL), load_params().lora.r
@@ -259,7 +259,7 @@ def run_hf(packed: bool) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from trnlora import paths
-    from trnlora.finetuner import linear_schedule
+    from trnlora.training.module import linear_schedule
     from trnlora.params import load_params
 
     disable_progress_bar()
@@ -275,7 +275,7 @@ def run_hf(packed: bool) -> dict[str, Any]:
     for layer in model.base_model.model.model.layers:
         attention = layer.self_attn
         a = attention.q_proj.lora_A["default"].weight
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.lora.draw_lora_a
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.model.lora.draw_lora_a
         attention.k_proj.lora_A["default"].weight = attention.v_proj.lora_A["default"].weight = a
 
     tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)

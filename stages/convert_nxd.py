@@ -19,10 +19,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import SUMS, atomic_dir, check_sums, write_json, write_sums
-from trnlora.layout import check_divisible, shard_pieces
+from trnlora.weights.nxd_layout import check_divisible, shard_pieces
 from trnlora.params import Convert, load_params
 
 GIB = 2**30
@@ -48,8 +48,8 @@ def main() -> None:
 def to_nxd(config: LlamaConfig, convert: Convert) -> None:
     import torch
 
-    from trnlora.checkpoint import PRETRAINED_TAG, open_rank_file, rank_file
-    from trnlora.proof import max_logits_difference
+    from trnlora.weights.storage import PRETRAINED_TAG, open_rank_file, rank_file
+    from trnlora.weights.verify_logits import max_logits_difference
 
     started = time.perf_counter()
     # The proof below compares the shards with the very weights that they come from, so damage there would pass it.
@@ -91,8 +91,8 @@ def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Conver
     """Write every rank's file below `shards` from the HF folder `model`; the bytes written."""
     import numpy as np
 
-    from trnlora.checkpoint import PRETRAINED_TAG, HFCheckpoint, StoredTensor, create_rank_file, rank_file, stored_bytes
-    from trnlora.reshard import each_block, parts_of_hf_tensors, scatter
+    from trnlora.weights.storage import PRETRAINED_TAG, HFCheckpoint, StoredTensor, create_rank_file, rank_file, stored_bytes
+    from trnlora.weights.reshard import each_block, parts_of_hf_tensors, scatter
 
     tables = [shard_pieces(config, convert, rank) for rank in range(convert.tp_size)]
     with HFCheckpoint(model) as source, contextlib.ExitStack() as files:
@@ -118,7 +118,7 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
     """Write the shards below `shards` back as an HF folder, with the config and tokenizer of artifacts/model."""
     import numpy as np
 
-    from trnlora.checkpoint import (
+    from trnlora.weights.storage import (
         PRETRAINED_TAG,
         StoredTensor,
         copy_all_but_weights,
@@ -127,8 +127,8 @@ def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> 
         rank_file,
         stored_bytes,
     )
-    from trnlora.layout import hf_shapes
-    from trnlora.reshard import each_block, gather, kv_order, parts_of_hf_tensors
+    from trnlora.weights.nxd_layout import hf_shapes
+    from trnlora.weights.reshard import each_block, gather, kv_order, parts_of_hf_tensors
 
     check_sums(paths.MODEL, "fetch_model", without=(".safetensors",))
     if (shards / SUMS).exists():  # shards of NxD's own converter have none

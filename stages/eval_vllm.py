@@ -28,11 +28,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths, peft_folder, scoring, serving
+from trnlora import paths
+from trnlora.evaluation import scoring
+from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.files import check_sums, read_json, read_jsonl, write_json, write_jsonl
 from trnlora.params import Eval, Params, load_params
-from trnlora.peft_folder import Adapter
+from trnlora.serving.adapters import Adapter
 from trnlora.sources import hub_snapshot, parse_source
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
@@ -161,7 +163,7 @@ def start_engine(params: Params, engine_args: dict[str, Any]) -> Any:
         with contextlib.nullcontext() if verbose else quiet():
             from vllm import LLM
 
-            from trnlora.numerics import settle_vector_math
+            from trnlora.backends.mkl import settle_vector_math
 
             settle_vector_math()
             return LLM(**engine_args)

@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trnlora import paths
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, read_json, sha256, write_json, write_sums
-from trnlora.layout import check_divisible, hf_shapes
+from trnlora.weights.nxd_layout import check_divisible, hf_shapes
 from trnlora.params import Model, load_params
 from trnlora.sources import Source, hub_snapshot, parse_source
 
 if TYPE_CHECKING:
-    from trnlora.checkpoint import StoredTensor
+    from trnlora.weights.storage import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 # All that training, vLLM and PEFT read. A repository's other files (pytorch_model.bin, original/…) stay behind.
@@ -213,7 +213,7 @@ def check_weights(folder: Path, config: LlamaConfig) -> int:
     """Check that every tensor is there, whole and of the config's shape. Returns the number of parameters."""
     import math
 
-    from trnlora.checkpoint import HFCheckpoint
+    from trnlora.weights.storage import HFCheckpoint
 
     with HFCheckpoint(folder) as checkpoint:
         for key, shape in hf_shapes(config).items():

@@ -4,11 +4,11 @@
                                                                         or its part of them, one of several nodes
     torchrun --nproc_per_node N … stages/finetune_lora.py [--params …]  the same, with a rendezvous of your own
 
-Several nodes: trnlora/nodes.py says which environment variables count, docs/scale.md how to start it. Each node reads
+Several nodes: trnlora/training/cluster.py says which environment variables count, docs/scale.md how to start it. Each node reads
 the inputs below; the first one alone writes.
 
 A run that was stopped, by whatever, goes on from its last checkpoint in .scratch/checkpoints when it is started again
-with the same inputs, params and code, and ends in the same bytes (trnlora/resume.py).
+with the same inputs, params and code, and ends in the same bytes (trnlora/training/checkpoints.py).
 
 Reads   artifacts/shards, artifacts/model/config.json, artifacts/prepared/{train,validation}.parquet
 Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt and adapter_config.json (NxD's paths),
@@ -29,13 +29,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from trnlora import nodes, paths
-from trnlora.architecture import LlamaConfig
+from trnlora import paths
+from trnlora.training import cluster as nodes
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, explain, run
 from trnlora.files import SUMS, atomic_dir, check_sums, clear_partial, partial_path, sha256, write_json, write_sums
-from trnlora.layout import check_divisible, kv_replica_groups, trainable_parameters
+from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups, trainable_parameters
 from trnlora.params import Params, load_params
-from trnlora.trainium import training_environment
+from trnlora.backends.nxd_environment import training_environment
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
 
@@ -161,18 +162,18 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
     from dvclive import Live
     from pytorch_lightning.strategies import ModelParallelStrategy
 
-    from trnlora import resume
+    from trnlora.training import checkpoints as resume
     from trnlora.backends.torch import process_backend
-    from trnlora.batches import read_rows, source_rows
-    from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
-    from trnlora.finetuner import LoraFinetuner, NotFinite
-    from trnlora.llama import Llama
-    from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config
-    from trnlora.progress import TrainingProgress
+    from trnlora.training.batches import read_rows, source_rows
+    from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
+    from trnlora.training.module import LoraFinetuner, NotFinite
+    from trnlora.model.decoder import Llama
+    from trnlora.model.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config
+    from trnlora.training.progress import TrainingProgress
 
     on_neuron = params.backend == "neuron"
     if on_neuron:
-        from trnlora.backends import neuron
+        from trnlora.backends import nxd as neuron
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="neuronx_distributed")
 

@@ -22,7 +22,7 @@ from typing import Any
 from rich.progress import track
 
 from trnlora import paths
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, check_sums, read_json, read_jsonl, write_json, write_sums
 from trnlora.params import load_params
@@ -50,9 +50,9 @@ def main() -> None:
     from torch.nn.utils.rnn import pad_sequence
     from transformers import AutoModelForCausalLM
 
-    from trnlora.lora import load_adapter_shards, peft_adapter, peft_adapter_config
-    from trnlora.merge import write_merged
-    from trnlora.numerics import settle_vector_math
+    from trnlora.model.lora import load_adapter_shards, peft_adapter, peft_adapter_config
+    from trnlora.weights.merge_adapter import write_merged
+    from trnlora.backends.mkl import settle_vector_math
 
     settle_vector_math()
     started = time.perf_counter()

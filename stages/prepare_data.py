@@ -34,7 +34,7 @@ def main() -> None:
         parser.error("--show wants a number of at least 1")
     started = time.perf_counter()
 
-    from trnlora import data
+    from trnlora.data import rows as data
     from trnlora.files import atomic_dir, write_json, write_sums
     from trnlora.params import load_params
 
@@ -131,7 +131,7 @@ def show(source: Path, codes: bytes, tokenizer: Any, params: "Data", number: int
     from rich.console import Console
     from rich.text import Text
 
-    from trnlora import data
+    from trnlora.data import rows as data
 
     console = Console(highlight=False)
     left, right = ("", "") if console.color_system else ("⟦", "⟧")

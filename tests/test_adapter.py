@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_layout import conversion
 
-from trnlora.architecture import LlamaConfig
-from trnlora.checkpoint import LORA_TAG, load_rank, rank_file, save_rank
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.storage import LORA_TAG, load_rank, rank_file, save_rank
 from trnlora.errors import UserError
-from trnlora.layout import heads_of_rank
-from trnlora.lora import load_adapter_shards, nxd_adapter_config, peft_adapter, peft_adapter_config
+from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.model.lora import load_adapter_shards, nxd_adapter_config, peft_adapter, peft_adapter_config
 from trnlora.params import Convert, Lora
 
 CONFIG = LlamaConfig.from_hf(

@@ -15,9 +15,9 @@ import yaml
 from conftest import ROOT
 from test_serving import Server, script
 
-from trnlora import client
+from trnlora.serving import client
 from trnlora.errors import UserError
-from trnlora.peft_folder import check_adapter, parse_adapters
+from trnlora.serving.adapters import check_adapter, parse_adapters
 
 
 def write_peft(model: Path, folder: Path, r: int, targets: list[str], seed: int, **config: Any) -> Path:

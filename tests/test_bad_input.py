@@ -18,7 +18,7 @@ import yaml
 from conftest import ROOT
 from test_serving import free_port
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import run
 from trnlora.files import read_json, write_json, write_jsonl, write_sums
 
@@ -272,8 +272,8 @@ def adapter_of(bench: Bench) -> list[Path]:
     """The shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
-    from trnlora.checkpoint import LORA_TAG, rank_file, save_rank
-    from trnlora.lora import _adapter_shapes, nxd_adapter_config
+    from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
+    from trnlora.model.lora import _adapter_shapes, nxd_adapter_config
     from trnlora.params import Params
 
     params = Params.model_validate(bench.params)
@@ -354,8 +354,8 @@ def flip_a_byte(path: Path) -> None:
 def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage: str, damaged: str) -> None:
     from safetensors.torch import save_file
 
-    from trnlora.checkpoint import load_rank
-    from trnlora.lora import peft_adapter, peft_adapter_config
+    from trnlora.weights.storage import load_rank
+    from trnlora.model.lora import peft_adapter, peft_adapter_config
     from trnlora.params import Params
 
     bench.install_model()

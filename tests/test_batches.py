@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trnlora.batches import COLUMNS, MicroBatches, epoch_order, read_rows
+from trnlora.training.batches import COLUMNS, MicroBatches, epoch_order, read_rows
 from trnlora.errors import UserError
-from trnlora.finetuner import linear_schedule
+from trnlora.training.module import linear_schedule
 
 
 @given(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trnlora.checkpoint import HFCheckpoint, load_rank, save_rank
+from trnlora.weights.storage import HFCheckpoint, load_rank, save_rank
 from trnlora.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Project
 from test_report import answer, run_project, write_answers  # noqa: F401 (a fixture)
 
-from trnlora.results import load_results
+from trnlora.reporting.results import load_results
 
 
 def tool(project: Project, name: str, *arguments: str, check: bool = True) -> str:

@@ -19,8 +19,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_layout import GOLDEN, case_name, conversion, golden_weights, llama
 
-from trnlora.architecture import LlamaConfig
-from trnlora.checkpoint import PRETRAINED_TAG, load_rank, rank_file, save_rank
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file, save_rank
 from trnlora.errors import UserError
 from trnlora.params import Convert
 
@@ -99,7 +99,7 @@ def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
     config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
     write_shards(tiny_llama, tmp_path / "whole", config, convert)
     use_model(monkeypatch, tiny_llama)
-    monkeypatch.setattr("trnlora.checkpoint.MAX_FILE_BYTES", 400_000)
+    monkeypatch.setattr("trnlora.weights.storage.MAX_FILE_BYTES", 400_000)
     to_hf(config, convert, tmp_path / "whole", tmp_path / "cut")
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

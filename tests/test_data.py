@@ -22,7 +22,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trnlora import data, templates
+from trnlora.data import rows as data, templates
 from trnlora.errors import UserError
 from trnlora.files import sha256, write_sums
 

@@ -67,9 +67,9 @@ def test_the_package_init_holds_no_code() -> None:
 
 
 def test_a_scorer_does_not_retrain_and_the_layout_does() -> None:
-    depends = {stage for stage in ORDER if "trnlora/scoring.py" in STAGES[stage]["deps"]}
+    depends = {stage for stage in ORDER if "trnlora/evaluation/scoring.py" in STAGES[stage]["deps"]}
     assert depends == {"eval_vllm"}
-    assert "trnlora/layout.py" in STAGES["finetune_lora"]["deps"]
+    assert "trnlora/weights/nxd_layout.py" in STAGES["finetune_lora"]["deps"]
 
 
 def test_stages_stand_in_flow_order() -> None:

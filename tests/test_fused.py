@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functionalize
 
-from trnlora import fused
-from trnlora.fused import rms_norm, rotary, swiglu
+from trnlora.model import fused_ops as fused
+from trnlora.model.fused_ops import rms_norm, rotary, swiglu
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

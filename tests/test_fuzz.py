@@ -11,7 +11,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from trnlora.data import read_rows
+from trnlora.data.rows import read_rows
 from trnlora.errors import UserError
 from trnlora.files import read_json, read_jsonl
 from trnlora.params import Params, load_params

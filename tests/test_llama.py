@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM as HFLlama
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
-from trnlora.layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
-from trnlora.llama import Llama
-from trnlora.lora import add_lora, peft_adapter
+from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.model.decoder import Llama
+from trnlora.model.lora import add_lora, peft_adapter
 from trnlora.params import Convert, Lora
 
 CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
@@ -107,7 +107,7 @@ def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, mo
         heads.kv[:] = [rank % config.num_key_value_heads]
         return heads
 
-    monkeypatch.setattr("trnlora.layout.heads_of_rank", stock)
+    monkeypatch.setattr("trnlora.weights.nxd_layout.heads_of_rank", stock)
     wrong = sharded_logits(tiny_llama, convert, ids)
     reference = hf_logits(tiny_llama, ids)
     assert (right - reference).abs().max() < 1e-4

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trnlora.merge import write_merged
+from trnlora.weights.merge_adapter import write_merged
 from trnlora.params import Lora
 
 

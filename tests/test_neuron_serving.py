@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trnlora import paths, serving
+from trnlora import paths
+from trnlora.serving import vllm_args as serving
 from trnlora.errors import UserError
 from trnlora.params import load_params
 

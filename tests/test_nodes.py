@@ -19,7 +19,7 @@ from conftest import ROOT, digests, metrics, run_stage, set_params
 from test_resume import checkpoints, curve
 
 from trnlora.errors import UserError
-from trnlora.nodes import Nodes, from_environment, processes_per_node, srun_command
+from trnlora.training.cluster import Nodes, from_environment, processes_per_node, srun_command
 
 TRAIN = {"epochs": 1, "lr": 1.0e-3, "global_batch_size": 4, "checkpoint_every_steps": 3}
 

@@ -11,7 +11,7 @@ CHILDREN = """
 import os, threading
 import numpy as np
 import torch
-from trnlora.numerics import settle_vector_math
+from trnlora.backends.mkl import settle_vector_math
 
 settle = os.environ["SETTLE"] == "1"
 if settle:

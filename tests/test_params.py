@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from trnlora.errors import UserError
-from trnlora.layout import check_divisible
+from trnlora.weights.nxd_layout import check_divisible
 from trnlora.params import load_params
 from trnlora.sources import parse_source
 

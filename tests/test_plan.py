@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import Project
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.files import read_json
-from trnlora.layout import check_divisible, kv_replica_groups
-from trnlora.nodes import Nodes
+from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
+from trnlora.training.cluster import Nodes
 from trnlora.params import load_params
-from trnlora.plan import LOSS_CHUNK, make_plan
-from trnlora.trainium import training_environment
+from trnlora.preflight.plan import LOSS_CHUNK, make_plan
+from trnlora.backends.nxd_environment import training_environment
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted(ROOT.glob("profiles/*trn*.yaml"))
@@ -35,8 +35,8 @@ def test_profiles_fit_their_models(profile: Path) -> None:
 def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Bytes of a shard and trainable parameters against a model that torch has built."""
     from trnlora.backends.torch import thread_backends
-    from trnlora.llama import Llama
-    from trnlora.lora import add_lora
+    from trnlora.model.decoder import Llama
+    from trnlora.model.lora import add_lora
 
     params = load_params(ROOT / "params.yaml")
     config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
@@ -53,8 +53,8 @@ def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path
 def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
     """The plan's bytes against the tensors that a forward pass on the torch backend hands to the way back."""
     from trnlora.backends import torch as torch_backend
-    from trnlora.llama import Llama
-    from trnlora.lora import add_lora, draw_lora_a
+    from trnlora.model.decoder import Llama
+    from trnlora.model.lora import add_lora, draw_lora_a
 
     params = load_params(ROOT / "params.yaml")
     params = params.model_copy(

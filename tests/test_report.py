@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Browser, Project
 
-from trnlora.results import flat
+from trnlora.reporting.results import flat
 
 SECTIONS = ["run", "results", "curves", "speed", "data", "answers", "all"]
 ANSWERS = 24

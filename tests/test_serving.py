@@ -30,7 +30,7 @@ import yaml
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from trnlora import peft_folder, serving
+from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError
 from trnlora.files import write_sums
 from trnlora.params import Params
@@ -597,7 +597,7 @@ def evaluated(workdir: Path, tiny_llama: Path, adapter: Path) -> Path:
     """`workdir` with prepared rows of the default data set, and the losses that PEFT really gives on them."""
     from transformers import AutoTokenizer
 
-    from trnlora.templates import render_prompt, tokenize_pair
+    from trnlora.data.templates import render_prompt, tokenize_pair
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trnlora import templates
+from trnlora.data import templates
 from trnlora.errors import UserError
 
 NOTE = "Write a response that appropriately completes the request.\n\n"

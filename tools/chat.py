@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from trnlora import client, paths, serving
+from trnlora import paths
+from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
 

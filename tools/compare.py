@@ -18,7 +18,7 @@ from rich.text import Text
 
 from trnlora import paths
 from trnlora.errors import run
-from trnlora.results import Results, differing, load_results
+from trnlora.reporting.results import Results, differing, load_results
 
 RIGHT = {False: "wrong", True: "right"}
 

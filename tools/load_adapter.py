@@ -9,11 +9,12 @@ to lora.r, and for serve.max_loras of them. A server with an API key wants VLLM_
 import argparse
 from pathlib import Path
 
-from trnlora import paths, serving
-from trnlora.client import request
+from trnlora import paths
+from trnlora.serving import vllm_args as serving
+from trnlora.serving.client import request
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
-from trnlora.peft_folder import check_adapter, parse_adapters
+from trnlora.serving.adapters import check_adapter, parse_adapters
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python tools/plan.py [--params FILE] [--nodes N …]
     make plan PROFILE=llama3-8b-trn2 NODES="1 2 4"
 
-By arithmetic alone (trnlora/plan.py; docs/scale.md has it in words), on any machine and offline, in a second.
+By arithmetic alone (trnlora/preflight/plan.py; docs/scale.md has it in words), on any machine and offline, in a second.
 """
 
 import argparse
@@ -13,12 +13,12 @@ from pathlib import Path
 from doctor import known_config
 
 from trnlora import paths
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
-from trnlora.layout import check_divisible
+from trnlora.weights.nxd_layout import check_divisible
 from trnlora.params import Params, load_params
-from trnlora.plan import (
+from trnlora.preflight.plan import (
     GIB,
     USABLE,
     Plan,

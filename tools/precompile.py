@@ -21,7 +21,7 @@ import yaml
 from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
-from trnlora.trainium import training_environment
+from trnlora.backends.nxd_environment import training_environment
 
 SCRATCH = Path(".scratch/precompile")
 STEPS = 5  # an optimizer's first steps differ from the later ones

@@ -24,10 +24,10 @@ from typing import Any
 
 import yaml
 
-from trnlora import results
+from trnlora.reporting import results
 from trnlora.errors import run
 from trnlora.files import atomic_file, sha256
-from trnlora.results import Results, load_results
+from trnlora.reporting.results import Results, load_results
 from trnlora.sources import parse_source
 
 OUT = Path("reports")

@@ -29,7 +29,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from trnlora import paths, peft_folder, serving, templates, trainium
+from trnlora import paths
+from trnlora.backends import nxd_environment as trainium
+from trnlora.data import templates
+from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
-from trnlora.results import STAGES, flat, metric_files
+from trnlora.reporting.results import STAGES, flat, metric_files
 
 MODELS = ("base", "tuned")
 

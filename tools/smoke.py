@@ -9,7 +9,9 @@ import argparse
 import time
 from pathlib import Path
 
-from trnlora import client, paths, serving, templates
+from trnlora import paths
+from trnlora.data import templates
+from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.files import read_jsonl
 from trnlora.params import load_params

@@ -4,7 +4,7 @@
 
 HOST and PORT are those of the running server; where none answers, tools/serve.py is started with --adapters. The page
 is on 127.0.0.1 alone, since it passes on the API key (VLLM_API_KEY): from elsewhere, `ssh -L 7860:127.0.0.1:7860`.
-Prompts are rendered by trnlora/templates.py and sent as token ids, as training and evaluation have them.
+Prompts are rendered by trnlora/data/templates.py and sent as token ids, as training and evaluation have them.
 """
 
 import argparse
@@ -17,7 +17,9 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from trnlora import client, paths, serving, templates
+from trnlora import paths
+from trnlora.data import templates
+from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 

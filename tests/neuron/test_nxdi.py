@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trnlora.architecture import LlamaConfig
-from trnlora.checkpoint import LORA_TAG, rank_file, save_rank
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 from trnlora.files import write_json
-from trnlora.layout import heads_of_rank
-from trnlora.lora import nxd_adapter_config, peft_adapter, peft_adapter_config
+from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.model.lora import nxd_adapter_config, peft_adapter, peft_adapter_config
 from trnlora.params import load_params
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trnlora.numerics import settle_vector_math
+from trnlora.backends.mkl import settle_vector_math
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBac
 
 
 def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
-    """One backend a rank, for `run_as_threads`; `kv_groups` as `trnlora.layout.kv_replica_groups` gives them."""
+    """One backend a rank, for `run_as_threads`; `kv_groups` as `trnlora.weights.nxd_layout.kv_replica_groups` gives them."""
     size = sum(len(group) for group in kv_groups)
     barrier = threading.Barrier(size)
     slots: list[Tensor | None] = [None] * size
@@ -263,7 +263,7 @@ class GQAQKVColumnParallelLinear(nn.Module):
 
 
 class TorchBackend:
-    """`trnlora.backends.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
+    """`trnlora.model.parallel.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
 
     static_shapes = False
 

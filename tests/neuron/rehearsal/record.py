@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from trnlora import finetuner
+from trnlora.training import module as finetuner
 from trnlora.errors import run
-from trnlora.numerics import settle_vector_math
+from trnlora.backends.mkl import settle_vector_math
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "stages"))
 import finetune_lora
@@ -39,7 +39,7 @@ class Recorder(finetuner.LoraFinetuner):
             logits = self.model.logits(self.model(*(self.validation_rows[name][:1] for name in names)))
         self.record: dict[str, Any] = {"logits": logits, "steps": [], "attentions": 0}
         if "NXD_CPU_MODE" in os.environ:
-            from trnlora.backends import neuron
+            from trnlora.backends import nxd as neuron
 
             scores = neuron._core_attention
 

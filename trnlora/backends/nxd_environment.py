@@ -5,7 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from trnlora.nodes import ONE_NODE, Nodes, processes_per_node
+from trnlora.training.cluster import ONE_NODE, Nodes, processes_per_node
 from trnlora.params import Params
 
 # neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), as read in its repository and its release notes.

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from trnlora.architecture import LlamaConfig
-from trnlora.checkpoint import StoredTensor
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.storage import StoredTensor
 from trnlora.errors import UserError
-from trnlora.layout import Piece
+from trnlora.weights.nxd_layout import Piece
 from trnlora.params import Convert
 
 THREADS = 8  # more than cores: at any moment most of them wait for the disk
@@ -33,7 +33,7 @@ class Part:
 def parts_of_hf_tensors(
     tables: Sequence[Mapping[str, list[Piece]]], ranks: Sequence[Mapping[str, StoredTensor]]
 ) -> dict[str, list[Part]]:
-    """Every rank's parts of each HF tensor. tables: `trnlora.layout.shard_pieces` of each rank."""
+    """Every rank's parts of each HF tensor. tables: `trnlora.weights.nxd_layout.shard_pieces` of each rank."""
     parts: dict[str, list[Part]] = defaultdict(list)
     for table, tensors in zip(tables, ranks, strict=True):
         for name, pieces in table.items():

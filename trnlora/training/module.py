@@ -13,9 +13,9 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trnlora.batches import MicroBatches, epoch_order
-from trnlora.llama import Llama
-from trnlora.lora import is_replicated
+from trnlora.training.batches import MicroBatches, epoch_order
+from trnlora.model.decoder import Llama
+from trnlora.model.lora import is_replicated
 from trnlora.params import Train
 
 # neuron_parallel_compile traces the run without computing it, so that its numbers mean nothing.
@@ -48,7 +48,7 @@ class LoraFinetuner(pl.LightningModule):
     """Trains the adapter of the model that `build` returns.
 
     build: makes this rank's model, from the strategy's device mesh with the dims data_parallel, tensor_parallel.
-    train_rows, validation_rows: packed rows as `trnlora.batches.read_rows` gives them.
+    train_rows, validation_rows: packed rows as `trnlora.training.batches.read_rows` gives them.
     step, resume: optimizer steps that are done, and what gives the `training_state` after them to a rank, from the
         device mesh; 0 and None for a new run.
     """

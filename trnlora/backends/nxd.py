@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
 from torch_xla.utils.checkpoint import checkpoint
 
-from trnlora.architecture import LlamaConfig
-from trnlora.checkpoint import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
+from trnlora.model.config import LlamaConfig
+from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
 from trnlora.errors import UserError
-from trnlora.llama import Llama
+from trnlora.model.decoder import Llama
 from trnlora.params import Params
 
 SEQUENCE = 1  # the dimension of (B, T, H) that sequence parallelism cuts
@@ -80,7 +80,7 @@ class _LoraModel(LoraModel):
 
 
 class NeuronBackend:
-    """`trnlora.backends.Backend` over NxD's groups, which `NeuronStrategy` makes."""
+    """`trnlora.model.parallel.Backend` over NxD's groups, which `NeuronStrategy` makes."""
 
     static_shapes = True
     adapter: LoraModel  # NxD's wrapper around the model with LoRA, which saves the adapter
@@ -159,7 +159,7 @@ def build_model(
 ) -> Llama:
     """This rank's model on its device: base weights frozen, NxD's LoRA on qkv_proj.
 
-    mesh: the strategy's; kv_groups: ranks that hold the same KV heads, as `trnlora.layout.kv_replica_groups` has them.
+    mesh: the strategy's; kv_groups: ranks that hold the same KV heads, as `trnlora.weights.nxd_layout.kv_replica_groups` has them.
     Raises UserError when the rank's shard is missing or does not fit, or when NxD groups other ranks.
     """
     _check_kv_groups(kv_groups)

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from trnlora import templates
+from trnlora.data import templates
 from trnlora.errors import UserError
 from trnlora.files import atomic_file, parse_json, sha256
 from trnlora.sources import hub_snapshot, parse_source

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trnlora.architecture import LlamaConfig
-from trnlora.backends import Backend
-from trnlora.checkpoint import LORA_TAG, load_rank, rank_file
+from trnlora.model.config import LlamaConfig
+from trnlora.model.parallel import Backend
+from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 from trnlora.errors import UserError
 from trnlora.files import read_json
-from trnlora.layout import heads_of_rank, kv_replica_groups
-from trnlora.llama import Attention, Llama
+from trnlora.weights.nxd_layout import heads_of_rank, kv_replica_groups
+from trnlora.model.decoder import Attention, Llama
 from trnlora.params import Convert, Lora
 
 

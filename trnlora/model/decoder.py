@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trnlora.architecture import LlamaConfig
-from trnlora.backends import Backend
+from trnlora.model.config import LlamaConfig
+from trnlora.model.parallel import Backend
 from trnlora.errors import UserError
-from trnlora.fused import rms_norm, rotary, swiglu
+from trnlora.model.fused_ops import rms_norm, rotary, swiglu
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.peft_folder import Adapter
+from trnlora.serving.adapters import Adapter
 
 BASE = "base"  # the names that the server's clients use
 TUNED = "tuned"

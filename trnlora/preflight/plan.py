@@ -7,9 +7,9 @@ the formulas in words.
 import dataclasses
 import math
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.layout import check_divisible, hf_shapes, shard_pieces, trainable_parameters
+from trnlora.weights.nxd_layout import check_divisible, hf_shapes, shard_pieces, trainable_parameters
 from trnlora.params import Params
 from trnlora.sources import parse_source
 
@@ -135,7 +135,7 @@ def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> P
 
 
 def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
-    """What autograd keeps of `tokens` tokens on one core (trnlora/llama.py, fused.py, lora.py).
+    """What autograd keeps of `tokens` tokens on one core (trnlora/model/decoder.py, fused.py, lora.py).
 
     Of linear layers the inputs of lora_A and lora_B alone: the other weights are frozen.
     """

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
 from trnlora.files import SUMS, atomic_file, read_json, write_json
-from trnlora.layout import Piece
+from trnlora.weights.nxd_layout import Piece
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
-from trnlora.checkpoint import HFCheckpoint, StoredTensor
-from trnlora.llama import Llama
+from trnlora.weights.storage import HFCheckpoint, StoredTensor
+from trnlora.model.decoder import Llama
 
 VOCABULARY_ROWS = 8192  # of the head at a time
 

@@ -25,10 +25,10 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from trnlora import nodes
+from trnlora.training import cluster as nodes
 from trnlora.errors import UserError
 from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, read_json, sha256, write_json, write_sums
-from trnlora.progress import TrainingProgress
+from trnlora.training.progress import TrainingProgress
 
 CHECKPOINTS = Path(".scratch/checkpoints")
 CURVES = "curves"

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from trnlora.architecture import LlamaConfig
+from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
 from trnlora.params import Convert, Lora
 

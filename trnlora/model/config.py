@@ -28,7 +28,7 @@ class LlamaConfig:
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Read a parsed config.json, as written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
-        Raises UserError for anything but a dense Llama that `trnlora.llama` computes exactly.
+        Raises UserError for anything but a dense Llama that `trnlora.model.decoder` computes exactly.
         """
         if config.get("model_type") != "llama" or config.get("architectures", ["LlamaForCausalLM"]) != [
             "LlamaForCausalLM"

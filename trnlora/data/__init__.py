@@ -1,0 +1,1 @@
+"""From a file of rows to packed, labelled training rows, and the prompt templates."""

@@ -1,0 +1,1 @@
+"""Scores of answers, and the gates that a run must pass."""

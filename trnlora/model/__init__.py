@@ -1,0 +1,1 @@
+"""The decoder: its config, layers, LoRA, and the protocol that parallel backends implement."""

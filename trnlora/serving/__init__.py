@@ -1,0 +1,1 @@
+"""vLLM: its arguments, adapters, engine, server and client."""

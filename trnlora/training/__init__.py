@@ -1,0 +1,1 @@
+"""The training run: ranks, batches, loop, checkpoints, progress."""
