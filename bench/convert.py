@@ -5,7 +5,7 @@
 Makes a checkpoint of random bf16 weights of the preset's shape, in files of 5 GB as the hub has it, converts it at
 tp 32 with every KV head 4 times for trn2, and prints for each way of doing it the median of N runs, which alternate:
 
-ours       `write_shards` of stages/convert_nxd.py, fsync at the end of each file
+ours       `trnlora.weights.convert.write_shards`, fsync at the end of each file
 copy       the same output bytes, file by file with shutil.copyfile and fsync
 baseline   what NxD's converter does (scripts/checkpoint_converter.py): load everything, for each rank rebuild q, o and
            the repeated k and v whole, clone the rank's slices, torch.save (and fsync)
@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "stages"))
 
 from trnlora.model.config import LlamaConfig
-from trnlora.weights.nxd_layout import hf_shapes
+from trnlora.model.tensors import hf_shapes
 from trnlora.params import Convert
 
 PRESETS = {
@@ -45,9 +45,7 @@ PRESETS = {
         "num_attention_heads": 32, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-CONVERT = Convert(
-    hw_backend="trn2", tp_size=32, kv_size_multiplier=4, fuse_qkv=False, max_logits_diff=1.0, buffer_mib=32
-)
+CONVERT = Convert(hw_backend="trn2", tp_size=32, kv_size_multiplier=4, max_logits_diff=1.0, buffer_mib=32)
 GIB = 2**30
 
 
@@ -102,8 +100,8 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
     import numpy as np
     import torch
 
-    from trnlora.weights.storage import StoredTensor, create_hf_folder
     from trnlora.weights.reshard import each_block
+    from trnlora.weights.storage import StoredTensor, create_hf_folder
 
     folder.mkdir()
     noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
@@ -131,9 +129,8 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
                 os.fsync(opened.fileno())
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if way == "ours":
-        from convert_nxd import write_shards
-
         import trnlora.weights.storage  # noqa: F401  # torch's import is no part of the work
+        from trnlora.weights.convert import write_shards
 
         started = time.perf_counter()
         with contextlib.redirect_stdout(sys.stderr):  # its progress

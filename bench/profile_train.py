@@ -57,8 +57,8 @@ def rank_main() -> None:
     """The stage in this rank, with a profiler from the first training step to the last."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from trnlora.training import batches, progress
     from trnlora.backends import torch as backend
+    from trnlora.training import batches, progress
 
     profiler = profile(activities=[ProfilerActivity.CPU])
 

@@ -143,9 +143,9 @@ def one_document(prepared: Path, length: int) -> None:
     """A prepared folder whose rows are one document of `length` random tokens, and short ones to validate on."""
     import torch
 
-    from trnlora.model.config import LlamaConfig
     from trnlora.data.rows import write_parquet
     from trnlora.files import write_sums
+    from trnlora.model.config import LlamaConfig
 
     shutil.rmtree(prepared, ignore_errors=True)
     prepared.mkdir()
@@ -178,12 +178,12 @@ def run_ours() -> dict[str, Any]:
 def documents() -> list[list[dict[str, list[int]]]]:
     """The documents (input_ids, labels) of each packed row that training reads, in its order."""
     from trnlora import paths
-    from trnlora.training.batches import epoch_order, read_rows
     from trnlora.params import load_params
+    from trnlora.training.batches import epoch_order, read_packed_rows
 
     train = load_params().train
     assert train.max_steps is not None
-    rows = read_rows(paths.PREPARED / "train.parquet")
+    rows = read_packed_rows(paths.PREPARED / "train.parquet")
     count = len(rows["labels"])
     order = [row for epoch in range(train.epochs) for row in epoch_order(count, epoch, train.seed).tolist()]
     steps = []
@@ -259,8 +259,8 @@ def run_hf(packed: bool) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from trnlora import paths
-    from trnlora.training.module import linear_schedule
     from trnlora.params import load_params
+    from trnlora.training.module import linear_schedule
 
     disable_progress_bar()
     params = load_params()
@@ -275,7 +275,7 @@ def run_hf(packed: bool) -> dict[str, Any]:
     for layer in model.base_model.model.model.layers:
         attention = layer.self_attn
         a = attention.q_proj.lora_A["default"].weight
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.model.lora.draw_lora_a
+        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.model.lora.init_lora_a
         attention.k_proj.lora_A["default"].weight = attention.v_proj.lora_A["default"].weight = a
 
     tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)

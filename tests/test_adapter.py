@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_layout import conversion
 
-from trnlora.model.config import LlamaConfig
-from trnlora.weights.storage import LORA_TAG, load_rank, rank_file, save_rank
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import heads_of_rank
-from trnlora.model.lora import load_adapter_shards, nxd_adapter_config, peft_adapter, peft_adapter_config
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert, Lora
+from trnlora.weights.adapter_shards import load_adapter_shards, nxd_adapter_config
+from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
+from trnlora.weights.storage import LORA_TAG, load_rank, rank_file, save_rank
 
 CONFIG = LlamaConfig.from_hf(
     {
@@ -55,7 +56,7 @@ def edit(folder: Path, rank: int, change: Callable[[dict[str, torch.Tensor]], ob
 def test_heads_come_back_in_hf_order(tmp_path: Path, hw_backend: str, tp: int, multiplier: int) -> None:
     convert = conversion(tp, multiplier, hw_backend)
     write_shards(tmp_path, convert)
-    whole = peft_adapter(load_adapter_shards(tmp_path, CONFIG, convert, LORA), CONFIG, convert)
+    whole = peft_adapter(load_adapter_shards(tmp_path, CONFIG, convert, LORA), CONFIG, convert, LORA)
     attention = "base_model.model.model.layers.1.self_attn"
     for number, (name, heads) in enumerate((("q", 6), ("k", 3), ("v", 3)), 1):
         lora_b = whole[f"{attention}.{name}_proj.lora_B.weight"]

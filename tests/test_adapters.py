@@ -15,8 +15,8 @@ import yaml
 from conftest import ROOT
 from test_serving import Server, script
 
-from trnlora.serving import client
 from trnlora.errors import UserError
+from trnlora.serving import client
 from trnlora.serving.adapters import check_adapter, parse_adapters
 
 

@@ -18,9 +18,9 @@ import yaml
 from conftest import ROOT
 from test_serving import free_port
 
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import run
 from trnlora.files import read_json, write_json, write_jsonl, write_sums
+from trnlora.model.config import LlamaConfig
 
 SECONDS = 10
 
@@ -272,9 +272,9 @@ def adapter_of(bench: Bench) -> list[Path]:
     """The shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
-    from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
     from trnlora.model.lora import _adapter_shapes, nxd_adapter_config
     from trnlora.params import Params
+    from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
     params = Params.model_validate(bench.params)
     folder = Path("artifacts/lora_adapter")
@@ -354,9 +354,9 @@ def flip_a_byte(path: Path) -> None:
 def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage: str, damaged: str) -> None:
     from safetensors.torch import save_file
 
-    from trnlora.weights.storage import load_rank
     from trnlora.model.lora import peft_adapter, peft_adapter_config
     from trnlora.params import Params
+    from trnlora.weights.storage import load_rank
 
     bench.install_model()
     bench.write_rows()

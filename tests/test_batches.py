@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trnlora.training.batches import COLUMNS, MicroBatches, epoch_order, read_rows
 from trnlora.errors import UserError
+from trnlora.training.batches import COLUMNS, MicroBatches, epoch_order, read_packed_rows
 from trnlora.training.module import linear_schedule
 
 
@@ -81,12 +81,12 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "train.parquet"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
-        read_rows(path)
+        read_packed_rows(path)
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     values = [[1, 2, 3], [4, 5, -100]]
     pq.write_table(pa.table({name: pa.array(values, pa.list_(pa.int32())) for name in COLUMNS}), path)
-    rows = read_rows(path)
+    rows = read_packed_rows(path)
     assert all(rows[name].tolist() == values and rows[name].dtype == torch.int64 for name in COLUMNS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trnlora.weights.storage import HFCheckpoint, load_rank, save_rank
 from trnlora.errors import UserError
+from trnlora.weights.storage import HFCheckpoint, load_rank, save_rank
 
 
 def sharded(folder: Path) -> Path:

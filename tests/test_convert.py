@@ -19,10 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from test_layout import GOLDEN, case_name, conversion, golden_weights, llama
 
-from trnlora.model.config import LlamaConfig
-from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file, save_rank
 from trnlora.errors import UserError
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert
+from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file, save_rank
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "stages"))

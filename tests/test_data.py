@@ -22,7 +22,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trnlora.data import rows as data, templates
+from trnlora.data import rows as data
+from trnlora.data import templates
 from trnlora.errors import UserError
 from trnlora.files import sha256, write_sums
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import Piece, check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert
+from trnlora.weights.nxd_layout import Piece, check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
 

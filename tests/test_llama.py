@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as HFLlamaConfig
 from transformers import LlamaForCausalLM as HFLlama
 
-from trnlora.model.config import LlamaConfig
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.model.config import LlamaConfig
 from trnlora.model.decoder import Llama
 from trnlora.model.lora import add_lora, peft_adapter
 from trnlora.params import Convert, Lora
+from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
 
 CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trnlora.weights.merge_adapter import write_merged
 from trnlora.params import Lora
+from trnlora.weights.merge_adapter import write_merged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from trnlora import paths
-from trnlora.serving import vllm_args as serving
 from trnlora.errors import UserError
 from trnlora.params import load_params
+from trnlora.serving import vllm_args as serving
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT / "profiles/llama3-8b-trn2.yaml")

@@ -9,9 +9,9 @@ import yaml
 from conftest import ROOT
 
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import check_divisible
 from trnlora.params import load_params
 from trnlora.sources import parse_source
+from trnlora.weights.nxd_layout import check_divisible
 
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 

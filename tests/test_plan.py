@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import Project
 
-from trnlora.model.config import LlamaConfig
+from trnlora.backends.nxd_environment import training_environment
 from trnlora.files import read_json
-from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
-from trnlora.training.cluster import Nodes
+from trnlora.model.config import LlamaConfig
 from trnlora.params import load_params
 from trnlora.preflight.plan import LOSS_CHUNK, make_plan
-from trnlora.backends.nxd_environment import training_environment
+from trnlora.training.cluster import Nodes
+from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
 ROOT = Path(__file__).parents[1]
 PROFILES = sorted(ROOT.glob("profiles/*trn*.yaml"))
@@ -54,7 +54,7 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     """The plan's bytes against the tensors that a forward pass on the torch backend hands to the way back."""
     from trnlora.backends import torch as torch_backend
     from trnlora.model.decoder import Llama
-    from trnlora.model.lora import add_lora, draw_lora_a
+    from trnlora.model.lora import add_lora, init_lora_a
 
     params = load_params(ROOT / "params.yaml")
     params = params.model_copy(
@@ -69,7 +69,7 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     add_lora(model, params.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    draw_lora_a(model, seed=0)
+    init_lora_a(model, seed=0)
     model.recompute_layers = recompute
     tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size

@@ -30,10 +30,11 @@ import yaml
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError
 from trnlora.files import write_sums
 from trnlora.params import Params
+from trnlora.serving import adapters as peft_folder
+from trnlora.serving import vllm_args as serving
 
 R = 16
 

@@ -21,8 +21,8 @@ from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, read_json, write_json
 from trnlora.params import load_params
-from trnlora.serving.adapters import check_own_adapter
 from trnlora.reporting.results import Results, load_results
+from trnlora.serving.adapters import check_own_adapter
 from trnlora.sources import parse_source
 
 OUT = Path("reports/adapter")

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
+from trnlora.serving import client
+from trnlora.serving import vllm_args as serving
 
 
 def main() -> None:

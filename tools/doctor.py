@@ -20,13 +20,13 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.backends import nxd_environment as trainium
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
-from trnlora.weights.nxd_layout import check_divisible
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Params, load_params
 from trnlora.preflight.plan import DTYPE_BYTES, GIB, make_plan
 from trnlora.sources import hub_snapshot, parse_source
+from trnlora.weights.nxd_layout import check_divisible
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
 

@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.serving import vllm_args as serving
-from trnlora.serving.client import request
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
+from trnlora.serving import vllm_args as serving
 from trnlora.serving.adapters import check_adapter, parse_adapters
+from trnlora.serving.client import request
 
 
 def main() -> None:

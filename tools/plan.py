@@ -13,10 +13,9 @@ from pathlib import Path
 from doctor import known_config
 
 from trnlora import paths
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
-from trnlora.weights.nxd_layout import check_divisible
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Params, load_params
 from trnlora.preflight.plan import (
     GIB,
@@ -30,6 +29,7 @@ from trnlora.preflight.plan import (
     smallest_fit,
 )
 from trnlora.sources import hub_snapshot, parse_source
+from trnlora.weights.nxd_layout import check_divisible
 
 MIB = 2**20
 

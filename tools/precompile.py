@@ -19,9 +19,9 @@ from pathlib import Path
 import yaml
 
 from trnlora import paths
+from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
-from trnlora.backends.nxd_environment import training_environment
 
 SCRATCH = Path(".scratch/precompile")
 STEPS = 5  # an optimizer's first steps differ from the later ones

@@ -24,9 +24,9 @@ from typing import Any
 
 import yaml
 
-from trnlora.reporting import results
 from trnlora.errors import run
 from trnlora.files import atomic_file, sha256
+from trnlora.reporting import results
 from trnlora.reporting.results import Results, load_results
 from trnlora.sources import parse_source
 

@@ -32,9 +32,10 @@ from typing import Any
 from trnlora import paths
 from trnlora.backends import nxd_environment as trainium
 from trnlora.data import templates
-from trnlora.serving import adapters as peft_folder, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
+from trnlora.serving import adapters as peft_folder
+from trnlora.serving import vllm_args as serving
 
 STOP_SECONDS = 20  # from SIGTERM to SIGKILL
 ENGINE_DIED = "EngineDeadError"  # vllm/v1/engine/exceptions.py: all that its server says of an engine's end

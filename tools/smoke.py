@@ -11,10 +11,11 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.data import templates
-from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.files import read_jsonl
 from trnlora.params import load_params
+from trnlora.serving import client
+from trnlora.serving import vllm_args as serving
 
 
 def main() -> None:

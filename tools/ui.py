@@ -19,9 +19,10 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.data import templates
-from trnlora.serving import client, vllm_args as serving
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
+from trnlora.serving import client
+from trnlora.serving import vllm_args as serving
 
 PAGE = Path(__file__).with_name("ui.html")
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trnlora.model.config import LlamaConfig
-from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 from trnlora.files import write_json
-from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.model.config import LlamaConfig
 from trnlora.model.lora import nxd_adapter_config, peft_adapter, peft_adapter_config
 from trnlora.params import load_params
+from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
 ROOT = Path(__file__).parents[2]
 # Loads a folder with the real LoraCheckpoint and says which of a model's modules found weights, and their norms.

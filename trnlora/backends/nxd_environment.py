@@ -1,11 +1,15 @@
-"""What is particular to Trainium machines: environments, versions, variables. Imports no torch, no Neuron package."""
+"""The Neuron environment that NxD needs: its Python, package versions and environment variables.
+
+Imports neither torch nor a Neuron package.
+"""
 
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
-from trnlora.training.cluster import ONE_NODE, Nodes, processes_per_node
+from trnlora.errors import UserError
 from trnlora.params import Params
 
 # neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), as read in its repository and its release notes.
@@ -23,7 +27,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 
 def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] | None:
-    """Versions of packages in the environment of another Python, None for what is missing; None without that Python."""
+    """Versions of packages in another Python's environment, None for each that is missing; None without that Python."""
     try:
         said = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -32,16 +36,17 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] |
     return versions
 
 
-def training_environment(params: Params, here: Nodes = ONE_NODE) -> dict[str, str]:
+def training_environment(
+    params: Params, ranks_per_node: int, num_nodes: int = 1, first_address: str = "localhost"
+) -> dict[str, str]:
     """Environment variables of the training processes, and of the compiler that they start.
 
-    Those of AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh), but
-    for XLA_USE_BF16, which would make the float32 adapter bfloat16 as well: dtypes are the tensors' own here. FI_… for
-    several nodes are of its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
-    What the user has set stays.
+    Those of AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh), except
+    XLA_USE_BF16, which would make the float32 adapter bfloat16 as well: here tensors keep their own dtypes. FI_… for
+    several nodes are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
+    Variables that the user has set keep their values.
     """
     neuron = params.neuron
-    cores = str(processes_per_node(here.count, params.convert.tp_size, params.train.dp_size))
     env = {
         # transformer: the compiler's optimizations for this kind of model; -O1 compiles layers once and reuses them.
         "NEURON_CC_FLAGS": neuron.cc_flags,
@@ -50,24 +55,42 @@ def training_environment(params: Params, here: Nodes = ONE_NODE) -> dict[str, st
         "NEURON_FUSE_SOFTMAX": "1",
         # The host may run this many executions ahead of the device.
         "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
-        # glibc makes 8 heaps a core of the host by default, which costs tens of GB with dozens of processes.
+        # glibc makes 8 heaps per core of the host by default, which costs tens of GB with dozens of processes.
         "MALLOC_ARENA_MAX": "64",
-        # One process a logical core, as many as the run has on this node; torch_xla counts with its names for TPUs.
-        "NEURON_RT_NUM_CORES": cores,
-        "NUM_NEURONCORES": cores,
-        "TPU_NUM_DEVICES": cores,
-        "TPU_CHIPS_PER_HOST_BOUNDS": cores,
+        # One process per logical core, as many as the run has on this node. torch_xla reads these under its TPU names.
+        "NEURON_RT_NUM_CORES": str(ranks_per_node),
+        "NUM_NEURONCORES": str(ranks_per_node),
+        "TPU_NUM_DEVICES": str(ranks_per_node),
+        "TPU_CHIPS_PER_HOST_BOUNDS": str(ranks_per_node),
         # Where the ranks of the collectives meet.
-        "NEURON_RT_ROOT_COMM_ID": f"{'localhost' if here.count == 1 else here.address}:48620",
+        "NEURON_RT_ROOT_COMM_ID": f"{'localhost' if num_nodes == 1 else first_address}:48620",
     }
-    if here.count > 1:
+    if num_nodes > 1:
         # Collectives over EFA, from and to the devices' own memory.
         env |= {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
     if params.convert.hw_backend == "trn2":
         env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
     env = {name: os.environ.get(name, value) for name, value in env.items()}
-    # The stages are files of this project, which the Neuron environment has not installed.
-    root, given = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+    # The stages import this project, which is not installed in the Neuron environment.
+    root, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
     if root not in given.split(os.pathsep):
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given]))
     return env
+
+
+def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
+    """Replace this process by the same command with the Python and the environment that Trainium needs, if it differs.
+
+    Raises UserError when neuron.python is not an executable Python interpreter.
+    """
+    python = params.neuron.python or sys.executable
+    env = training_environment(params, ranks_per_node, num_nodes, first_address)
+    if python == sys.executable and env.items() <= os.environ.items():
+        return
+    if not os.access(python, os.X_OK):
+        raise UserError(
+            f"neuron.python {python} is not an executable Python interpreter: name that of your Neuron environment in "
+            "params.yaml"
+        )
+    sys.stdout.flush()
+    os.execve(python, [python, "-u", *sys.argv], {**os.environ, **env})

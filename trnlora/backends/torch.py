@@ -285,15 +285,15 @@ class TorchBackend:
     def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
         return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
 
-    def documents(self, document_ids: Tensor) -> list[list[int]]:
+    def prepare_attention(self, document_ids: Tensor) -> list[list[int]]:
         """The lengths of each row's documents (padding counts as one)."""
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: list[list[int]]) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: list[list[int]]) -> Tensor:
         # One call a document: no mask, and no work across documents, which in a packed row is most of the square.
         gqa = q.shape[1] != k.shape[1]
         rows = []
-        for row, lengths in enumerate(documents):
+        for row, lengths in enumerate(plan):
             parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (q, k, v)), strict=True)
             attended = [
                 F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The facts of a dense Llama that layouts, the model and the plans need, read from an HF config.json."""
+"""The configuration of a decoder: what layouts, the model and the plan need of an HF config.json."""
 
 import dataclasses
 from pathlib import Path
@@ -24,11 +24,21 @@ class LlamaConfig:
     rope_scaling: dict[str, Any] | None  # None, or the keys of HF's "llama3" type
     tie_word_embeddings: bool
 
+    @property
+    def q_size(self) -> int:
+        """Outputs of q_proj: all query heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of k_proj, and of v_proj: all key/value heads, each once."""
+        return self.num_key_value_heads * self.head_dim
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
         """Read a parsed config.json, as written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
-        Raises UserError for anything but a dense Llama that `trnlora.model.decoder` computes exactly.
+        Raises UserError for anything but a dense Llama that `trnlora.model.decoder` computes exactly as HF does.
         """
         if config.get("model_type") != "llama" or config.get("architectures", ["LlamaForCausalLM"]) != [
             "LlamaForCausalLM"
@@ -46,7 +56,7 @@ class LlamaConfig:
             if not isinstance(config.get(key), int)
         ]
         if missing:
-            raise UserError(f"the model's config.json lacks {', '.join(missing)}: fetch a whole HF folder")
+            raise UserError(f"the model's config.json lacks {', '.join(missing)}: fetch the complete HF folder")
         rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):

@@ -1,6 +1,7 @@
-"""The one Llama, written against a backend's parallel layers. Parameter names are NxD's, not HF's.
+"""The decoder, written against a backend's parallel layers. Parameter names are NxD's, not HF's.
 
-Shapes: B batch, T tokens, H hidden, D head size, V vocabulary; q and k are this rank's query and KV heads.
+Shapes: B batch, T tokens, H hidden, D head size, I MLP size, V vocabulary, N labelled tokens, r LoRA rank. q and k count
+this rank's query and KV heads.
 """
 
 import math
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trnlora.model.config import LlamaConfig
-from trnlora.model.parallel import Backend
 from trnlora.errors import UserError
+from trnlora.model.config import LlamaConfig
 from trnlora.model.fused_ops import rms_norm, rotary, swiglu
+from trnlora.model.parallel import Backend
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +40,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     factor = config.rope_scaling["factor"]
     low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
     turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow channels, stretched; 1: fast ones, as they are
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow channels, stretched; 1: fast channels, unchanged
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
@@ -54,15 +55,13 @@ class Attention(nn.Module):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (q_size, kv_size), kv_size_multiplier)
-        self.o_proj = backend.row_parallel_linear(q_size, config.hidden_size)
+        self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (config.q_size, config.kv_size), kv_size_multiplier)
+        self.o_proj = backend.row_parallel_linear(config.q_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
         # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
-        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, documents)
+        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, attention_plan)
         y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y if keep is None else y[keep])
 
@@ -85,8 +84,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Any, keep: Tensor | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, documents, keep)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention_plan, keep)
         x = (x if keep is None else x[keep]) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -109,13 +108,15 @@ class Llama(nn.Module):
         self.config = config
         self.backend = backend
         self.kv_size_multiplier = kv_size_multiplier
-        self.recompute_layers = False  # on the way back, and keep only what goes into each: memory for time
+        self.recompute_layers = (
+            False  # in the backward pass, keeping only the inputs of each layer: less memory, more time
+        )
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
 
     @classmethod
     def empty(cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int) -> "Llama":
-        """The model of one rank, frozen, its weights without memory (on torch's meta device)."""
+        """The model of one rank, frozen, on torch's meta device: its weights take no memory."""
         with torch.device("meta"):
             return cls(config, backend, kv_size_multiplier).requires_grad_(False)
 
@@ -135,14 +136,14 @@ class Llama(nn.Module):
     def from_shard(
         cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int, shard: Mapping[str, Tensor]
     ) -> "Llama":
-        """The model of one rank, frozen, over the shard's own tensors (nothing is copied).
+        """The model of one rank, frozen, using the shard's own tensors (nothing is copied).
 
         Raises UserError when the shard's keys or shapes are not exactly the model's.
         """
         model = cls.empty(config, backend, kv_size_multiplier)
         model.check_shard({name: tuple(tensor.shape) for name, tensor in shard.items()})
         tensors = dict(shard)
-        if config.tie_word_embeddings:  # the file holds the same rows twice: one of them stays unread
+        if config.tie_word_embeddings:  # the file holds the same rows twice: one copy is never read
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False)
@@ -152,14 +153,14 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors.
 
-        keep (B, T), bool: the positions that are wanted; the last layer computes no others, and (N, H) is returned.
+        keep (B, T), bool: the positions that are wanted. The last layer then computes only these, and (N, H) is returned.
         """
         x = self.model.embed_tokens(input_ids)
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
-        documents = self.backend.documents(document_ids)
+        attention_plan = self.backend.prepare_attention(document_ids)
         last = self.model.layers[-1]
         for layer in self.model.layers:
-            inputs = (x, cos, sin, documents, keep if layer is last else None)
+            inputs = (x, cos, sin, attention_plan, keep if layer is last else None)
             if self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -175,7 +176,7 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of the next-token cross-entropy in nats over labelled tokens, and their number, from (B, T) tensors.
 
-        Labels are aligned as in HF: position t predicts labels[t + 1], and −100 marks what is not to be learnt.
+        Labels are aligned as in HF: position t predicts labels[t + 1], and −100 marks ignored positions.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
         labelled = targets != -100

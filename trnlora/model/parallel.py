@@ -1,8 +1,8 @@
-"""The seam between the one model and what runs it in parallel.
+"""What the model needs from whatever runs it in parallel.
 
-`trnlora.model.decoder` and `trnlora.model.lora` ask a backend for four layers, attention and a loss, under NxD's names and with NxD's
-parameter names, so that every backend loads the same shard files. `backends/torch.py` builds them on
-torch.distributed, `backends/neuron.py` takes NxD's.
+`trnlora.model.decoder` and `trnlora.model.lora` ask a backend for four layers, attention and a loss, under NxD's names
+and with NxD's parameter names, so that every backend loads the same shard files. `trnlora.backends.torch` builds them on
+torch.distributed, `trnlora.backends.nxd` uses NxD's.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
-    static_shapes: bool  # whether each new shape would cost a compilation
+    static_shapes: bool  # whether every new shape would need another compilation
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""
@@ -35,25 +35,28 @@ class Backend(Protocol):
         """(…, input) whole to q (…, output_sizes[0]/tp), k and v (…, output_sizes[1]·multiplier/tp) of this rank."""
         ...
 
-    def documents(self, document_ids: Tensor) -> Any:
-        """What `attention` needs to know of document_ids (B, T), made once for all layers."""
+    def prepare_attention(self, document_ids: Tensor) -> Any:
+        """What `attention` needs to know about document_ids (B, T), computed once for all layers."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
-        """Causal, inside each document: q (B, heads, T, D), k and v (B, KV heads, T, D) to (B, heads, T, D)."""
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+        """Causal attention inside each document: q (B, heads, T, D), k and v (B, KV heads, T, D) to (B, heads, T, D).
+
+        plan: of `prepare_attention`.
+        """
         ...
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
-        """Sum of the losses in nats against targets, token ids, of the model's output.
+        """Sum of the cross-entropies in nats of the model's output against targets (token ids).
 
-        hidden (N, H) and targets (N,) are of labelled tokens alone. With static_shapes they are of all: targets (B, T),
-        where −100 marks what counts not, and hidden (B, T, H), or this rank's part of the tokens with sequence
-        parallelism, which lm_head, a column_parallel_linear of H to the vocabulary, frozen, puts together.
+        hidden (N, H) and targets (N,) are of the labelled tokens only. With static_shapes they are of all tokens:
+        targets (B, T), where −100 marks ignored positions, and hidden (B, T, H), or with sequence parallelism this rank's
+        part of the tokens. lm_head: the frozen column_parallel_linear from H to the vocabulary, which gathers that part.
         """
         ...
 
     def seed(self, seed: int) -> None:
-        """Seed what this rank draws from here on (dropout)."""
+        """Seed this rank's random numbers (dropout) from here on."""
         ...
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: Any) -> None:

@@ -7,11 +7,13 @@ the formulas in words.
 import dataclasses
 import math
 
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import check_divisible, hf_shapes, shard_pieces, trainable_parameters
+from trnlora.model.config import LlamaConfig
+from trnlora.model.targets import adapter_tensors, trainable_parameters, trainable_parameters_per_rank
+from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
 from trnlora.sources import parse_source
+from trnlora.weights.nxd_layout import check_divisible, shard_shapes
 
 # Of the JSONL file; what is not text in it is about 90 bytes a row.
 HUB_DATA_BYTES = {"databricks/databricks-dolly-15k": 13_085_339}
@@ -88,14 +90,9 @@ def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> P
     """The plan of `params` for a model; packed_rows: training rows of seq_len tokens after packing."""
     convert, lora, train = params.convert, params.lora, params.train
     shapes = hf_shapes(config)
-    shard = 0
-    for pieces in shard_pieces(config, convert, 0).values():
-        shape = list(shapes[pieces[0].hf_key])
-        if pieces[0].dim is not None:
-            shape[pieces[0].dim] = sum(piece.stop - piece.start for piece in pieces)
-        shard += math.prod(shape)
-    per_rank = trainable_parameters(config, convert.kv_size_multiplier, convert.tp_size, lora)
-    rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    shard = sum(math.prod(shape) for shape in shard_shapes(config, convert, 0).values())
+    adapter = adapter_tensors(config, lora.target_modules, lora.r)
+    per_rank = trainable_parameters_per_rank(adapter, convert.tp_size, convert.kv_size_multiplier)
     steps_per_epoch = steps = None
     if packed_rows is not None:
         steps_per_epoch = math.ceil(packed_rows / train.global_batch_size)
@@ -122,7 +119,7 @@ def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> P
         shard_bytes=shard * DTYPE_BYTES[params.model.dtype],
         adapter_bytes=per_rank * 4 * 4,
         trainable_per_rank=per_rank,
-        trainable=config.num_hidden_layers * lora.r * (config.hidden_size + rows),
+        trainable=trainable_parameters(adapter),
         steps_per_epoch=steps_per_epoch,
         steps=None if steps is None else int(steps),
         tokens_per_step=train.global_batch_size * params.data.seq_len,
@@ -144,8 +141,8 @@ def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
     # With sequence parallelism, what is outside of attention and MLP is cut along the tokens.
     outside = tokens / tp if on_neuron and params.neuron.sequence_parallel else tokens
     residual = outside * config.hidden_size * dtype
-    q = config.num_attention_heads * config.head_dim / tp
-    kv = config.num_key_value_heads * config.head_dim * params.convert.kv_size_multiplier / tp
+    q = config.q_size / tp
+    kv = config.kv_size * params.convert.kv_size_multiplier / tp
     attention = tokens * (q + 2 * kv) * dtype
     if not on_neuron:
         attention += tokens * q * dtype  # the fused kernel's output

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
 from trnlora.files import read_json
+from trnlora.model.config import LlamaConfig
 
 _FILES = {"adapter_config.json", "adapter_model.safetensors"}
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")

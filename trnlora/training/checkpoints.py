@@ -1,18 +1,23 @@
-"""Checkpoints within a training run: a run that was stopped, however hard, goes on where it was.
+"""Training checkpoints: an interrupted run, however hard it was stopped, resumes where it was.
 
-    .scratch/checkpoints/<key>/step_00000040/tp_rank_00.pt …  one file a rank of the first replica
-                                             run.json         step, progress, where it ran
-                                             curves/          DVCLive's files up to that step
-                                             SHA256SUMS
+    .scratch/checkpoints/<run>/<code>/step_00000040/tp_rank_00.pt …  one file per rank of the first replica
+                                                    run.json         step, progress, where it ran
+                                                    curves/          DVCLive's files up to that step
+                                                    SHA256SUMS
 
-The key is a hash of all that the result depends on, so a checkpoint of another configuration is never found. The
-folder is no out of DVC, which deletes a stage's outs before it runs. What is random is a function of seed, step and
-micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither needs storing.
-Replicas are equal, so a checkpoint is of any number of them, on any number of nodes.
+<run> is a hash of the params and inputs that define the result, <code> one of the code and arithmetic that compute its
+numbers. A checkpoint of another <run> is never found. One of the same run by other code is found and named, and used on
+request alone (--resume-from).
+
+Deliberately not a DVC output: DVC deletes a stage's outputs before running it. Random numbers are a function of seed, step
+and micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither is stored.
+Replicas are equal, so a checkpoint fits any number of them, on any number of nodes.
 """
 
+import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -25,74 +30,124 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
-from trnlora.training import cluster as nodes
 from trnlora.errors import UserError
-from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, read_json, sha256, write_json, write_sums
+from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, read_json, write_json, write_sums
+from trnlora.training import cluster
 from trnlora.training.progress import TrainingProgress
 
 CHECKPOINTS = Path(".scratch/checkpoints")
 CURVES = "curves"
 RUN = "run.json"
+# The modules that compute a run's numbers. All others read, check, show or write them.
+NUMERIC_MODULES = ("trnlora.model.", "trnlora.backends.", "trnlora.training.module", "trnlora.training.batches")
 
 
-def run_folder(defined_by: dict[str, Any]) -> Path:
-    """The folder of the run that `defined_by` (of JSON's types), this library's code and the arithmetic define.
+def run_folder(identity: dict[str, Any]) -> Path:
+    """The folder of the checkpoints of the run that `identity` (of JSON's types) defines, by this code.
 
-    The code is that of the modules imported so far. The instruction set counts, since sums depend on it in the last
-    bits and a resumed run is to end in the same bytes. On threads and replicas they depend too: `Begun` has those.
+    `identity` has the params and the digests of the inputs. See `numeric_code` for the code.
     """
-    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "trnlora"]
-    files = [Path(sys.argv[0]), *(Path(module.__file__) for module in modules if module.__file__)]
-    defined_by = defined_by | {
-        "code": {f"{file.parent.name}/{file.name}": sha256(file) for file in files},
-        "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
-    text = json.dumps(defined_by, sort_keys=True)
-    return CHECKPOINTS / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return CHECKPOINTS / _digest(identity) / _digest(numeric_code())
+
+
+def numeric_code() -> dict[str, str]:
+    """What computes a run's numbers: digests of the modules imported so far, torch's version, the instruction set.
+
+    A module's digest is of its statements: comments, docstrings and line breaks do not count. The instruction set does:
+    sums depend on it in the last bits, and a resumed run is to end in the same bytes. (They depend on threads and replicas
+    too, which `ResumePoint` records.)
+    """
+    modules = sorted(name for name in sys.modules if name.startswith(NUMERIC_MODULES))
+    digests = {name: _digest(_statements(Path(str(sys.modules[name].__file__)))) for name in modules}
+    return digests | {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def _statements(source: Path) -> str:
+    """The syntax tree of a Python file, without docstrings, as text."""
+    tree = ast.parse(source.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder that is whole."""
+    """The newest undamaged checkpoint in a run's folder."""
     for saved in reversed(_saved(folder)):
         try:
             check_sums(saved, "finetune_lora")
             return saved
         except UserError as error:
-            print(f"checkpoint passed over: {str(error).partition(': run ')[0]}", flush=True)
+            print(f"skipping damaged checkpoint: {str(error).partition(': run ')[0]}", flush=True)
     return None
 
 
+def find(folder: Path, chosen: Path | None) -> Path | None:
+    """The checkpoint to resume from: `chosen`, or else the latest in `folder`; None for a new run.
+
+    Where other code has left checkpoints of the same run and `folder` has none, says so, and how to use or drop them.
+    Raises UserError when `chosen` is damaged, is not a checkpoint, or is of a run with other params or inputs.
+    """
+    if chosen is not None:
+        if not (chosen / RUN).is_file():
+            raise UserError(f"--resume-from {chosen} is not a checkpoint: name a folder {folder.parent}/…/step_N")
+        if chosen.resolve().parents[1] != folder.parent.resolve():
+            raise UserError(f"--resume-from {chosen} is of a run with other params or inputs, not in {folder.parent}")
+        check_sums(chosen, "finetune_lora")
+        return chosen
+    found = latest(folder)
+    others = [] if found else sorted(folder.parent.glob("*/step_*"), key=lambda saved: saved.name)
+    if others:
+        differing = ", ".join(_differing_code(others[-1]))
+        print(
+            f"not resuming: the checkpoints of this run in {others[-1].parent} are by other code ({differing}). To use "
+            f"the last one: python {sys.argv[0]} --resume-from {others[-1]}; to drop them: rm -r {others[-1].parent}",
+            flush=True,
+        )
+    return found
+
+
+def _differing_code(saved: Path) -> list[str]:
+    """The entries of `numeric_code` that differ from those with which a checkpoint was made."""
+    ours, theirs = numeric_code(), read_json(saved / RUN)["code"]
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+
 @dataclasses.dataclass(frozen=True)
-class Begun:
-    """A run that goes on, of JSON's types; the checkpoint's RUN has all but its folder."""
+class ResumePoint:
+    """Where an interrupted run stopped, of JSON's types: read from a checkpoint's run.json."""
 
     folder: str  # of the checkpoint
     step: int  # optimizer steps done
     progress: dict[str, Any]  # `TrainingProgress.state`
-    # The result does not depend on these, but its last bits do.
+    # The result depends on these only in its last digits.
     replicas: int
-    threads: int  # of a rank
+    threads: int  # per rank
+    code: dict[str, str]  # `numeric_code`
 
     @staticmethod
-    def read(folder: Path) -> "Begun":
-        return Begun(str(folder), **read_json(folder / RUN))
+    def read(folder: Path) -> "ResumePoint":
+        return ResumePoint(str(folder), **read_json(folder / RUN))
 
-    def load(self, mesh: Any) -> dict[str, Any]:
-        """The module's `training_state` of this rank. Call on all ranks: mesh as `LoraFinetuner` has it.
+    def restore(self, mesh: Any, groups_carry_objects: bool) -> dict[str, Any]:
+        """This rank's `LoraFinetuner.training_state`. Call on all ranks; mesh as `LoraFinetuner` has it.
 
-        The first replica reads it and tells the others, whose nodes need not see its folder. (Neuron's groups carry no
-        objects: there they must.)
+        On several nodes the first replica reads it and sends it to the others, whose nodes need not have the folder;
+        where process groups cannot carry objects, all nodes must share it. Raises UserError where they do not.
         """
         replicas: dist.ProcessGroup = mesh["data_parallel"].get_group()
         file = Path(self.folder) / _rank_file(mesh)
-        told = nodes.count() > 1 and dist.get_backend(replicas) != "xla"
+        send = cluster.num_nodes() > 1 and groups_carry_objects
         state: list[Any] = [None]
-        if not told or dist.get_rank(replicas) == 0:
+        if not send or dist.get_rank(replicas) == 0:
             if not file.exists():
                 raise UserError(f"{file} is not on this node: resuming on several nodes needs a shared folder")
             state[0] = torch.load(file, weights_only=True, map_location="cpu")
-        if told:
+        if send:
             dist.broadcast_object_list(state, group=replicas, group_src=0)
         return state[0]
 
@@ -110,7 +165,7 @@ def restore_curves(saved: Path, target: Path) -> None:
 def fast_forward(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> None:
     """Tell Lightning's loops, before the fit, that `step` optimizer steps are done.
 
-    To Lightning, an epoch that was begun is a shorter one: the module's data loader starts where the run stands.
+    To Lightning, an epoch that was interrupted is a shorter one: the module's data loader starts where the run stopped.
     """
     epochs: Any = trainer.fit_loop.epoch_progress.current
     epochs.processed = epochs.completed = step // steps_per_epoch
@@ -120,7 +175,7 @@ def fast_forward(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> None:
 class Checkpoints(pl.Callback):
     """Writes a checkpoint every `every` optimizer steps and after each epoch, and keeps the last `kept` of them.
 
-    It stands after `progress` among the trainer's callbacks, so that a step is counted before it is saved.
+    Must come after `progress` among the trainer's callbacks, so that a step is counted before it is saved.
     """
 
     def __init__(self, folder: Path, progress: TrainingProgress, every: int, kept: int):
@@ -146,7 +201,7 @@ class Checkpoints(pl.Callback):
         self.save(trainer.global_step, module)
 
     def save(self, step: int, module: Any) -> None:
-        """The first replica's ranks write a file each below the folder that the first rank renames when all have."""
+        """Each rank of the first replica writes a file below a folder that the first rank renames when all are done."""
         rank = dist.get_rank()
         target = self.folder / f"step_{step:08d}"
         with atomic_dir(target) if rank == 0 else contextlib.nullcontext():
@@ -157,15 +212,28 @@ class Checkpoints(pl.Callback):
                     torch.save(state, partial)
             dist.barrier()
             if self.progress.curves:
-                replicas = module.train_params.dp_size
-                run = {"step": step, "progress": self.progress.state(), "replicas": replicas}
-                write_json(partial_path(target) / RUN, run | {"threads": torch.get_num_threads()})
+                write_json(partial_path(target) / RUN, self._run_at(step, module.train_params.dp_size))
                 self.progress.curves.make_summary()
                 shutil.copytree(self.progress.curves.dir, partial_path(target) / CURVES)
                 write_sums(partial_path(target))
         if rank == 0:
             for old in _saved(self.folder)[: -self.kept]:
                 shutil.rmtree(old)
+
+    def _run_at(self, step: int, replicas: int) -> dict[str, Any]:
+        """What `ResumePoint` reads."""
+        return {
+            "step": step,
+            "progress": self.progress.state(),
+            "replicas": replicas,
+            "threads": torch.get_num_threads(),
+            "code": _numeric_code_once(),
+        }
+
+
+@functools.cache
+def _numeric_code_once() -> dict[str, str]:
+    return numeric_code()
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -1,18 +1,19 @@
-"""Several machines in one training: where its ranks are started, how they find each other, and how a lost one is told.
+"""Several nodes in one training run: where ranks start, how they find each other, and how a lost node is reported.
 
-The launcher reads the rendezvous from the environment, under the names of those who set them:
+The launcher reads the rendezvous from the environment:
 
     RANK, WORLD_SIZE, …                                          torchrun has started this process as a rank
     PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT  torchrun's own names for its flags (--nnodes, …)
     SLURM_JOB_NUM_NODES …                                        a SLURM job; SLURM_STEP_…: inside its `srun`
-    nothing of these                                             one node
+    none of these                                                one node
 
-Ranks of one tensor-parallel replica stay on one node. The first replica, on the first node, writes all that is kept;
-so nodes may share a folder or each have their own with the same inputs.
+All ranks of one tensor-parallel replica run on one node. The first replica, on the first node, writes everything that is
+kept, so nodes may share a folder, or each have their own with the same inputs.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -23,14 +24,14 @@ from typing import Any
 
 from trnlora.errors import UserError
 
-START_SECONDS = 1800  # in which all nodes must come
-SILENCE_SECONDS = 40  # without an answer of another node, once training runs
+START_SECONDS = 1800  # within which all nodes must join
+SILENCE_SECONDS = 40  # how long a collective may wait for another node once training runs
 DEFAULT_PORT = 29500  # torchrun's
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """How many nodes there are, which one this is (from 0), and where all meet: an address of the first."""
+    """How many nodes there are, which one this is (from 0), and the address and port of the first, where all meet."""
 
     count: int = 1
     rank: int = 0
@@ -42,7 +43,7 @@ ONE_NODE = Nodes()
 
 
 def from_environment() -> Nodes:
-    """The nodes of this run, for its launcher. Raises UserError for variables that contradict each other."""
+    """The nodes of this run, for its launcher. Raises UserError for environment variables that contradict each other."""
     if "PET_NNODES" in os.environ:
         count = _number("PET_NNODES")
         if count == 1:
@@ -54,7 +55,7 @@ def from_environment() -> Nodes:
         from lightning_fabric.plugins.environments import SLURMEnvironment
 
         first = SLURMEnvironment.resolve_root_node_address(_text("SLURM_STEP_NODELIST"))
-        # Two jobs on one machine do not meet at one port.
+        # Two jobs on one machine must not meet at the same port.
         nodes = Nodes(
             _number("SLURM_STEP_NUM_NODES"), _number("SLURM_NODEID"), first, 20000 + _number("SLURM_JOB_ID") % 10000
         )
@@ -70,7 +71,7 @@ def in_slurm_step() -> bool:
 
 
 def srun_command(command: list[str]) -> list[str] | None:
-    """What starts `command` once on every node of the SLURM job whose batch script this is in; None elsewhere."""
+    """The `srun` command that starts `command` once on every node, in a SLURM job's batch script; None elsewhere."""
     count = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if count == "1" or in_slurm_step() or "PET_NNODES" in os.environ:
         return None
@@ -78,7 +79,7 @@ def srun_command(command: list[str]) -> list[str] | None:
 
 
 def processes_per_node(nodes: int, tp_size: int, dp_size: int) -> int:
-    """Ranks of one node. Raises UserError unless replicas spread evenly, each whole on one node."""
+    """Number of ranks on each node. Raises UserError unless the replicas spread evenly, each on one node."""
     if dp_size % nodes:
         raise UserError(
             f"train.dp_size {dp_size} replicas do not spread over {nodes} nodes: make it a multiple of {nodes}"
@@ -102,38 +103,49 @@ def _text(name: str) -> str:
 # For the ranks ------------------------------------------------------------------------------------------------------
 
 
-def count() -> int:
-    """Of the nodes, in a rank."""
+def num_nodes() -> int:
+    """Number of nodes, as torchrun tells each rank."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def meet(inputs: dict[str, str], decision: Any) -> tuple[list[str], Any]:
-    """Before training, through the store of torchrun's launchers: every node's address, and what rank 0 has decided.
+def check_same_inputs(inputs: dict[str, str]) -> list[str]:
+    """Compare the inputs of all nodes before training, through the store of torchrun's launchers.
 
-    inputs: names and digests of what this node's ranks read; decision: of JSON's types, rank 0's counts.
-    Raises UserError, on all ranks, unless all nodes have the same inputs.
+    inputs: names and digests of what this node's ranks read. Returns every node's address. Raises UserError, on all
+    ranks, unless all nodes have the same inputs.
     """
-    import torch.distributed as dist
-
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+    store = _store()
     if os.environ["LOCAL_RANK"] == "0":
         store.set(f"trnlora/node/{os.environ['GROUP_RANK']}", json.dumps([own_address(), inputs]))
-    if rank == 0:
-        store.set("trnlora/decision", json.dumps(decision))
-    told = [json.loads(store.get(f"trnlora/node/{node}")) for node in range(count())]
-    _, of_first = told[0]
-    for address, of_node in told[1:]:
-        for name, digest in of_first.items():
-            if of_node.get(name) != digest:
+    nodes = [json.loads(store.get(f"trnlora/node/{node}")) for node in range(num_nodes())]
+    _, expected = nodes[0]
+    for address, found in nodes[1:]:
+        for name, digest in expected.items():
+            if found.get(name) != digest:
                 raise UserError(
-                    f"{name} of node {address} is not that of the first node: share the folder, or make it there "
+                    f"{name} on node {address} differs from that on the first node: share the folder, or make it there "
                     "from the same commit and params (`dvc repro prepare_data convert_nxd`)"
                 )
-    return [address for address, _ in told], json.loads(store.get("trnlora/decision"))
+    return [address for address, _ in nodes]
+
+
+def broadcast_from_first(value: Any) -> Any:
+    """Rank 0's `value` (of JSON's types), on every rank, through the same store."""
+    store = _store()
+    if os.environ["RANK"] == "0":
+        store.set("trnlora/decision", json.dumps(value))
+    return json.loads(store.get("trnlora/decision"))
+
+
+@functools.cache
+def _store() -> Any:
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))[0]
 
 
 def choose_interface() -> None:
-    """Have gloo talk over the network on which the nodes meet; its own choice is that of the host name, often 127.…"""
+    """Make gloo use the network on which the nodes meet. By default it takes the host name's, often 127.0.0.1."""
     import psutil
 
     own = own_address()
@@ -143,7 +155,7 @@ def choose_interface() -> None:
 
 
 def own_address() -> str:
-    """This node's address on the network where the nodes meet."""
+    """This node's address on the network on which the nodes meet."""
     where = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     family, kind, _, _, address = socket.getaddrinfo(*where, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
@@ -152,7 +164,7 @@ def own_address() -> str:
 
 
 def limit_waiting(groups: list[Any]) -> None:
-    """From here on, collectives of these groups fail after SILENCE_SECONDS. Called when every rank has its model."""
+    """Let collectives of these groups fail after SILENCE_SECONDS from here on. Call when every rank has its model."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -162,10 +174,10 @@ def limit_waiting(groups: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def lost_nodes_named(addresses: list[str]) -> Iterator[None]:
-    """Turn what a collective raises when another node is gone into a UserError that names the node.
+def name_lost_nodes(addresses: list[str]) -> Iterator[None]:
+    """Turn the error that a collective raises when another node is gone into a UserError that names the node.
 
-    A node that is there refuses a connection to a port where nobody listens; one that is gone says nothing.
+    A node that is up refuses a connection to a port on which nothing listens; one that is down does not answer.
     """
     try:
         yield
@@ -173,12 +185,12 @@ def lost_nodes_named(addresses: list[str]) -> Iterator[None]:
         lost = [address for address in addresses if not _answers(address)]
         if lost:
             raise UserError(
-                f"no answer from node {', '.join(lost)}, the machine or its network is down; run it again on nodes "
-                "that are up to go on from the last checkpoint"
+                f"no answer from node {', '.join(lost)}, the machine or its network is down; rerun on nodes that are up "
+                "to resume from the last checkpoint"
             ) from None
         peer = re.search(r"by peer \[(.+?)\]:", str(error))
         if peer and peer[1] in addresses and peer[1] != addresses[int(os.environ["GROUP_RANK"])]:
-            raise UserError(f"a rank on node {peer[1]} ended; that node's output says why") from None
+            raise UserError(f"a rank on node {peer[1]} ended; see that node's output for the reason") from None
         raise
 
 

@@ -1,9 +1,8 @@
-"""The training loop's Lightning module: one Llama with LoRA over any backend's parallel layers."""
+"""The LightningModule: a decoder with LoRA over any backend's parallel layers, its loss, clipping and schedule."""
 
 import hashlib
 import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,15 +12,13 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trnlora.training.batches import MicroBatches, epoch_order
 from trnlora.model.decoder import Llama
-from trnlora.model.lora import is_replicated
+from trnlora.model.targets import AdapterTensor
+from trnlora.model.tensors import Cut
 from trnlora.params import Train
+from trnlora.training.batches import MicroBatches, epoch_order
 
-# neuron_parallel_compile traces the run without computing it, so that its numbers mean nothing.
-TRACES_ONLY = "NEURON_EXTRACT_GRAPHS_ONLY" in os.environ
-
-# What the loop measured so far: a resumed run does not measure it again.
+# What the loop has measured so far: a resumed run does not measure it again.
 MEASURED = ("base_validation_loss", "validation_loss", "validated_step", "train_loss", "grad_norm", "lr")
 
 
@@ -38,7 +35,7 @@ class NotFinite(Exception):
 
 
 def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the peak learning rate at a step counted from 0: linear up, then linear down to 0 after the last."""
+    """Factor on the peak learning rate at a step counted from 0: linear warm-up, then linear decay to 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     return (total_steps - step) / max(1, total_steps - warmup_steps)
@@ -48,42 +45,51 @@ class LoraFinetuner(pl.LightningModule):
     """Trains the adapter of the model that `build` returns.
 
     build: makes this rank's model, from the strategy's device mesh with the dims data_parallel, tensor_parallel.
-    train_rows, validation_rows: packed rows as `trnlora.training.batches.read_rows` gives them.
-    step, resume: optimizer steps that are done, and what gives the `training_state` after them to a rank, from the
-        device mesh; 0 and None for a new run.
+    adapter: the adapter's tensors, as `trnlora.model.targets.adapter_tensors` returns them.
+    train_rows, validation_rows: packed rows as `trnlora.training.batches.read_packed_rows` returns them.
+    step, restore: optimizer steps that are done, and a function from the device mesh to this rank's `training_state`
+        after them; 0 and None for a new run.
+    sum_dtype: in which validation losses are added up.
+    check_finite: whether a loss or gradient that is not finite raises NotFinite.
     """
 
     def __init__(
         self,
         build: Callable[[Any], Llama],
         train: Train,
+        adapter: Iterable[AdapterTensor],
         train_rows: dict[str, Tensor],
         validation_rows: dict[str, Tensor],
         total_steps: int,
         step: int = 0,
-        resume: Callable[[Any], dict[str, Any]] | None = None,
+        restore: Callable[[Any], dict[str, Any]] | None = None,
+        sum_dtype: torch.dtype = torch.float64,
+        check_finite: bool = True,
     ):
         super().__init__()
         self.build = build
         self.train_params = train
+        self.adapter = {tensor.nxd_key: tensor for tensor in adapter}
         self.train_rows = train_rows
         self.validation_rows = validation_rows
         self.total_steps = total_steps
         self.steps_per_epoch = -(-len(train_rows["labels"]) // train.global_batch_size)
         self.start_step = step
-        self.resume = resume
-        self.resumed: dict[str, Any] | None = None
+        self.restore = restore
+        self.restored: dict[str, Any] | None = None
+        self.sum_dtype = sum_dtype
+        self.check_finite = check_finite
         self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
         self.model: Llama | None = None
-        self.base_validation_loss = math.nan  # before the first step: lora_B is 0, so this is the base model
+        self.base_validation_loss = math.nan  # before the first step, when lora_B is 0: the base model's
         self.validation_loss = math.nan
         self.validated_step = -1
-        self.train_loss = math.nan  # of the last step, like the next two
+        self.train_loss = math.nan  # of the last step, as are the next two
         self.grad_norm = math.nan  # before clipping
         self.lr = math.nan
 
     def training_state(self) -> dict[str, Any]:
-        """All of this rank that a run needs to go on after an optimizer step, on the CPU."""
+        """Everything that this rank needs to resume after an optimizer step, on the CPU."""
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         state = {
             "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
@@ -99,13 +105,13 @@ class LoraFinetuner(pl.LightningModule):
             self.model = self.build(self.device_mesh)
             self.dp_group = self.device_mesh["data_parallel"].get_group()
             self.tp_group = self.device_mesh["tensor_parallel"].get_group()
-            if self.resume:
-                self.resumed = self.resume(self.device_mesh)
-                for name, value in self.resumed["measured"].items():
+            if self.restore:
+                self.restored = self.restore(self.device_mesh)
+                for name, value in self.restored["measured"].items():
                     setattr(self, name, value)
                 with torch.no_grad():
                     for name, parameter in self._trainable().items():
-                        parameter.copy_(self.resumed["adapter"][name])
+                        parameter.copy_(self.restored["adapter"][name])
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
@@ -125,7 +131,7 @@ class LoraFinetuner(pl.LightningModule):
         return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))
 
     def train_dataloader(self) -> DataLoader:
-        """The micro-batches of the epoch; of those that a resumed run finds begun, the rest."""
+        """The micro-batches of the epoch; in the epoch in which a run resumes, the remaining ones."""
         order = epoch_order(len(self.train_rows["labels"]), self.current_epoch, self.train_params.seed)
         epoch, steps_done = divmod(self.start_step, self.steps_per_epoch)
         first = steps_done * self.trainer.accumulate_grad_batches if self.current_epoch == epoch else 0
@@ -138,10 +144,10 @@ class LoraFinetuner(pl.LightningModule):
         self.step_loss = torch.zeros((), device=self.device)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], index: int) -> None:
-        """Seed what is random (dropout) by the step and the micro-batch's place in the global batch.
+        """Seed random numbers (dropout) by the step and the micro-batch's place in the global batch.
 
-        So a resumed run needs no generator's state, ranks that share their input draw alike, and the same rows are
-        dropped alike on any number of replicas.
+        So a resumed run needs no generator's state, tensor-parallel ranks draw the same masks, and a row gets the same
+        mask whatever the number of replicas.
         """
         micro_batch = index % self.trainer.accumulate_grad_batches * self.train_params.dp_size
         micro_batch += dist.get_rank(self.dp_group)
@@ -156,7 +162,7 @@ class LoraFinetuner(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the replicas' gradients (each was already divided by the whole global batch's tokens)."""
+        """Add up the replicas' gradients (each is already divided by the tokens of the whole global batch)."""
         if dist.get_world_size(self.dp_group) > 1:
             assert self.model is not None
             gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
@@ -167,12 +173,14 @@ class LoraFinetuner(pl.LightningModule):
         self.lr = optimizer.param_groups[0]["lr"]
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
-        """Clip by the norm over all ranks: what is whole on every rank, or copied to several, counts once."""
-        squares = torch.zeros(2, device=self.device)  # of cut parameters (to be added over ranks), of replicated ones
+        """Clip by the norm over all ranks. Values that several ranks hold count once."""
+        assert self.model is not None
+        squares = torch.zeros(2, device=self.device)  # of cut tensors (to be added up over ranks), of whole ones
         for name, parameter in self._trainable().items():
             assert parameter.grad is not None
-            copies = self._copies(name)
-            squares[int(is_replicated(name))] += parameter.grad.square().sum() / copies
+            tensor = self.adapter[name.removeprefix("model.")]
+            copies = tensor.copies(self.model.kv_size_multiplier)
+            squares[int(tensor.cut is Cut.WHOLE)] += parameter.grad.square().sum() / copies
         dist.all_reduce(cut := squares[:1].clone(), group=self.tp_group)
         norm = (cut[0] + squares[1]).sqrt()
         self._check_finite("loss", self.train_loss)
@@ -183,8 +191,8 @@ class LoraFinetuner(pl.LightningModule):
         self.grad_norm = norm.item()
 
     def _check_finite(self, what: str, value: float) -> None:
-        """Raise NotFinite, alike on all ranks: `value` is over the whole global batch."""
-        if not math.isfinite(value) and not TRACES_ONLY:
+        """Raise NotFinite, on all ranks at once: `value` is over the whole global batch."""
+        if self.check_finite and not math.isfinite(value):
             epoch, done = divmod(self.global_step, self.steps_per_epoch)
             order = epoch_order(len(self.train_rows["labels"]), epoch, self.train_params.seed)
             size = self.train_params.global_batch_size
@@ -192,9 +200,7 @@ class LoraFinetuner(pl.LightningModule):
             raise NotFinite(f"the {what} is {value}", self.global_step + 1, rows)
 
     def on_validation_epoch_start(self) -> None:
-        # Nats and labelled tokens; Neuron has no float64.
-        dtype = torch.float32 if self.device.type == "xla" else torch.float64
-        self.validation_sums = torch.zeros(2, dtype=dtype, device=self.device)
+        self.validation_sums = torch.zeros(2, dtype=self.sum_dtype, device=self.device)  # nats, labelled tokens
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         loss_sum, tokens = self._loss(batch)
@@ -203,7 +209,7 @@ class LoraFinetuner(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         dist.all_reduce(self.validation_sums, group=self.dp_group)
         loss = (self.validation_sums[0] / self.validation_sums[1]).item()
-        if not math.isfinite(loss) and not TRACES_ONLY:
+        if self.check_finite and not math.isfinite(loss):
             raise NotFinite(f"the validation loss is {loss}", self.global_step, [])
         if self.trainer.sanity_checking:
             self.base_validation_loss = loss
@@ -219,15 +225,11 @@ class LoraFinetuner(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: linear_schedule(step, self.total_steps, self.warmup_steps)
         )
-        if self.resumed:
-            optimizer.load_state_dict(self.resumed["optimizer"])
-            schedule.load_state_dict(self.resumed["schedule"])
-            self.resumed = None  # all of it is in use now
+        if self.restored:
+            optimizer.load_state_dict(self.restored["optimizer"])
+            schedule.load_state_dict(self.restored["schedule"])
+            self.restored = None  # all of it is in use now
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def _copies(self, name: str) -> int:
-        assert self.model is not None
-        return self.model.kv_size_multiplier if name.endswith((".weight_k", ".weight_v")) else 1

@@ -1,25 +1,26 @@
 """Which slice of which HF tensor each tensor-parallel rank holds, in NxD's layout.
 
-Everything that cuts weights or puts them together again reads the one table that `shard_pieces` returns. It is
-pure arithmetic: no torch, so that the rules can be checked before anything is downloaded.
+`shard_slices` cuts the table of `trnlora.model.tensors`; everything that cuts weights or puts them together again reads
+it. Pure arithmetic: no torch, so that the rules can be checked before anything is downloaded.
 
 Sources: NxD 2.29, `scripts/checkpoint_converter.py` and `modules/qkv_linear.py`. On trn2 the table is *not* what
 NxD's converter writes where kv_size_multiplier > 1: the converter repeats K and V as K0,K1,…,K0,K1,… beside
 queries in their original order, so that a rank's queries meet another group's keys. `qkv_linear.py` and NxD's
-KV groups on trn2 have each KV head on adjacent ranks (K0,K0,…,K1,K1,…), and so have we.
+KV groups on trn2 have each KV head on adjacent ranks (K0,K0,…,K1,K1,…), and so does this table.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from trnlora.model.config import LlamaConfig
 from trnlora.errors import UserError
-from trnlora.params import Convert, Lora
+from trnlora.model.config import LlamaConfig
+from trnlora.model.tensors import Cut, hf_shapes, model_tensors
+from trnlora.params import Convert
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Slice:
     """Rows (dim 0) or columns (dim 1) [start, stop) of one HF tensor; dim None: the whole tensor."""
 
     hf_key: str
@@ -120,85 +121,55 @@ def kv_replica_groups(model: LlamaConfig, convert: Convert) -> list[list[int]]:
     return [[rank for rank, kv in enumerate(heads) if kv == group] for group in dict.fromkeys(heads)]
 
 
-def head_pieces(hf_key: str, heads: Sequence[int], head_dim: int, dim: int) -> list[Piece]:
-    """The slices of a per-head HF tensor that `heads` need, neighbours joined."""
-    pieces: list[Piece] = []
+def head_blocks(heads: Sequence[int], head_dim: int) -> list[tuple[int, int]]:
+    """[start, stop) of the rows (or columns) that these heads take up, adjacent heads joined."""
+    blocks: list[tuple[int, int]] = []
     for head in heads:
-        if pieces and pieces[-1].stop == head * head_dim:
-            pieces[-1] = dataclasses.replace(pieces[-1], stop=(head + 1) * head_dim)
+        start, stop = head * head_dim, (head + 1) * head_dim
+        if blocks and blocks[-1][1] == start:
+            blocks[-1] = (blocks[-1][0], stop)
         else:
-            pieces.append(Piece(hf_key, dim, head * head_dim, (head + 1) * head_dim))
-    return pieces
+            blocks.append((start, stop))
+    return blocks
 
 
-def shard_pieces(model: LlamaConfig, convert: Convert, rank: int) -> dict[str, list[Piece]]:
-    """NxD's tensors of one rank, each as the HF pieces that are concatenated (along their dim) to make it.
+def rank_blocks(cut: Cut, size: int, config: LlamaConfig, convert: Convert, rank: int) -> list[tuple[int, int]]:
+    """[start, stop) along the cut dimension, of `size`, that `rank` holds, in the order in which it holds them."""
+    if cut is Cut.WHOLE:
+        return [(0, size)]
+    if cut in (Cut.ROWS, Cut.COLUMNS):
+        part = size // convert.tp_size
+        return [(rank * part, (rank + 1) * part)]
+    heads = heads_of_rank(config, convert, rank)
+    return head_blocks(heads.kv if cut is Cut.KV_ROWS else heads.q, config.head_dim)
+
+
+def shard_slices(config: LlamaConfig, convert: Convert, rank: int) -> dict[str, list[Slice]]:
+    """NxD's tensors of one rank, each as the slices of HF tensors that are concatenated (along their dim) to make it.
 
     Shapes for tensor parallel tp, hidden size H, vocabulary V, MLP I, head size D, and per rank q query heads and
-    k key/value heads: embed_tokens and lm_head (V/tp, H), weight_q (q·D, H), weight_k and weight_v (k·D, H) or the
-    three fused as weight_qkv, o_proj (H, q·D), gate_up_proj (2·I/tp, H) as gate then up, down_proj (H, I/tp);
-    norms whole. Tied embeddings: lm_head is cut from embed_tokens, since NxD's model has both.
+    k key/value heads: embed_tokens and lm_head (V/tp, H), weight_q (q·D, H), weight_k and weight_v (k·D, H),
+    o_proj (H, q·D), gate_up_proj (2·I/tp, H) as gate then up, down_proj (H, I/tp); norms whole.
     """
-    tp, head_dim = convert.tp_size, model.head_dim
-    heads = heads_of_rank(model, convert, rank)
-
-    def block(hf_key: str, size: int, dim: int) -> Piece:
-        return Piece(hf_key, dim, rank * (size // tp), (rank + 1) * (size // tp))
-
-    embeddings = "model.embed_tokens.weight"
-    table = {embeddings: [block(embeddings, model.vocab_size, 0)]}
-    for index in range(model.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        qkv = {
-            "weight_q": head_pieces(f"{attention}.q_proj.weight", heads.q, head_dim, 0),
-            "weight_k": head_pieces(f"{attention}.k_proj.weight", heads.kv, head_dim, 0),
-            "weight_v": head_pieces(f"{attention}.v_proj.weight", heads.kv, head_dim, 0),
-        }
-        if convert.fuse_qkv:
-            qkv = {"weight_qkv": [piece for pieces in qkv.values() for piece in pieces]}
-        table[f"{layer}.input_layernorm.weight"] = [Piece(f"{layer}.input_layernorm.weight")]
-        table.update({f"{attention}.qkv_proj.{name}": pieces for name, pieces in qkv.items()})
-        table[f"{attention}.o_proj.weight"] = head_pieces(f"{attention}.o_proj.weight", heads.q, head_dim, 1)
-        table[f"{layer}.post_attention_layernorm.weight"] = [Piece(f"{layer}.post_attention_layernorm.weight")]
-        table[f"{mlp}.gate_up_proj.weight"] = [
-            block(f"{mlp}.gate_proj.weight", model.intermediate_size, 0),
-            block(f"{mlp}.up_proj.weight", model.intermediate_size, 0),
-        ]
-        table[f"{mlp}.down_proj.weight"] = [block(f"{mlp}.down_proj.weight", model.intermediate_size, 1)]
-    table["model.norm.weight"] = [Piece("model.norm.weight")]
-    table["lm_head.weight"] = [
-        block(embeddings if model.tie_word_embeddings else "lm_head.weight", model.vocab_size, 0)
-    ]
+    table: dict[str, list[Slice]] = {}
+    for tensor in model_tensors(config):
+        slices = table.setdefault(tensor.nxd_key, [])
+        dim = tensor.cut.dim
+        if dim is None:
+            slices.append(Slice(tensor.hf_key))
+        else:
+            blocks = rank_blocks(tensor.cut, tensor.shape[dim], config, convert, rank)
+            slices += [Slice(tensor.hf_key, dim, start, stop) for start, stop in blocks]
     return table
 
 
-def hf_shapes(model: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the HF folder and its shape, in the order of the model. Tied embeddings have no lm_head."""
-    hidden, mlp = model.hidden_size, model.intermediate_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for index in range(model.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes |= {
-            f"{layer}.input_layernorm.weight": (hidden,),
-            f"{layer}.self_attn.q_proj.weight": (q, hidden),
-            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
-            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
-            f"{layer}.self_attn.o_proj.weight": (hidden, q),
-            f"{layer}.post_attention_layernorm.weight": (hidden,),
-            f"{layer}.mlp.gate_proj.weight": (mlp, hidden),
-            f"{layer}.mlp.up_proj.weight": (mlp, hidden),
-            f"{layer}.mlp.down_proj.weight": (hidden, mlp),
-        }
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
+def shard_shapes(config: LlamaConfig, convert: Convert, rank: int) -> dict[str, tuple[int, ...]]:
+    """NxD's tensors of one rank and their shapes."""
+    whole = hf_shapes(config)
+    shapes = {}
+    for name, slices in shard_slices(config, convert, rank).items():
+        shape = list(whole[slices[0].hf_key])
+        if slices[0].dim is not None:
+            shape[slices[0].dim] = sum(part.stop - part.start for part in slices)
+        shapes[name] = tuple(shape)
     return shapes
-
-
-def trainable_parameters(config: LlamaConfig, kv_size_multiplier: int, tp_size: int, lora: Lora) -> int:
-    """Number of trainable values on one rank: A (r, H) and this rank's rows of the three Bs, in every layer."""
-    q_rows = config.num_attention_heads * config.head_dim // tp_size
-    kv_rows = config.num_key_value_heads * config.head_dim * kv_size_multiplier // tp_size
-    return config.num_hidden_layers * lora.r * (config.hidden_size + q_rows + 2 * kv_rows)

@@ -1,7 +1,8 @@
 """Move a model between its HF tensors and NxD's shards, a block of rows at a time, in either direction.
 
 A block of an HF tensor is read once and written to every rank that holds part of it (or filled from the ranks and
-written once), so memory is THREADS × buffer_bytes whatever the model, and each byte is touched as a copy would.
+written once), so memory is THREADS × buffer_bytes whatever the model's size, and each byte is moved as often as a plain
+copy moves it.
 """
 
 import dataclasses
@@ -12,41 +13,44 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from trnlora.model.config import LlamaConfig
-from trnlora.weights.storage import StoredTensor
 from trnlora.errors import UserError
-from trnlora.weights.nxd_layout import Piece
+from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert
+from trnlora.weights.nxd_layout import Slice
+from trnlora.weights.storage import StoredTensor
 
-THREADS = 8  # more than cores: at any moment most of them wait for the disk
+THREADS = 8  # more than cores: most of them wait for the disk at any moment
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A piece of an HF tensor within a rank's tensor, where it begins at row `start`."""
+class RankSlice:
+    """A slice of an HF tensor within a rank's tensor, where it begins at row `start`."""
 
     tensor: StoredTensor
-    piece: Piece
+    slice: Slice
     start: int
 
 
-def parts_of_hf_tensors(
-    tables: Sequence[Mapping[str, list[Piece]]], ranks: Sequence[Mapping[str, StoredTensor]]
-) -> dict[str, list[Part]]:
-    """Every rank's parts of each HF tensor. tables: `trnlora.weights.nxd_layout.shard_pieces` of each rank."""
-    parts: dict[str, list[Part]] = defaultdict(list)
+def slices_of_hf_tensors(
+    tables: Sequence[Mapping[str, list[Slice]]], ranks: Sequence[Mapping[str, StoredTensor]]
+) -> dict[str, list[RankSlice]]:
+    """Every rank's slices of each HF tensor. tables: `trnlora.weights.nxd_layout.shard_slices` of each rank."""
+    parts: dict[str, list[RankSlice]] = defaultdict(list)
     for table, tensors in zip(tables, ranks, strict=True):
-        for name, pieces in table.items():
-            assert len(pieces) == 1 or pieces[0].dim == 0, "a rank's columns are one piece: its heads are neighbours"
+        for name, slices in table.items():
+            assert len(slices) == 1 or slices[0].dim == 0, "a rank's columns are one slice: its heads are adjacent"
             start = 0
-            for piece in pieces:
-                parts[piece.hf_key].append(Part(tensors[name], piece, start))
-                start += piece.stop - piece.start
+            for cut in slices:
+                parts[cut.hf_key].append(RankSlice(tensors[name], cut, start))
+                start += cut.stop - cut.start
     return dict(parts)
 
 
-def scatter(block: np.ndarray, first: int, parts: Sequence[Part]) -> int:
-    """Write rows `first`… of an HF tensor to every rank that holds them; the number of bytes written."""
+def scatter(block: np.ndarray, first: int, parts: Sequence[RankSlice]) -> int:
+    """Write the block, which begins at row `first` of an HF tensor, to every rank that holds part of it.
+
+    Returns the number of bytes written.
+    """
     written = 0
     for part in parts:
         mine, rows = _overlap(block, first, part)
@@ -56,8 +60,8 @@ def scatter(block: np.ndarray, first: int, parts: Sequence[Part]) -> int:
     return written
 
 
-def gather(block: np.ndarray, first: int, parts: Sequence[Part]) -> None:
-    """Fill rows `first`… of an HF tensor (uint8) from the ranks.
+def gather(block: np.ndarray, first: int, parts: Sequence[RankSlice]) -> None:
+    """Fill the block (uint8), which begins at row `first` of an HF tensor, from the ranks.
 
     Raises UserError where ranks that hold copies of the same rows (KV heads, norms) differ.
     """
@@ -67,27 +71,27 @@ def gather(block: np.ndarray, first: int, parts: Sequence[Part]) -> None:
         if not mine.size:
             continue
         found = part.tensor.read_rows(rows, rows + len(mine))
-        if part.piece.dim == 1:  # columns: no two ranks hold the same
+        if part.slice.dim == 1:  # columns: no two ranks hold the same
             mine[:] = found
             continue
-        begin = max(part.piece.start - first, 0)
+        begin = max(part.slice.start - first, 0)
         known = filled[begin : begin + len(mine)]
         if not np.array_equal(mine[known], found[known]):
-            raise UserError(f"ranks hold different copies of {part.piece.hf_key}: the shards are not of one model")
+            raise UserError(f"ranks hold different copies of {part.slice.hf_key}: the shards are of different models")
         mine[:] = found
         known[:] = True
 
 
-def _overlap(block: np.ndarray, first: int, part: Part) -> tuple[np.ndarray, int]:
+def _overlap(block: np.ndarray, first: int, part: RankSlice) -> tuple[np.ndarray, int]:
     """The view of the block (rows, bytes) that the part holds, and its first row within the rank's tensor."""
-    piece = part.piece
-    if piece.dim == 1:
-        item = part.tensor.row_bytes // (piece.stop - piece.start)
-        return block[:, piece.start * item : piece.stop * item], first
-    if piece.dim is None:
+    cut = part.slice
+    if cut.dim == 1:
+        item = part.tensor.row_bytes // (cut.stop - cut.start)
+        return block[:, cut.start * item : cut.stop * item], first
+    if cut.dim is None:
         return block, first
-    low, high = max(first, piece.start), min(first + len(block), piece.stop)
-    return block[max(0, low - first) : max(0, high - first)], part.start + low - piece.start
+    low, high = max(first, cut.start), min(first + len(block), cut.stop)
+    return block[max(0, low - first) : max(0, high - first)], part.start + low - cut.start
 
 
 def each_block(
@@ -97,9 +101,9 @@ def each_block(
 ) -> Iterator[int]:
     """Call work(name, tensor, first row, block) for blocks of at most `buffer_bytes`, in THREADS threads.
 
-    block: uint8 (rows, row_bytes) to work in, with what an earlier call left in it: fresh memory for each block would
-    cost as much time as a copy of it, for the kernel clears it. Yields what each call returns. (Reading, writing and
-    copying bytes release Python's lock.)
+    block: a uint8 buffer (rows, row_bytes) that is reused and not cleared: fresh memory for each block would cost as much
+    time as copying it, because the kernel zeroes it. Yields what each call returns. (Reading, writing and copying bytes
+    release the GIL.)
     """
     own = threading.local()
 
@@ -123,24 +127,18 @@ def each_block(
             raise
 
 
-def kv_order(ranks: Sequence[Mapping[str, StoredTensor]], model: LlamaConfig, convert: Convert) -> str:
-    """Whose order the KV heads of these shards are in, trn1's or trn2's, told by which ranks hold equal keys.
+def kv_order(ranks: Sequence[Mapping[str, StoredTensor]], config: LlamaConfig, convert: Convert) -> str:
+    """Whether the KV heads of these shards are in trn1's or trn2's order, from which ranks hold equal keys.
 
-    Where it cannot be told (no copies, or all heads alike) it is what `convert` says.
+    Returns convert.hw_backend where that does not tell (no copies, or all heads equal).
     """
-    kv_heads, repeat = model.num_key_value_heads, convert.kv_size_multiplier
+    kv_heads, repeat = config.num_key_value_heads, convert.kv_size_multiplier
     if repeat == 1 or kv_heads == 1 or kv_heads * repeat != convert.tp_size:
         return convert.hw_backend
-    qkv = "model.layers.0.self_attn.qkv_proj"
-    rows = model.num_attention_heads // convert.tp_size * model.head_dim
-    keys = []
-    for rank in ranks:
-        if f"{qkv}.weight_qkv" in rank:
-            keys.append(rank[f"{qkv}.weight_qkv"].read_rows(rows, rows + model.head_dim))
-        else:
-            keys.append(rank[f"{qkv}.weight_k"].read_rows(0, model.head_dim))
-    neighbours = all(np.array_equal(keys[rank], keys[rank - rank % repeat]) for rank in range(convert.tp_size))
+    key = "model.layers.0.self_attn.qkv_proj.weight_k"
+    keys = [rank[key].read_rows(0, config.head_dim) for rank in ranks]
+    adjacent = all(np.array_equal(keys[rank], keys[rank - rank % repeat]) for rank in range(convert.tp_size))
     rounds = all(np.array_equal(keys[rank], keys[rank % kv_heads]) for rank in range(convert.tp_size))
-    if neighbours == rounds:
+    if adjacent == rounds:
         return convert.hw_backend
-    return "trn2" if neighbours else "trn1"
+    return "trn2" if adjacent else "trn1"

@@ -1,7 +1,7 @@
-"""Checkpoint files: HF folders of safetensors and NxD's one file a rank, read and written slice by slice.
+"""Weight files: HF folders of safetensors and NxD's one file per rank, read and written a few rows at a time.
 
-Nothing here holds more of a model than a caller asks for: a `StoredTensor` says where in which file a tensor's bytes
-are, and rows of it are read or written in place.
+Nothing here holds more of a model in memory than a caller asks for: a `StoredTensor` says where in which file a tensor's
+bytes are, and rows of it are read or written in place.
 """
 
 import contextlib
@@ -21,12 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
 from trnlora.files import SUMS, atomic_file, read_json, write_json
-from trnlora.weights.nxd_layout import Piece
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")
 
-MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file, as save_pretrained cuts them
+MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file, as save_pretrained splits them
 
 Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # tensors' shapes and dtypes by name
 
@@ -68,7 +67,7 @@ class StoredTensor:
         while view:  # a read may be short
             count = os.preadv(self.fd, [view], position)
             if count == 0:
-                raise UserError("a checkpoint file became shorter while it was read: rerun the stage that writes it")
+                raise UserError("a weight file became shorter while it was read: rerun the stage that writes it")
             view, position = view[count:], position + count
 
     def write_rows(self, start: int, block: np.ndarray) -> None:
@@ -124,20 +123,12 @@ class HFCheckpoint:
             raise UserError(f"{self.folder} has no tensor {key}: fetch the model again (`dvc repro -f fetch_model`)")
         return self.stored[key]
 
-    def spec(self, pieces: list[Piece]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of the NxD tensor that these pieces make."""
-        first = self[pieces[0].hf_key]
-        shape = list(first.shape)
-        if pieces[0].dim is not None:
-            shape[pieces[0].dim] = sum(piece.stop - piece.start for piece in pieces)
-        return tuple(shape), first.dtype
-
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header by tensor, and where the data begin, after checking that the file is whole.
+    """A safetensors file's header by tensor, and the offset of its data, after checking that the file is complete.
 
     The format: an 8-byte little-endian header length, the JSON header, the data.
-    Raises UserError naming the file when it is missing, has no readable header or another length than this says.
+    Raises UserError naming the file when it is missing, has no readable header or a length other than the header says.
     """
     if not path.exists():
         raise UserError(f"{path} is missing: fetch the model again (`dvc repro -f fetch_model`)")
@@ -156,7 +147,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def stored_bytes(specs: Specs) -> int:
-    """The bytes of tensors of these shapes and dtypes."""
+    """Size in bytes of tensors of these shapes and dtypes."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
 
 
@@ -191,7 +182,7 @@ def create_safetensors(path: Path, specs: Specs) -> Iterator[dict[str, StoredTen
 @contextlib.contextmanager
 def create_hf_folder(folder: Path, specs: Specs) -> Iterator[dict[str, StoredTensor]]:
     """Create a model's safetensors in `folder`, to be written in place: one file, or files of at most 5 GB and an
-    index, as transformers' save_pretrained names and cuts them."""
+    index, as transformers' save_pretrained names and splits them."""
     files: list[dict[str, tuple[tuple[int, ...], torch.dtype]]] = [{}]
     filled = 0
     for key, (shape, dtype) in specs.items():
@@ -231,7 +222,7 @@ def create_rank_file(path: Path, specs: Specs) -> Iterator[dict[str, StoredTenso
 
 @contextlib.contextmanager
 def open_rank_file(path: Path) -> Iterator[dict[str, StoredTensor]]:
-    """The tensors of one rank's file, to be read in place. Raises UserError as `load_rank` does."""
+    """The tensors of one rank's file, for reading in place. Raises UserError as `load_rank` does."""
     _check_exists(path)
     with path.open("rb", buffering=0) as file:
         yield _stored_tensors(path, file.fileno())
@@ -247,7 +238,7 @@ def _stored_tensors(path: Path, fd: int) -> dict[str, StoredTensor]:
 
 
 def save_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one rank's flat dict of tensors, whole or not at all."""
+    """Write one rank's flat dict of tensors atomically."""
     with atomic_file(path) as partial:
         torch.save(dict(tensors), partial)
 
@@ -273,5 +264,5 @@ def _load(path: Path, mmap: bool | None = None) -> dict[str, torch.Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}): delete it and run `dvc repro`") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is not a flat dict of tensors: it is no NxD checkpoint of this pipeline")
+        raise UserError(f"{path} is not a flat dict of tensors, so it is not an NxD checkpoint of this pipeline")
     return tensors

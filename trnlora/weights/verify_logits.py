@@ -1,6 +1,7 @@
-"""The proof of a conversion: the sharded model's logits equal HF's, with a layer at a time in memory.
+"""Verify a conversion: the sharded model's logits equal HF's, with one layer at a time in memory.
 
-A round trip back to HF proves nothing (the order that NxD's converter writes for trn2 survives it): both models run.
+A round trip back to HF would prove nothing: the wrong order of heads that NxD's converter writes for trn2 survives it. So
+both models are run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,33 +11,37 @@ import torch
 from torch import Tensor, nn
 
 from trnlora.model.config import LlamaConfig
-from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
-from trnlora.weights.storage import HFCheckpoint, StoredTensor
 from trnlora.model.decoder import Llama
+from trnlora.model.parallel import Backend
+from trnlora.weights.storage import HFCheckpoint, StoredTensor
 
 VOCABULARY_ROWS = 8192  # of the head at a time
 
 
 def max_logits_difference(
-    folder: Path, config: LlamaConfig, ranks: Sequence[Mapping[str, StoredTensor]], kv_size_multiplier: int, ids: Tensor
+    folder: Path,
+    config: LlamaConfig,
+    ranks: Sequence[Mapping[str, StoredTensor]],
+    kv_size_multiplier: int,
+    ids: Tensor,
+    run_ranks: Callable[[Callable[[Backend], Tensor]], list[Tensor]],
 ) -> float:
     """Largest absolute difference of the logits of `ids` (1, T), all layers and the whole vocabulary, in float32.
 
-    folder: the HF folder; ranks: every rank's open shard. Raises UserError when a shard does not fit the model.
+    folder: the HF folder; ranks: every rank's open shard; run_ranks: calls a function with the backend of every rank at
+    once and returns the results in the order of ranks. Raises UserError when a shard does not fit the model.
     """
     positions = torch.arange(ids.shape[1])[None]
 
     @torch.no_grad()
-    def rank_logits(backend: TorchBackend) -> Tensor:
+    def rank_logits(backend: Backend) -> Tensor:
         tensors = ranks[backend.tp_rank]
         model = Llama.empty(config, backend, kv_size_multiplier)
         model.check_shard({name: tensor.shape for name, tensor in tensors.items()})
         stream_weights(model, lambda name: tensors[name].read().float())
         return model.logits(model(ids, positions, torch.ones_like(ids)))  # (1, T, V/tp)
 
-    # KV groups reduce gradients only, and there are none here: each rank is its own.
-    backends = thread_backends([[rank] for rank in range(len(ranks))])
-    sharded = torch.cat(run_as_threads(backends, rank_logits), dim=-1)
+    sharded = torch.cat(run_ranks(rank_logits), dim=-1)
 
     largest = torch.zeros(())
     with HFCheckpoint(folder) as checkpoint:
@@ -66,7 +71,7 @@ def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
 
 
 def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Let each module's own parameters exist only while it runs: `read(full name)` before, none after."""
+    """Load each module's own parameters with `read(full name)` just before it runs, and drop them right after."""
     for prefix, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if not names:

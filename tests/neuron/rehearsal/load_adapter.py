@@ -8,11 +8,11 @@ from neuronx_distributed.modules.lora import LoraConfig
 from neuronx_distributed.parallel_layers import parallel_state
 
 from trnlora import paths
-from trnlora.model.config import LlamaConfig
 from trnlora.backends import nxd as neuron
-from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file
+from trnlora.model.config import LlamaConfig
 from trnlora.model.decoder import Llama
 from trnlora.params import load_params
+from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file
 
 params = load_params()
 dist.init_process_group("gloo")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from trnlora.training import module as finetuner
-from trnlora.errors import run
 from trnlora.backends.mkl import settle_vector_math
+from trnlora.errors import run
+from trnlora.training import module as finetuner
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "stages"))
 import finetune_lora

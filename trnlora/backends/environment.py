@@ -1,0 +1,13 @@
+"""The Python and the environment variables that a backend's training processes need. Imports no torch."""
+
+from trnlora.backends import nxd_environment
+from trnlora.params import Params
+
+
+def enter(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
+    """Rerun this script in the environment of params.backend, if it needs another than the present one.
+
+    first_address: of the first node, where all meet. Raises UserError when that environment is not usable.
+    """
+    if params.backend == "nxd":
+        nxd_environment.rerun_in_neuron_environment(params, ranks_per_node, num_nodes, first_address)

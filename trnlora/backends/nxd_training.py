@@ -1,0 +1,203 @@
+"""Training with NxD on torch_xla: model, groups, strategy, adapter. See `trnlora.backends.training.TrainingBackend`.
+
+Written against neuronx_distributed 0.18 (Neuron SDK 2.29). tests/neuron runs this file against NxD's own Python code on
+a CPU; no part of it has been run on a device.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import neuronx_distributed as nxd
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+import torch_xla.core.xla_model as xm
+from neuronx_distributed.modules.lora import LoraConfig
+from neuronx_distributed.parallel_layers import parallel_state as state
+from neuronx_distributed.utils import cpu_mode
+from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.plugins import Precision
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch_xla.distributed.parallel_loader import MpDeviceLoader
+
+from trnlora.backends.nxd import NxdBackend, NxdLoraModel
+from trnlora.errors import UserError
+from trnlora.model.config import LlamaConfig
+from trnlora.model.decoder import Llama
+from trnlora.params import Params
+from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
+
+SUM_DTYPE = torch.float32  # Neuron has no float64
+GROUPS_CARRY_OBJECTS = False
+
+
+def computes() -> bool:
+    return "NEURON_EXTRACT_GRAPHS_ONLY" not in os.environ  # neuron_parallel_compile sets it
+
+
+def build_model(
+    mesh: "NxdMesh", params: Params, config: LlamaConfig, shards: Path, kv_groups: list[list[int]]
+) -> Llama:
+    """As `TrainingBackend.build_model`. Raises UserError also when NxD's KV groups are not `kv_groups`."""
+    _check_kv_groups(kv_groups)
+    backend = NxdBackend(params.neuron, mesh.nxd_config)
+    model = Llama.empty(config, backend, params.convert.kv_size_multiplier)
+    with open_rank_file(rank_file(shards, PRETRAINED_TAG, backend.tp_rank)) as stored:
+        model.check_shard({name: tensor.shape for name, tensor in stored.items()})
+    model.to(getattr(torch, params.model.dtype)).to_empty(device=xm.xla_device())
+    nxd.load_checkpoint(str(shards), tag=PRETRAINED_TAG, model=model, strict=True)
+    lora = params.lora
+    backend.adapter = NxdLoraModel(
+        model,
+        LoraConfig(
+            lora_rank=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=list(lora.target_modules),
+            # NxD's default True keeps the first 1/kv_size_multiplier of every lora_B's rows, weight_q's too.
+            merge_sharded_lora=False,
+        ),
+    )
+    backend.adapter.is_config_saved = True  # the stage writes it, beside the shards
+    return model
+
+
+def _check_kv_groups(kv_groups: list[list[int]]) -> None:
+    """NxD adds up the gradients of k and v over groups of world ranks that it makes independently of its tensor-parallel
+    groups. The two must agree, or gradients of different heads are added up."""
+    ranks = next(group for group in state.get_tensor_model_parallel_replica_groups() if dist.get_rank() in group)
+    expected = {tuple(ranks[rank] for rank in group) for group in kv_groups}
+    found = {tuple(group) for group in state.get_kv_shared_replica_groups() if group[0] in ranks}
+    if found != expected:
+        raise UserError(
+            f"NxD adds KV gradients over the ranks {sorted(found)}, equal heads are on {sorted(expected)}: "
+            "run on the hardware that convert.hw_backend names, or choose another convert.tp_size"
+        )
+
+
+def save_adapter(folder: Path, model: Llama) -> None:
+    backend: Any = model.backend
+    nxd.save_checkpoint(str(folder), tag=LORA_TAG, model=backend.adapter)
+
+
+def _nxd_config(params: Params) -> dict[str, Any]:
+    """NxD's own configuration. When the process group exists, this call creates NxD's groups too."""
+    return nxd.neuronx_distributed_config(
+        tensor_parallel_size=params.convert.tp_size,
+        # ZeRO-1 is off: an adapter's optimizer state is a few megabytes a rank. Clipping is the trainer's: NxD's norm
+        # counts a KV head once for each of its kv_size_multiplier copies, so that it would depend on the cut.
+        optimizer_config={"zero_one_enabled": False, "grad_clipping": False},
+        sequence_parallel=params.neuron.sequence_parallel,
+        # The adapter is float32 whatever the model's dtype: it is its own master weight.
+        mixed_precision_config={"use_master_weights": False, "use_fp32_grad_acc": False},
+        # Which cores are neighbours depends on it: with 2, tp 32 on 64 cores, the replicas are ranks 0…15, 48…63 and
+        # 16…47. NxD's default, 1, gives 0…31 and 32…63, which it says cannot talk to each other (parallel_state.py).
+        lnc_size=params.neuron.logical_core_size,
+    )
+
+
+class NxdMesh:
+    """The part of torch's DeviceMesh that the trainer uses, over NxD's groups."""
+
+    def __init__(self, nxd_config: dict[str, Any], get_group: Callable[[], dist.ProcessGroup] | None = None):
+        self.nxd_config = nxd_config
+        self.get_group = get_group
+
+    def __getitem__(self, dim: str) -> "NxdMesh":
+        groups = {
+            "data_parallel": state.get_data_parallel_group,
+            "tensor_parallel": state.get_tensor_model_parallel_group,
+        }
+        return NxdMesh(self.nxd_config, groups[dim])
+
+
+# Lightning ----------------------------------------------------------------------------------------------------------
+# NxD's own strategy needs the package `lightning` beside pytorch_lightning, and manual optimization: its precision plugin
+# drops the closure in which Lightning computes the gradients. What it does with NxD is done here.
+
+
+def trainer_placement(params: Params) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="neuronx_distributed")
+    return {"accelerator": NeuronAccelerator(), "strategy": NxdStrategy(params), "plugins": [NxdPrecision()]}
+
+
+class NeuronAccelerator(Accelerator):
+    """One logical NeuronCore per process."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
+
+    @staticmethod
+    def parse_devices(devices: int) -> int:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: int) -> list[torch.device]:
+        return [xm.xla_device()] * devices
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return "neuron"
+
+
+class NxdPrecision(Precision):
+    """Runs a step in the order that NxD's optimizer wants."""
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        loss = closure()  # forward and backward; NxDOptimizer would reduce the gradients before it called this
+        # NxDOptimizer.step reduces gradients over the replicas and steps in one call. What Lightning does between the
+        # two (the module's hook before a step, clipping) runs in a hook there.
+        hook = optimizer.optimizer.register_step_pre_hook(lambda *_: self._after_closure(model, optimizer))
+        optimizer.step()
+        hook.remove()
+        xm.mark_step()
+        return loss
+
+
+class NxdStrategy(ModelParallelStrategy):
+    """Lightning over NxD's data- and tensor-parallel groups."""
+
+    def __init__(self, params: Params):
+        super().__init__(data_parallel_size=params.train.dp_size, tensor_parallel_size=params.convert.tp_size)
+        self.params = params
+
+    @property
+    def root_device(self) -> torch.device:
+        return xm.xla_device()
+
+    def setup_environment(self) -> None:
+        self.set_world_ranks()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if cpu_mode() else "xla", rank=self.global_rank, world_size=self.world_size)
+        self._device_mesh = NxdMesh(_nxd_config(self.params))  # type: ignore[assignment]
+        state.initialize_kv_group(self.params.convert.kv_size_multiplier)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def process_dataloader(self, dataloader: Any) -> MpDeviceLoader:
+        """Prefetches to the device, and ends a graph after each micro-batch."""
+        loader = MpDeviceLoader(dataloader, self.root_device)
+        loader.dataset, loader.batch_sampler = dataloader.dataset, None  # Lightning reads them
+        return loader
+
+    def barrier(self, name: str | None = None) -> None:
+        xm.rendezvous(name or "barrier")
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj  # Lightning asks for paths, which are the same on every rank

@@ -1,0 +1,43 @@
+"""Training on torch.distributed: gloo on a CPU, nccl on a GPU. See `trnlora.backends.training.TrainingBackend`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import ModelParallelStrategy
+
+from trnlora.backends.torch import process_backend
+from trnlora.model.config import LlamaConfig
+from trnlora.model.decoder import Llama
+from trnlora.model.lora import adapter_state, add_lora
+from trnlora.params import Params
+from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
+
+SUM_DTYPE = torch.float64
+GROUPS_CARRY_OBJECTS = True
+
+
+def trainer_placement(params: Params) -> dict[str, Any]:
+    strategy = ModelParallelStrategy(
+        data_parallel_size=params.train.dp_size, tensor_parallel_size=params.convert.tp_size
+    )
+    return {"accelerator": "gpu" if params.backend == "cuda" else "cpu", "strategy": strategy}
+
+
+def build_model(mesh: Any, params: Params, config: LlamaConfig, shards: Path, kv_groups: list[list[int]]) -> Llama:
+    backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, params.train.dp_size)
+    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
+    model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+    add_lora(model, params.lora)
+    model.recompute_layers = params.train.activation_checkpointing
+    return model
+
+
+def save_adapter(folder: Path, model: Llama) -> None:
+    if dist.get_rank() < model.backend.tp_size:  # data-parallel replicas hold equal adapters
+        save_rank(rank_file(folder, LORA_TAG, model.backend.tp_rank), adapter_state(model))
+
+
+def computes() -> bool:
+    return True

@@ -1,0 +1,299 @@
+"""One training run, from the inputs on disk to the adapter's shards and the metrics. Runs on every rank."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from dvclive import Live
+from torch import Tensor
+
+from trnlora import paths
+from trnlora.backends.training import TrainingBackend, training_backend
+from trnlora.errors import UserError
+from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, write_json, write_sums
+from trnlora.metrics import write_metrics
+from trnlora.model.config import LlamaConfig
+from trnlora.model.decoder import Llama
+from trnlora.model.lora import init_lora_a
+from trnlora.model.targets import adapter_tensors, trainable_parameters_per_rank
+from trnlora.params import Params
+from trnlora.training import checkpoints, cluster
+from trnlora.training.batches import read_packed_rows, source_lines
+from trnlora.training.checkpoints import Checkpoints, ResumePoint
+from trnlora.training.module import LoraFinetuner, NotFinite
+from trnlora.training.progress import TrainingProgress
+from trnlora.weights.adapter_shards import nxd_adapter_config
+from trnlora.weights.storage import PRETRAINED_TAG, rank_file
+
+CURVES = paths.PLOTS / "training"
+# A run may resume with other values of these: they change the result by about 1e-5 at most, or not at all.
+NOT_PART_OF_THE_RUN = {"checkpoint_every_steps", "checkpoints_kept", "dp_size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the run reads. Rows as `read_packed_rows` returns them; digests by file name."""
+
+    train_rows: dict[str, Tensor]
+    validation_rows: dict[str, Tensor]
+    steps_per_epoch: int
+    total_steps: int
+    digests: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What all ranks have agreed on before training: where checkpoints are kept, and where to resume."""
+
+    folder: Path
+    resume: ResumePoint | None
+    addresses: list[str]  # of all nodes
+
+    @property
+    def step(self) -> int:
+        return self.resume.step if self.resume else 0
+
+
+def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]], resume_from: Path | None) -> None:
+    """Train the adapter and write its shards, the curves and the metrics. Called on every rank.
+
+    kv_groups: ranks that hold the same KV heads; resume_from: a checkpoint to resume from, whatever code has made it.
+    Raises UserError for damaged or missing inputs, a loss that is not finite, and a node that is lost.
+    """
+    quiet_lightning()
+    backend = training_backend(params.backend)
+    inputs = read_inputs(params)
+    start = agree_on_start(params, inputs, resume_from)
+    curves = open_curves(start)
+    module = LoraFinetuner(
+        build=functools.partial(build_model, backend, params, config, kv_groups),
+        train=params.train,
+        adapter=adapter_tensors(config, params.lora.target_modules, params.lora.r),
+        train_rows=inputs.train_rows,
+        validation_rows=inputs.validation_rows,
+        total_steps=inputs.total_steps,
+        step=start.step,
+        restore=functools.partial(restore, backend, start.resume) if start.resume else None,
+        sum_dtype=backend.SUM_DTYPE,
+        check_finite=backend.computes(),
+    )
+    progress = TrainingProgress(inputs.total_steps, curves, **(start.resume.progress if start.resume else {}))
+    trainer = make_trainer(params, backend, inputs, start, module, progress)
+    started = time.perf_counter()
+    # The output folder is locked from the start, so that no second run writes it.
+    with cluster.name_lost_nodes(start.addresses):
+        with adapter_folder():
+            fit(trainer, module, start)
+            if curves:
+                curves.end()
+            save_adapter(backend, params, module)
+        write_results(params, config, inputs, trainer, progress, time.perf_counter() - started)
+    if is_first():
+        shutil.rmtree(start.folder.parent)  # the run is complete: started again, it trains again
+    dist.barrier()  # no rank exits while another still communicates
+
+
+def is_first() -> bool:
+    """Whether this is the rank that writes what is not per rank."""
+    return os.environ["RANK"] == "0"
+
+
+def quiet_lightning() -> None:
+    """Hide Lightning's banner and its advice on data loaders and logging, which does not fit tensor-parallel ranks."""
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+
+def read_inputs(params: Params) -> Inputs:
+    """Check and read the packed rows, check this rank's shard, and count the optimizer steps."""
+    if cluster.num_nodes() > 1:
+        # torchrun has started the ranks, perhaps for other params.
+        cluster.processes_per_node(cluster.num_nodes(), params.convert.tp_size, params.train.dp_size)
+        cluster.choose_interface()
+    check_sums(paths.MODEL, "fetch_model", [paths.MODEL_CONFIG.name])
+    check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet"])
+    shard = rank_file(paths.SHARDS, PRETRAINED_TAG, int(os.environ["RANK"]) % params.convert.tp_size)
+    check_sums(paths.SHARDS, "convert_nxd", [str(shard.relative_to(paths.SHARDS))])
+    train_rows = read_packed_rows(paths.PREPARED / "train.parquet")
+    steps_per_epoch = -(-len(train_rows["labels"]) // params.train.global_batch_size)
+    total_steps = steps_per_epoch * params.train.epochs
+    if params.train.max_steps is not None:
+        total_steps = min(total_steps, params.train.max_steps)
+    return Inputs(
+        train_rows,
+        read_packed_rows(paths.PREPARED / "validation.parquet"),
+        steps_per_epoch,
+        total_steps,
+        {str(file): sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)},
+    )
+
+
+def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> Start:
+    """Check that all nodes have the same inputs, and let the first rank choose the checkpoint to resume from."""
+    folder = checkpoints.run_folder(
+        {
+            "backend": params.backend,
+            "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
+            "lora": params.lora.model_dump(),
+            "train": params.train.model_dump(exclude=NOT_PART_OF_THE_RUN),
+            "inputs": inputs.digests,
+        }
+    )
+    found = checkpoints.find(folder, resume_from) if is_first() else None
+    mine = dataclasses.asdict(ResumePoint.read(found)) if found else None
+    addresses = cluster.check_same_inputs(inputs.digests | {"params.yaml": params.model_dump_json()})
+    agreed = cluster.broadcast_from_first(mine)
+    resume = ResumePoint(**agreed) if agreed else None
+    if resume and is_first():
+        print(f"resuming from step {resume.step} of {inputs.total_steps} ({resume.folder})", flush=True)
+        if (resume.replicas, resume.threads) != (params.train.dp_size, torch.get_num_threads()):
+            print(
+                f"that checkpoint was made with {resume.replicas} replicas × {resume.threads} threads per rank, this run "
+                f"has {params.train.dp_size} × {torch.get_num_threads()}: results may differ from those of an "
+                "uninterrupted run in the last digits"
+            )
+    return Start(folder, resume, addresses)
+
+
+def open_curves(start: Start) -> Live | None:
+    """DVCLive's curves, on the first rank; those of a resumed run as they were at the checkpoint."""
+    if not is_first():
+        return None
+    if start.resume:
+        checkpoints.restore_curves(Path(start.resume.folder), CURVES)
+    return Live(str(CURVES), resume=start.resume is not None, dvcyaml=None, save_dvc_exp=False)
+
+
+def build_model(
+    backend: TrainingBackend, params: Params, config: LlamaConfig, kv_groups: list[list[int]], mesh: Any
+) -> Llama:
+    """This rank's model with a new adapter. mesh: the strategy's, with the dims data_parallel and tensor_parallel."""
+    model = backend.build_model(mesh, params, config, paths.SHARDS, kv_groups)
+    init_lora_a(model, params.train.seed)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    expected = trainable_per_rank(params, config)
+    assert trainable == expected, f"{trainable} trainable parameters on a rank, expected {expected}"
+    return model
+
+
+def trainable_per_rank(params: Params, config: LlamaConfig) -> int:
+    table = adapter_tensors(config, params.lora.target_modules, params.lora.r)
+    return trainable_parameters_per_rank(table, params.convert.tp_size, params.convert.kv_size_multiplier)
+
+
+def restore(backend: TrainingBackend, resume: ResumePoint, mesh: Any) -> dict[str, Any]:
+    return resume.restore(mesh, backend.GROUPS_CARRY_OBJECTS)
+
+
+def make_trainer(
+    params: Params,
+    backend: TrainingBackend,
+    inputs: Inputs,
+    start: Start,
+    module: LoraFinetuner,
+    progress: TrainingProgress,
+) -> pl.Trainer:
+    """Lightning's Trainer, set to continue at the step where the run resumes."""
+    train = params.train
+    saving = Checkpoints(start.folder, progress, train.checkpoint_every_steps, train.checkpoints_kept)
+
+    def on_fit_start(*_: Any) -> None:  # all ranks have their models
+        if cluster.num_nodes() > 1:
+            cluster.limit_waiting([dist.group.WORLD, module.dp_group])
+
+    trainer = pl.Trainer(
+        **backend.trainer_placement(params),
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=cluster.num_nodes(),
+        max_epochs=train.epochs,
+        max_steps=inputs.total_steps,
+        accumulate_grad_batches=train.global_batch_size // (train.micro_batch_size * train.dp_size),
+        # The whole validation set once before the first step: the base model's loss. A resumed run has it already.
+        num_sanity_val_steps=0 if start.resume else -1,
+        reload_dataloaders_every_n_epochs=1,  # each epoch has its own order
+        use_distributed_sampler=False,  # MicroBatches splits the rows among the replicas
+        enable_checkpointing=False,  # Lightning's holds the whole model, and not the position within an epoch
+        enable_progress_bar=False,  # TrainingProgress, which also counts tokens
+        enable_model_summary=False,
+        callbacks=[progress, saving, pl.callbacks.LambdaCallback(on_fit_start=on_fit_start)],
+        logger=False,  # TrainingProgress keeps the curves
+    )
+    checkpoints.fast_forward(trainer, start.step, inputs.steps_per_epoch)
+    return trainer
+
+
+def adapter_folder() -> contextlib.AbstractContextManager[Any]:
+    """The output folder, which the first rank creates and, when all have written, renames."""
+    return atomic_dir(paths.LORA_SHARDS) if is_first() else contextlib.nullcontext()
+
+
+def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> None:
+    """Train, and validate once more where max_steps ended within an epoch.
+
+    Raises UserError with the step, the data's lines and the last good checkpoint when a value is not finite.
+    """
+    try:
+        trainer.fit(module)
+    except NotFinite as error:
+        lines = source_lines(paths.PREPARED / "train.parquet", error.rows)
+        of_lines = f" on lines {', '.join(map(str, lines[:20]))}{' …' * (len(lines) > 20)} of data.source"
+        raise UserError(
+            f"{error}{of_lines if lines else ''}: lower train.lr or look for broken rows or weights; "
+            f"last good checkpoint: {checkpoints.latest(start.folder) or 'none yet'}"
+        ) from None
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, verbose=False)
+
+
+def save_adapter(backend: TrainingBackend, params: Params, module: LoraFinetuner) -> None:
+    """Every rank writes its file below the folder that the first rank renames at the end."""
+    assert module.model is not None
+    partial = partial_path(paths.LORA_SHARDS)
+    backend.save_adapter(partial, module.model)
+    dist.barrier()
+    if is_first():
+        write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))
+        write_sums(partial)
+
+
+def write_results(
+    params: Params,
+    config: LlamaConfig,
+    inputs: Inputs,
+    trainer: pl.Trainer,
+    progress: TrainingProgress,
+    seconds: float,
+) -> None:
+    """Write the metrics, on the first rank; all ranks report their memory."""
+    peaks = progress.peak_rss_gib()
+    if not is_first():
+        return
+    module: Any = trainer.lightning_module
+    metrics = {
+        "train_loss": module.train_loss,
+        "validation_loss": module.validation_loss,
+        "base_validation_loss": module.base_validation_loss,
+        "steps": trainer.global_step,
+        "steps_per_epoch": inputs.steps_per_epoch,
+        "train_tokens": progress.tokens,
+        "documents_per_epoch": int(inputs.train_rows["document_ids"].amax(1).sum()),
+        "trainable_parameters_per_rank": trainable_per_rank(params, config),
+    }
+    timing = {
+        "seconds": seconds,  # of this start only; the others are of the whole run
+        "tokens_per_second": progress.tokens / progress.seconds,
+        "peak_rss_gib_per_rank": max(peaks),
+        "peak_rss_gib_all_ranks": sum(peaks),
+    }
+    write_metrics("finetune_lora", metrics, timing)
