@@ -45,9 +45,7 @@ PRESETS = {
         "num_attention_heads": 32, "num_key_value_heads": 8,
     },
 }  # fmt: skip
-CONVERT = Convert(
-    hw_backend="trn2", tp_size=32, kv_size_multiplier=4, fuse_qkv=False, max_logits_diff=1.0, buffer_mib=32
-)
+CONVERT = Convert(hw_backend="trn2", tp_size=32, kv_size_multiplier=4, max_logits_diff=1.0, buffer_mib=32)
 GIB = 2**30
 
 

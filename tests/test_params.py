@@ -62,8 +62,6 @@ def test_trn2_profile_divides_llama3_8b() -> None:
             "must be a multiple of micro_batch_size × dp_size = 2",
         ),
         ("convert", {"tp_size": 3, "kv_size_multiplier": 2}, "must be a multiple of kv_size_multiplier 2"),
-        ("convert", {"fuse_qkv": True}, "cannot be trained with LoRA"),
-        ("convert", {"fuse_qkv": "False"}, "convert.fuse_qkv"),
         ("convert", {"hw_backend": "trn3"}, "convert.hw_backend"),
         ("lora", {"target_modules": ["o_proj"]}, "lora.target_modules.0"),
         ("data", {"validation_fraction": 0.5, "test_fraction": 0.5}, "must be below 1"),

@@ -135,9 +135,9 @@ def shard_pieces(model: LlamaConfig, convert: Convert, rank: int) -> dict[str, l
     """NxD's tensors of one rank, each as the HF pieces that are concatenated (along their dim) to make it.
 
     Shapes for tensor parallel tp, hidden size H, vocabulary V, MLP I, head size D, and per rank q query heads and
-    k key/value heads: embed_tokens and lm_head (V/tp, H), weight_q (q·D, H), weight_k and weight_v (k·D, H) or the
-    three fused as weight_qkv, o_proj (H, q·D), gate_up_proj (2·I/tp, H) as gate then up, down_proj (H, I/tp);
-    norms whole. Tied embeddings: lm_head is cut from embed_tokens, since NxD's model has both.
+    k key/value heads: embed_tokens and lm_head (V/tp, H), weight_q (q·D, H), weight_k and weight_v (k·D, H),
+    o_proj (H, q·D), gate_up_proj (2·I/tp, H) as gate then up, down_proj (H, I/tp); norms whole. Tied embeddings:
+    lm_head is cut from embed_tokens, since NxD's model has both.
     """
     tp, head_dim = convert.tp_size, model.head_dim
     heads = heads_of_rank(model, convert, rank)
@@ -155,8 +155,6 @@ def shard_pieces(model: LlamaConfig, convert: Convert, rank: int) -> dict[str, l
             "weight_k": head_pieces(f"{attention}.k_proj.weight", heads.kv, head_dim, 0),
             "weight_v": head_pieces(f"{attention}.v_proj.weight", heads.kv, head_dim, 0),
         }
-        if convert.fuse_qkv:
-            qkv = {"weight_qkv": [piece for pieces in qkv.values() for piece in pieces]}
         table[f"{layer}.input_layernorm.weight"] = [Piece(f"{layer}.input_layernorm.weight")]
         table.update({f"{attention}.qkv_proj.{name}": pieces for name, pieces in qkv.items()})
         table[f"{attention}.o_proj.weight"] = head_pieces(f"{attention}.o_proj.weight", heads.q, head_dim, 1)

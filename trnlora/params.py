@@ -52,7 +52,6 @@ class Convert(Section):
     hw_backend: Literal["trn1", "trn2"]
     tp_size: PositiveInt
     kv_size_multiplier: PositiveInt
-    fuse_qkv: bool
     max_logits_diff: Annotated[float, Field(gt=0)]
     buffer_mib: PositiveInt
 
@@ -154,9 +153,6 @@ class Params(Section):
 
     @model_validator(mode="after")
     def combinations_that_run(self) -> "Params":
-        if self.convert.fuse_qkv:
-            # NxD's LoRA forward adds in place to a split view of the fused output, which autograd refuses.
-            raise ValueError("convert.fuse_qkv: true cannot be trained with LoRA (NxD's forward fails); write false")
         if self.eval.max_tokens >= self.serve.max_model_len:
             raise ValueError(
                 f"eval.max_tokens {self.eval.max_tokens} leaves no room for a prompt in "

@@ -131,14 +131,7 @@ def kv_order(ranks: Sequence[Mapping[str, StoredTensor]], model: LlamaConfig, co
     kv_heads, repeat = model.num_key_value_heads, convert.kv_size_multiplier
     if repeat == 1 or kv_heads == 1 or kv_heads * repeat != convert.tp_size:
         return convert.hw_backend
-    qkv = "model.layers.0.self_attn.qkv_proj"
-    rows = model.num_attention_heads // convert.tp_size * model.head_dim
-    keys = []
-    for rank in ranks:
-        if f"{qkv}.weight_qkv" in rank:
-            keys.append(rank[f"{qkv}.weight_qkv"].read_rows(rows, rows + model.head_dim))
-        else:
-            keys.append(rank[f"{qkv}.weight_k"].read_rows(0, model.head_dim))
+    keys = [rank["model.layers.0.self_attn.qkv_proj.weight_k"].read_rows(0, model.head_dim) for rank in ranks]
     neighbours = all(np.array_equal(keys[rank], keys[rank - rank % repeat]) for rank in range(convert.tp_size))
     rounds = all(np.array_equal(keys[rank], keys[rank % kv_heads]) for rank in range(convert.tp_size))
     if neighbours == rounds:
