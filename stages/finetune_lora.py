@@ -56,7 +56,7 @@ def main() -> None:
         os.execvp(command[0], command)  # SLURM's batch script runs on its first node alone
     here = nodes.from_environment()
     processes = nodes.processes_per_node(here.count, params.convert.tp_size, params.train.dp_size)
-    if params.backend == "neuron":
+    if params.backend == "nxd":
         enter_neuron(params, here)
     launch(here, processes, params.train.threads)
 
@@ -170,7 +170,7 @@ def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]]) -> No
     from trnlora.lora import adapter_state, add_lora, draw_lora_a, nxd_adapter_config
     from trnlora.progress import TrainingProgress
 
-    on_neuron = params.backend == "neuron"
+    on_neuron = params.backend == "nxd"
     if on_neuron:
         from trnlora.backends import neuron
 

@@ -177,7 +177,7 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
 def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
     done = doctor("--params", ROOT / "profiles/llama3-8b-trn2.yaml", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert re.search(r"^✗ backend neuron lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
+    assert re.search(r"^✗ backend nxd lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
     assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64

@@ -83,6 +83,14 @@ def test_is_refused_in_one_line(tmp_path: Path, section: str, change: dict[str, 
     assert "\n" not in str(refusal.value)
 
 
+def test_backend_neuron_is_reserved(tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values | {"backend": "neuron"}), "utf-8")
+    with pytest.raises(UserError, match=r"backend: neuron is reserved for native PyTorch on Neuron.*; write nxd"):
+        load_params(path)
+
+
 def test_a_missing_key_or_file_is_named(tmp_path: Path) -> None:
     values = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
     del values["eval"]["max_tokens"]

@@ -102,7 +102,7 @@ def repository(params: Params) -> Iterator[str]:
 
 def backend(params: Params) -> Iterator[str]:
     """What params.backend needs on this machine."""
-    if params.backend == "neuron":
+    if params.backend == "nxd":
         yield from neuron(params)
     if params.backend == "cuda":
         import torch
@@ -151,7 +151,7 @@ def neuron(params: Params) -> Iterator[str]:
         if not os.access(parent, os.W_OK):
             lacking.append(f"a writable compile cache: {cache} (set neuron.compile_cache to a folder of yours)")
     if lacking:
-        raise UserError("backend neuron lacks " + "; ".join(lacking))
+        raise UserError("backend nxd lacks " + "; ".join(lacking))
     yield f"Neuron driver {version.read_text().strip()}, {cores} cores, {python}, compile cache {cache}"
 
 

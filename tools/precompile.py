@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     args = parser.parse_args()
     params = load_params(args.params)
-    if params.backend != "neuron":
-        raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` has neuron")
+    if params.backend != "nxd":
+        raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` has nxd")
     python = Path(params.neuron.python or sys.executable)
     tool = python.with_name("neuron_parallel_compile")
     env = training_environment(params) | {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from trnlora import paths
 from trnlora.errors import UserError
@@ -140,7 +140,7 @@ class Serve(Section):
 
 
 class Params(Section):
-    backend: Literal["cpu", "cuda", "neuron"]
+    backend: Literal["cpu", "cuda", "nxd"]
     model: Model
     data: Data
     convert: Convert
@@ -150,6 +150,13 @@ class Params(Section):
     eval: Eval
     serve: Serve
     neuron: Neuron
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def neuron_is_reserved(cls, value: Any) -> Any:
+        if value == "neuron":
+            raise ValueError("neuron is reserved for native PyTorch on Neuron, which is not supported yet; write nxd")
+        return value
 
     @model_validator(mode="after")
     def combinations_that_run(self) -> "Params":
@@ -164,13 +171,13 @@ class Params(Section):
                 f"serve.max_model_len {self.serve.max_model_len} must be above data.seq_len {self.data.seq_len}, "
                 "or eval_vllm cannot score the longest validation row"
             )
-        if self.backend == "neuron":
+        if self.backend == "nxd":
             self._check_neuron()
         return self
 
     def _check_neuron(self) -> None:
         if self.train.activation_checkpointing:
-            raise ValueError("train.activation_checkpointing: on neuron it is neuron.selective_checkpointing instead")
+            raise ValueError("train.activation_checkpointing: on nxd it is neuron.selective_checkpointing instead")
         if self.neuron.sequence_parallel and self.data.seq_len % self.convert.tp_size:
             raise ValueError(
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
