@@ -1,6 +1,6 @@
 """Preflight: would the pipeline and the server run here on params.yaml? One line a check; exit 1 when they would not.
 
-    python tools/doctor.py [--params FILE]
+    python tools/doctor.py [--params FILE | --profile NAME]
     python tools/doctor.py --repro      # what `make repro` looks at: no server port, and only failures are printed
 
 Imports neither torch nor vLLM, so it takes about a second (a hub source that is not here yet: a look at its config).
@@ -23,8 +23,9 @@ from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
-from trnlora.params import Params, load_params
+from trnlora.params import Params
 from trnlora.plan import DTYPE_BYTES, GIB, make_plan
+from trnlora.profiles import add_params_arguments, chosen_params
 from trnlora.sources import hub_snapshot, parse_source
 
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
@@ -35,10 +36,10 @@ Check = Callable[[Params], Iterator[str]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    add_params_arguments(parser)
     parser.add_argument("--repro", action="store_true", help="the checks of `make repro`; print failures only")
     args = parser.parse_args()
-    params = load_params(args.params)
+    params = chosen_params(args)
     checks: list[Check] = [python, packages, repository, backend, model, token, disk, memory]
     if not args.repro:
         checks.append(port)
@@ -52,7 +53,9 @@ def main() -> None:
             failed = True
             print(f"✗ {error}")
     if failed:
-        raise UserError(f"{args.params} would not run here: mend the lines with ✗ (`make doctor` checks again)")
+        raise UserError(
+            f"{args.profile or args.params} would not run here: mend the lines with ✗ (`make doctor` checks again)"
+        )
 
 
 def python(params: Params) -> Iterator[str]:

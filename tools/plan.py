@@ -1,6 +1,6 @@
 """What a run will be, before it is paid for: ranks, bytes a core, steps, tokens, traffic, and the instance it needs.
 
-    python tools/plan.py [--params FILE] [--nodes N …]
+    python tools/plan.py [--params FILE | --profile NAME] [--nodes N …]
     make plan PROFILE=llama3-8b-trn2 NODES="1 2 4"
 
 By arithmetic alone (trnlora/plan.py; docs/scale.md has it in words), on any machine and offline, in a second.
@@ -17,7 +17,7 @@ from trnlora.architecture import LlamaConfig
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.layout import check_divisible
-from trnlora.params import Params, load_params
+from trnlora.params import Params
 from trnlora.plan import (
     GIB,
     USABLE,
@@ -29,6 +29,7 @@ from trnlora.plan import (
     on_nodes,
     smallest_fit,
 )
+from trnlora.profiles import add_params_arguments, chosen_params
 from trnlora.sources import hub_snapshot, parse_source
 
 MIB = 2**20
@@ -36,10 +37,10 @@ MIB = 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    add_params_arguments(parser)
     parser.add_argument("--nodes", type=int, nargs="+", metavar="N", help="the same global batch on so many instances")
     args = parser.parse_args()
-    params = load_params(args.params)
+    params = chosen_params(args)
     config = model_config(params)
     check_divisible(config, params.convert)
     for line in plan(params, config):

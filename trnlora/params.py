@@ -192,6 +192,11 @@ def load_params(path: Path = paths.PARAMS) -> Params:
 
     Raises UserError with one line that names the file, the key and what is wrong with it.
     """
+    return check_params(read_mapping(path), path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises UserError where it is missing, is not valid YAML or holds no keys."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -201,7 +206,12 @@ def load_params(path: Path = paths.PARAMS) -> Params:
     except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, KeyError for !!bool x, RecursionError …
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys: copy a profile with `make profile NAME=smollm2-135m-cpu`")
+        raise UserError(f"{path} holds no keys: `make profile NAME=smollm2-135m-cpu` writes params.yaml")
+    return values
+
+
+def check_params(values: dict[str, Any], path: Path) -> Params:
+    """`values` of the file `path` as Params. Raises UserError with one line that names `path` and what is wrong."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:
