@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_spread_is_one_line() -> None:
 
 
 def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
-    project.run("make", "profile", "NAME=llama3-8b-trn2")
+    project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2")
     said = project.dvc("repro", "--dry", "--force")
     stages = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
     assert stages == [

@@ -53,9 +53,8 @@ def main() -> None:
             failed = True
             print(f"✗ {error}")
     if failed:
-        raise UserError(
-            f"{args.profile or args.params} would not run here: mend the lines with ✗ (`make doctor` checks again)"
-        )
+        checked = args.profile or args.params
+        raise UserError(f"{checked} would not run here: mend the lines with ✗ (`make doctor` checks again)")
 
 
 def python(params: Params) -> Iterator[str]:

@@ -77,7 +77,10 @@ def profile_text(name: str, folder: Path = PROFILES) -> str:
 
 
 def write_profile(name: str, target: Path = paths.PARAMS, folder: Path = PROFILES) -> None:
-    """Write the profile as a whole params file to `target`. Raises UserError, and writes nothing, if it is not valid."""
+    """Write the profile as a whole params file to `target`.
+
+    Raises UserError, and writes nothing, if the profile is not valid.
+    """
     load_profile(name, folder)
     text = profile_text(name, folder)
     with atomic_file(target) as partial:
