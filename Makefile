@@ -100,16 +100,13 @@ doctor: $(READY) ## preflight: would the pipeline and the server run here on par
 	@python tools/$(if $(PLAN),plan,doctor).py
 
 plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes a core, steps, traffic, instance; default: params.yaml as it is
-	@python tools/plan.py $(if $(PROFILE),--params 'profiles/$(PROFILE).yaml') $(if $(NODES),--nodes $(NODES))
+	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES))
 
 precompile: $(READY) ## Trainium: compile the training graphs ahead, into neuron.compile_cache
 	@python tools/precompile.py
 
-profile: ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml
-	@if [[ ! -f 'profiles/$(NAME).yaml' ]]; then \
-	    echo "error: no profile '$(NAME)': use NAME= with one of" $(basename $(notdir $(wildcard profiles/*.yaml))) >&2; exit 1; fi
-	@cp 'profiles/$(NAME).yaml' params.yaml
-	@echo "params.yaml is now profiles/$(NAME).yaml; 'git diff params.yaml' shows the change, 'make doctor' checks it"
+profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml and the profiles that it extends
+	@python tools/write_profile.py '$(NAME)'
 
 bench: $(READY) ## the benchmarks: ratios to a baseline of the same run
 	@python bench/convert.py

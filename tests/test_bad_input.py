@@ -103,7 +103,6 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("convert.tp_size", 0, "convert.tp_size"),
     ("convert.kv_size_multiplier", 2, "must be a multiple of kv_size_multiplier"),
     ("convert.hw_backend", "trn9", "convert.hw_backend"),
-    ("convert.fuse_qkv", "False", "convert.fuse_qkv"),
     ("lora.r", 0, "lora.r"),
     ("lora.lora_dropout", 1.0, "lora.lora_dropout"),
     ("lora.target_modules", ["o_proj"], "lora.target_modules"),

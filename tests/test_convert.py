@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_layout import GOLDEN, case_name, conversion, golden_weights, llama
+from test_layout import CASES, GOLDEN, case_name, conversion, golden_weights, llama
 
 from trnlora.errors import UserError
 from trnlora.model.config import LlamaConfig
@@ -31,7 +31,7 @@ from convert_nxd import check_space, to_hf, write_shards  # noqa: E402
 
 # Every layout of the tiny Llama: 6 heads, 3 KV heads.
 LAYOUTS = [
-    conversion(tp, multiplier, hw_backend, fuse_qkv)
+    conversion(tp, multiplier, hw_backend)
     for hw_backend, tp, multiplier in (
         ("trn2", 1, 1),
         ("trn2", 3, 1),
@@ -40,19 +40,17 @@ LAYOUTS = [
         ("trn1", 3, 1),
         ("trn1", 6, 2),
     )
-    for fuse_qkv in (False, True)
 ]
 
 
 def layout_name(convert: Convert) -> str:
-    fused = "fused" if convert.fuse_qkv else "split"
-    return f"{convert.hw_backend}-tp{convert.tp_size}x{convert.kv_size_multiplier}-{fused}"
+    return f"{convert.hw_backend}-tp{convert.tp_size}x{convert.kv_size_multiplier}"
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=case_name)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_golden_digests_in_files(case: dict[str, Any], tmp_path: Path) -> None:
     config = llama(**GOLDEN["configs"][case["config"]])
-    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"], case["fuse_qkv"])
+    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"])
     (tmp_path / "model").mkdir()
     save_file(golden_weights(config), tmp_path / "model" / "model.safetensors")
     write_shards(tmp_path / "model", tmp_path / "shards", config, convert)

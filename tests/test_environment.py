@@ -17,7 +17,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from trnlora.params import load_params
+from trnlora.profiles import load_profile, profile_text
 
 
 def doctor(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -84,13 +84,20 @@ def test_help_names_every_target(make: Make) -> None:
 
 
 def test_profile_is_written(make: Make) -> None:
-    done = make.run("profile", "NAME=llama3-8b-trn2")
+    (make.root / ".venv").symlink_to(sys.prefix)
+    made = "--old-file=.venv/.ready"  # or it would be made again, for the copies of what it depends on are newer
+    done = make.run(made, "profile", "NAME=llama3-8b-trn2")
     assert done.returncode == 0, done.stderr
-    assert (make.root / "params.yaml").read_text("utf-8") == (ROOT / "profiles/llama3-8b-trn2.yaml").read_text("utf-8")
-    for arguments in (("profile",), ("profile", "NAME=no-such")):
-        done = make.run(*arguments)
+    assert done.stdout.startswith("params.yaml is now profiles/llama3-8b-trn2.yaml; 'git diff params.yaml' shows")
+    written = (make.root / "params.yaml").read_text("utf-8")
+    assert written == profile_text("llama3-8b-trn2", ROOT / "profiles")
+    for arguments in (("profile",), ("profile", "NAME=no-such"), ("profile", "NAME=../params")):
+        done = make.run(made, *arguments)
         assert done.returncode != 0
         assert "use NAME= with one of llama3-70b-trn2 llama3-8b-trn1 llama3-8b-trn2" in done.stderr
+    assert (make.root / "params.yaml").read_text("utf-8") == written
+    shown = make.run("-n", made, "plan", "PROFILE=llama3-8b-trn2").stdout
+    assert shown == "python tools/plan.py --profile 'llama3-8b-trn2' \n"
 
 
 def test_a_wrong_python_is_named(make: Make) -> None:
@@ -175,9 +182,9 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
-    done = doctor("--params", ROOT / "profiles/llama3-8b-trn2.yaml", HF_ENDPOINT="http://127.0.0.1:9")
+    done = doctor("--profile", "llama3-8b-trn2", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert re.search(r"^✗ backend neuron lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
+    assert re.search(r"^✗ backend nxd lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
     assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
@@ -203,7 +210,7 @@ def test_doctor_counts_the_cores_of_the_run(
     tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    params = load_params(ROOT / "profiles/llama3-8b-trn2.yaml")
+    params = load_profile("llama3-8b-trn2", ROOT / "profiles")
     neuron = params.neuron.model_copy(update={"logical_core_size": size})
     assert module.neuron_cores(params.model_copy(update={"neuron": neuron})) == cores
 

@@ -16,6 +16,8 @@ from trnlora.params import Convert
 from trnlora.weights.nxd_layout import Piece, check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
+# NxD's LoRA cannot train the layouts that hold q, k and v in one tensor, and nothing here makes them.
+CASES = [case for case in GOLDEN["cases"] if not case["fuse_qkv"]]
 
 
 def llama(**sizes: int) -> LlamaConfig:
@@ -28,12 +30,11 @@ LLAMA3_8B = llama(
 )  # fmt: skip
 
 
-def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2", fuse_qkv: bool = False) -> Convert:
+def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2") -> Convert:
     return Convert(
         hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
         tp_size=tp_size,
         kv_size_multiplier=kv_size_multiplier,
-        fuse_qkv=fuse_qkv,
         max_logits_diff=1.0e-4,
         buffer_mib=1,
     )
@@ -78,14 +79,13 @@ def assemble(weights: dict[str, torch.Tensor], pieces: list[Piece]) -> torch.Ten
 
 
 def case_name(case: dict) -> str:
-    fused = "fused" if case["fuse_qkv"] else "split"
-    return f"{case['config']}-{case['hw_backend']}-tp{case['tp']}x{case['kv_size_multiplier']}-{fused}"
+    return f"{case['config']}-{case['hw_backend']}-tp{case['tp']}x{case['kv_size_multiplier']}"
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=case_name)
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_golden_digests(case: dict) -> None:
     model = llama(**GOLDEN["configs"][case["config"]])
-    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"], case["fuse_qkv"])
+    convert = conversion(case["tp"], case["kv_size_multiplier"], case["hw_backend"])
     check_divisible(model, convert)
     weights = golden_weights(model)
     for rank, expected in enumerate(case["ranks"]):

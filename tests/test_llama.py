@@ -252,10 +252,11 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
                     torch.testing.assert_close(gradients[other][name], gradients[group[0]][name], atol=0, rtol=0)
 
 
-def test_a_fused_shard_is_refused_by_a_split_model(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_shard_with_a_tensor_of_another_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama")
     config = LlamaConfig.from_folder(folder)
-    convert = conversion(1, 1, fuse_qkv=True)
-    (shard,) = shards_of(folder, config, convert)
+    (shard,) = shards_of(folder, config, conversion(1, 1))
+    qkv = "model.layers.0.self_attn.qkv_proj"
+    shard[f"{qkv}.weight_qkv"] = shard.pop(f"{qkv}.weight_q")
     with pytest.raises(UserError, match=r"does not fit the model: .*weight_"):
         Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)

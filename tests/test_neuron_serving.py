@@ -7,11 +7,11 @@ import pytest
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.params import load_params
+from trnlora.profiles import load_profile
 from trnlora.serving import vllm_args as serving
 
 ROOT = Path(__file__).parents[1]
-PARAMS = load_params(ROOT / "profiles/llama3-8b-trn2.yaml")
+PARAMS = load_profile("llama3-8b-trn2", ROOT / "profiles")
 COMMON = (
     "/opt/aws_neuronx_venv_pytorch_inference_vllm_0_16/bin/python -m vllm.entrypoints.openai.api_server "
     "--model {model} --dtype bfloat16 --tensor-parallel-size 32 --max-model-len 8192 --max-num-seqs 16 "

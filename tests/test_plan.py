@@ -11,18 +11,18 @@ from conftest import Project
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
-from trnlora.params import load_params
 from trnlora.preflight.plan import LOSS_CHUNK, make_plan
+from trnlora.profiles import load_profile, profile_names
 from trnlora.training.cluster import Nodes
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
 ROOT = Path(__file__).parents[1]
-PROFILES = sorted(ROOT.glob("profiles/*trn*.yaml"))
+PROFILES = [name for name in profile_names(ROOT / "profiles") if "trn" in name]
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
-def test_profiles_fit_their_models(profile: Path) -> None:
-    params = load_params(profile)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_fit_their_models(profile: str) -> None:
+    params = load_profile(profile, ROOT / "profiles")
     name = params.model.source.partition("@")[0].rpartition("/")[2]
     config = LlamaConfig.from_hf(read_json(ROOT / "profiles/configs" / f"{name}.json"))
     check_divisible(config, params.convert)
@@ -38,7 +38,7 @@ def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path
     from trnlora.model.decoder import Llama
     from trnlora.model.lora import add_lora
 
-    params = load_params(ROOT / "params.yaml")
+    params = load_profile("smollm2-135m-cpu", ROOT / "profiles")
     config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
     plan = make_plan(params, config, packed_rows=50)
     backend = thread_backends(kv_replica_groups(config, params.convert))[0]
@@ -56,7 +56,7 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     from trnlora.model.decoder import Llama
     from trnlora.model.lora import add_lora, init_lora_a
 
-    params = load_params(ROOT / "params.yaml")
+    params = load_profile("smollm2-135m-cpu", ROOT / "profiles")
     params = params.model_copy(
         update={
             "convert": params.convert.model_copy(update={"tp_size": 1}),
@@ -98,7 +98,7 @@ def planned(*arguments: str) -> str:
 
 
 def test_llama3_8b_on_trn2_is_planned_offline() -> None:
-    said = planned("--params", "profiles/llama3-8b-trn2.yaml", "--nodes", "1", "2", "4")
+    said = planned("--profile", "llama3-8b-trn2", "--nodes", "1", "2", "4")
     assert "8.030 B parameters" in said
     assert "64 = dp 2 × tp 32" in said
     assert "32 of 0.515 GiB" in said
@@ -123,23 +123,23 @@ def test_llama3_8b_on_trn2_is_planned_offline() -> None:
 
 
 def test_llama3_70b_and_1b_are_planned_offline() -> None:
-    said = planned("--params", "profiles/llama3-70b-trn2.yaml", "--nodes", "4")
+    said = planned("--profile", "llama3-70b-trn2", "--nodes", "4")
     assert "70.554 B parameters" in said
     assert "32 of 4.344 GiB" in said
     assert "bytes a core 6.76 GiB" in said
     assert "smallest fit trn2.48xlarge, from tp 16 × kv_size_multiplier 2 on" in said
-    assert "smallest fit trn1.32xlarge" in planned("--params", "profiles/llama3.2-1b-trn1.yaml")
+    assert "smallest fit trn1.32xlarge" in planned("--profile", "llama3.2-1b-trn1")
 
 
 def test_a_batch_that_does_not_spread_is_one_line() -> None:
-    command = [sys.executable, "tools/plan.py", "--params", "profiles/llama3-8b-trn2.yaml", "--nodes", "16"]
+    command = [sys.executable, "tools/plan.py", "--profile", "llama3-8b-trn2", "--nodes", "16"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert refused.stderr == "error: train.global_batch_size 16 does not spread over 32 replicas on 16 nodes\n"
 
 
 def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
-    project.run("make", "profile", "NAME=llama3-8b-trn2")
+    project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2")
     said = project.dvc("repro", "--dry", "--force")
     stages = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
     assert stages == [
@@ -150,7 +150,7 @@ def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
 def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_RT_ROOT_COMM_ID", "10.0.0.1:48620")
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    env = training_environment(load_params(ROOT / "profiles/llama3-8b-trn2.yaml"))
+    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"))
     assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1"
     assert {env[name] for name in ("NEURON_RT_NUM_CORES", "NUM_NEURONCORES", "TPU_NUM_DEVICES")} == {"64"}
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
@@ -161,21 +161,21 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEURON_RT_ROOT_COMM_ID", raising=False)
-    env = training_environment(load_params(ROOT / "profiles/llama3-8b-trn2.yaml"), Nodes(2, 1, "trn05", 29500))
+    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), Nodes(2, 1, "trn05", 29500))
     assert env["NEURON_RT_NUM_CORES"] == "32"  # of the 64 ranks
     assert env["NEURON_RT_ROOT_COMM_ID"] == "trn05:48620"
     assert env["FI_PROVIDER"] == "efa"
 
 
 def test_precompilation_takes_the_real_runs_options() -> None:
-    command = [sys.executable, str(ROOT / "tools/precompile.py"), "--dry-run", "--params"]
+    command = [sys.executable, str(ROOT / "tools/precompile.py"), "--dry-run"]
     said = subprocess.run(
-        [*command, "profiles/llama3-8b-trn2.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--profile", "llama3-8b-trn2"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     venv = "/opt/aws_neuronx_venv_pytorch_2_9/bin"
     assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in said
     assert "NEURON_CC_FLAGS='--model-type=transformer -O1 --retry_failed_compilation'" in said
     assert "NEURON_COMPILE_CACHE_URL=/var/tmp/neuron-compile-cache" in said
-    refused = subprocess.run([*command, "params.yaml"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run([*command, "--profile", "smollm2-135m-cpu"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "backend cpu compiles nothing" in refused.stderr

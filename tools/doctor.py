@@ -1,6 +1,6 @@
 """Preflight: would the pipeline and the server run here on params.yaml? One line a check; exit 1 when they would not.
 
-    python tools/doctor.py [--params FILE]
+    python tools/doctor.py [--params FILE | --profile NAME]
     python tools/doctor.py --repro      # what `make repro` looks at: no server port, and only failures are printed
 
 Imports neither torch nor vLLM, so it takes about a second (a hub source that is not here yet: a look at its config).
@@ -23,8 +23,9 @@ from trnlora.backends import nxd_environment as trainium
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
-from trnlora.params import Params, load_params
+from trnlora.params import Params
 from trnlora.preflight.plan import DTYPE_BYTES, GIB, make_plan
+from trnlora.profiles import add_params_arguments, chosen_params
 from trnlora.sources import hub_snapshot, parse_source
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -36,10 +37,10 @@ Check = Callable[[Params], Iterator[str]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    add_params_arguments(parser)
     parser.add_argument("--repro", action="store_true", help="the checks of `make repro`; print failures only")
     args = parser.parse_args()
-    params = load_params(args.params)
+    params = chosen_params(args)
     checks: list[Check] = [python, packages, repository, backend, model, token, disk, memory]
     if not args.repro:
         checks.append(port)
@@ -53,7 +54,8 @@ def main() -> None:
             failed = True
             print(f"✗ {error}")
     if failed:
-        raise UserError(f"{args.params} would not run here: mend the lines with ✗ (`make doctor` checks again)")
+        checked = args.profile or args.params
+        raise UserError(f"{checked} would not run here: mend the lines with ✗ (`make doctor` checks again)")
 
 
 def python(params: Params) -> Iterator[str]:
@@ -103,7 +105,7 @@ def repository(params: Params) -> Iterator[str]:
 
 def backend(params: Params) -> Iterator[str]:
     """What params.backend needs on this machine."""
-    if params.backend == "neuron":
+    if params.backend == "nxd":
         yield from neuron(params)
     if params.backend == "cuda":
         import torch
@@ -152,7 +154,7 @@ def neuron(params: Params) -> Iterator[str]:
         if not os.access(parent, os.W_OK):
             lacking.append(f"a writable compile cache: {cache} (set neuron.compile_cache to a folder of yours)")
     if lacking:
-        raise UserError("backend neuron lacks " + "; ".join(lacking))
+        raise UserError("backend nxd lacks " + "; ".join(lacking))
     yield f"Neuron driver {version.read_text().strip()}, {cores} cores, {python}, compile cache {cache}"
 
 

@@ -1,6 +1,6 @@
 """What a run will be, before it is paid for: ranks, bytes a core, steps, tokens, traffic, and the instance it needs.
 
-    python tools/plan.py [--params FILE] [--nodes N …]
+    python tools/plan.py [--params FILE | --profile NAME] [--nodes N …]
     make plan PROFILE=llama3-8b-trn2 NODES="1 2 4"
 
 By arithmetic alone (trnlora/preflight/plan.py; docs/scale.md has it in words), on any machine and offline, in a second.
@@ -16,7 +16,7 @@ from trnlora import paths
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
-from trnlora.params import Params, load_params
+from trnlora.params import Params
 from trnlora.preflight.plan import (
     GIB,
     USABLE,
@@ -28,6 +28,7 @@ from trnlora.preflight.plan import (
     on_nodes,
     smallest_fit,
 )
+from trnlora.profiles import add_params_arguments, chosen_params
 from trnlora.sources import hub_snapshot, parse_source
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -36,10 +37,10 @@ MIB = 2**20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    add_params_arguments(parser)
     parser.add_argument("--nodes", type=int, nargs="+", metavar="N", help="the same global batch on so many instances")
     args = parser.parse_args()
-    params = load_params(args.params)
+    params = chosen_params(args)
     config = model_config(params)
     check_divisible(config, params.convert)
     for line in plan(params, config):

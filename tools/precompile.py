@@ -1,6 +1,6 @@
 """Compile the graphs of a Trainium training run ahead of it, in parallel, into neuron.compile_cache.
 
-    python tools/precompile.py [--params FILE] [--dry-run]      (make precompile)
+    python tools/precompile.py [--params FILE | --profile NAME] [--dry-run]      (make precompile)
 
 Runs stages/finetune_lora.py for a few steps under neuron_parallel_compile, which extracts the graphs without computing
 anything, and compiles them. Params, data and shards are the real run's, so the real run finds the same graphs; what
@@ -21,7 +21,7 @@ import yaml
 from trnlora import paths
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError, run
-from trnlora.params import load_params
+from trnlora.profiles import add_params_arguments, chosen_params
 
 SCRATCH = Path(".scratch/precompile")
 STEPS = 5  # an optimizer's first steps differ from the later ones
@@ -29,12 +29,12 @@ STEPS = 5  # an optimizer's first steps differ from the later ones
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
+    add_params_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     args = parser.parse_args()
-    params = load_params(args.params)
-    if params.backend != "neuron":
-        raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` has neuron")
+    params = chosen_params(args)
+    if params.backend != "nxd":
+        raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` has nxd")
     python = Path(params.neuron.python or sys.executable)
     tool = python.with_name("neuron_parallel_compile")
     env = training_environment(params) | {

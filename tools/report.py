@@ -22,10 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trnlora.errors import run
 from trnlora.files import atomic_file, sha256
+from trnlora.profiles import profile_names, profile_values
 from trnlora.reporting import results
 from trnlora.reporting.results import Results, load_results
 from trnlora.sources import parse_source
@@ -178,10 +177,10 @@ def what_was_run(now: Results) -> dict[str, str]:
 def nearest_profile(params: dict[str, Any]) -> tuple[str, list[str]]:
     """The profile with the fewest differences to `params`, and these as `key value (profile's value)`."""
     found: list[tuple[str, list[str]]] = []
-    for path in sorted(Path("profiles").glob("*.yaml")):
-        profile = dict(results.flat(yaml.safe_load(path.read_text("utf-8"))))
+    for name in profile_names():
+        profile = dict(results.flat(profile_values(name)))
         differences = results.differing(params, profile)
-        found.append((path.stem, [f"{key} {value} (not {theirs})" for key, value, theirs in differences]))
+        found.append((name, [f"{key} {value} (not {theirs})" for key, value, theirs in differences]))
     return min(found, key=lambda entry: len(entry[1]), default=("none", []))
 
 

@@ -53,7 +53,7 @@ def main() -> None:
         "--replicas", type=int, default=1, metavar="N", help="engines behind this one address (vLLM's data parallelism)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
-    parser.add_argument("--container", metavar="IMAGE", help="backend neuron: run the server in this image of AWS's")
+    parser.add_argument("--container", metavar="IMAGE", help="backend nxd: run the server in this image of AWS's")
     args = parser.parse_args()
 
     if args.replicas < 1:
@@ -72,11 +72,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-serve-", dir=short) as scratch:
         template = Path(scratch) / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
-        if params.backend == "neuron":
+        if params.backend == "nxd":
             if args.replicas > 1:
-                raise UserError("backend neuron serves one replica an address: start several, behind launch/nginx.conf")
+                raise UserError("backend nxd serves one replica an address: start several, behind launch/nginx.conf")
             if args.adapters:
-                raise UserError("backend neuron serves the pipeline's adapter alone: leave ADAPTERS= out")
+                raise UserError("backend nxd serves the pipeline's adapter alone: leave ADAPTERS= out")
             python = params.neuron.vllm_python or sys.executable
             line = serving.neuron_line(trainium.installed(python, ("vllm", "vllm-neuron")) or {})
             lora_json = Path(scratch) / "lora.json"
@@ -92,7 +92,7 @@ def main() -> None:
             key = "VLLM_API_KEY: set" if os.environ.get("VLLM_API_KEY") else "VLLM_API_KEY: not set"
             print(" ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()))
             print(shlex.join(command))
-            if params.backend == "neuron":
+            if params.backend == "nxd":
                 print(f"{lora_json.name}: {lora_json.read_text('utf-8')}")
             print(f"({key}; the files of the command are written to a temporary folder)")
             return

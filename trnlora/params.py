@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from trnlora import paths
 from trnlora.errors import UserError
@@ -52,7 +52,6 @@ class Convert(Section):
     hw_backend: Literal["trn1", "trn2"]
     tp_size: PositiveInt
     kv_size_multiplier: PositiveInt
-    fuse_qkv: bool
     max_logits_diff: Annotated[float, Field(gt=0)]
     buffer_mib: PositiveInt
 
@@ -141,7 +140,7 @@ class Serve(Section):
 
 
 class Params(Section):
-    backend: Literal["cpu", "cuda", "neuron"]
+    backend: Literal["cpu", "cuda", "nxd"]
     model: Model
     data: Data
     convert: Convert
@@ -152,11 +151,15 @@ class Params(Section):
     serve: Serve
     neuron: Neuron
 
+    @field_validator("backend", mode="before")
+    @classmethod
+    def neuron_is_reserved(cls, value: Any) -> Any:
+        if value == "neuron":
+            raise ValueError("neuron is reserved for native PyTorch on Neuron, which is not supported yet; write nxd")
+        return value
+
     @model_validator(mode="after")
     def combinations_that_run(self) -> "Params":
-        if self.convert.fuse_qkv:
-            # NxD's LoRA forward adds in place to a split view of the fused output, which autograd refuses.
-            raise ValueError("convert.fuse_qkv: true cannot be trained with LoRA (NxD's forward fails); write false")
         if self.eval.max_tokens >= self.serve.max_model_len:
             raise ValueError(
                 f"eval.max_tokens {self.eval.max_tokens} leaves no room for a prompt in "
@@ -168,13 +171,13 @@ class Params(Section):
                 f"serve.max_model_len {self.serve.max_model_len} must be above data.seq_len {self.data.seq_len}, "
                 "or eval_vllm cannot score the longest validation row"
             )
-        if self.backend == "neuron":
+        if self.backend == "nxd":
             self._check_neuron()
         return self
 
     def _check_neuron(self) -> None:
         if self.train.activation_checkpointing:
-            raise ValueError("train.activation_checkpointing: on neuron it is neuron.selective_checkpointing instead")
+            raise ValueError("train.activation_checkpointing: on nxd it is neuron.selective_checkpointing instead")
         if self.neuron.sequence_parallel and self.data.seq_len % self.convert.tp_size:
             raise ValueError(
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
@@ -189,6 +192,11 @@ def load_params(path: Path = paths.PARAMS) -> Params:
 
     Raises UserError with one line that names the file, the key and what is wrong with it.
     """
+    return check_params(read_mapping(path), path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises UserError where it is missing, is not valid YAML or holds no keys."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -198,7 +206,12 @@ def load_params(path: Path = paths.PARAMS) -> Params:
     except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, KeyError for !!bool x, RecursionError …
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no keys: copy a profile with `make profile NAME=smollm2-135m-cpu`")
+        raise UserError(f"{path} holds no keys: `make profile NAME=smollm2-135m-cpu` writes params.yaml")
+    return values
+
+
+def check_params(values: dict[str, Any], path: Path) -> Params:
+    """`values` of the file `path` as Params. Raises UserError with one line that names `path` and what is wrong."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The trainer's own code path on both backends from the same shards: `cpu`, and `neuron` with the real NxD on a CPU.
+"""The trainer's own code path on both backends from the same shards: `cpu`, and `nxd` with the real NxD on a CPU.
 
 NxD is neither in requirements.lock nor in this project; without it these tests are skipped. To run them:
 
@@ -111,7 +111,7 @@ def train(
         )
         run_stage("convert_nxd", folder)
         env = dict(os.environ)
-        if backend == "neuron":
+        if backend == "nxd":
             env |= nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend}
         (folder / "record").mkdir()
         run_script(REHEARSAL / "record.py", folder, {**env, "RECORD": str(folder / "record")})
@@ -188,16 +188,16 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(("hw_backend", "multiplier"), CUTS)
 def test_ten_steps_equal_the_torch_backend(train: Callable[..., Path], hw_backend: str, multiplier: int) -> None:
-    found = train("neuron", hw_backend, multiplier)
+    found = train("nxd", hw_backend, multiplier)
     assert_same_run(found, train("cpu", hw_backend, multiplier))
-    run_stage("flatten_adapter", found)  # HF + PEFT give the loss that the neuron backend measured
+    run_stage("flatten_adapter", found)  # HF + PEFT give the loss that the nxd backend measured
 
 
 def test_sequence_parallelism_and_recomputed_attention_change_nothing(train: Callable[..., Path]) -> None:
     """NxD's own LoRA leaves out adding up lora_A's gradient over the ranks here: each rank would train another A."""
-    found = train("neuron", "trn2", 2, neuron={"sequence_parallel": True, "selective_checkpointing": True})
+    found = train("nxd", "trn2", 2, neuron={"sequence_parallel": True, "selective_checkpointing": True})
     assert_same_run(found, train("cpu", "trn2", 2))
-    plain = train("neuron", "trn2", 2)
+    plain = train("nxd", "trn2", 2)
     for recomputed, once in zip(records(found), records(plain), strict=True):
         assert recomputed["attentions"] - once["attentions"] == STEPS * 2 * 2  # micro-batches a step, layers
 
@@ -205,13 +205,13 @@ def test_sequence_parallelism_and_recomputed_attention_change_nothing(train: Cal
 def test_two_replicas_with_dropout(train: Callable[..., Path]) -> None:
     """dp 2 × tp 2, a KV head on both ranks of a replica. Both backends draw the same dropout, each replica its own."""
     dropout = {"lora_dropout": 0.05}
-    assert_same_run(train("neuron", "trn2", 2, 2, lora=dropout), train("cpu", "trn2", 2, 2, lora=dropout))
+    assert_same_run(train("nxd", "trn2", 2, 2, lora=dropout), train("cpu", "trn2", 2, 2, lora=dropout))
 
 
 def test_the_profiles_shape(train: Callable[..., Path]) -> None:
     """All at once, as in profiles/llama3-8b-trn2.yaml: replicas, copied KV heads, sequence parallelism, recompute."""
     both = {"sequence_parallel": True, "selective_checkpointing": True}
-    assert_same_run(train("neuron", "trn2", 2, 2, neuron=both), train("cpu", "trn2", 2, 2))
+    assert_same_run(train("nxd", "trn2", 2, 2, neuron=both), train("cpu", "trn2", 2, 2))
 
 
 def test_nxd_loads_the_adapter_that_the_torch_backend_saved(
@@ -232,7 +232,7 @@ def test_shards_of_the_other_hardware_are_refused(
     """NxD takes its KV groups from the hardware it runs on: trn1's shards would train with mixed gradients on trn2."""
     folder = tmp_path / "run"
     shutil.copytree(train("cpu", "trn1", 2), folder, symlinks=True)
-    write_params(folder, backend="neuron")
+    write_params(folder, backend="nxd")
     env = nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn2"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "stages/finetune_lora.py")],

@@ -99,7 +99,7 @@ def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> P
         steps = min(steps_per_epoch * train.epochs, train.max_steps or math.inf)
     dtype, tokens = DTYPE_BYTES[params.model.dtype], train.micro_batch_size * params.data.seq_len
     micro_batches = train.global_batch_size // (train.micro_batch_size * train.dp_size)  # of a replica
-    on_neuron, layers = params.backend == "neuron", config.num_hidden_layers
+    on_neuron, layers = params.backend == "nxd", config.num_hidden_layers
     # An all-reduce after attention and MLP on the way there, before both on the way back, and LoRA's narrow one; one
     # for the embedding and one for the loss's gradient. With sequence parallelism, each is an all-gather and a
     # reduce-scatter: as much.
@@ -137,7 +137,7 @@ def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
     Of linear layers the inputs of lora_A and lora_B alone: the other weights are frozen.
     """
     tp, dtype = params.convert.tp_size, DTYPE_BYTES[params.model.dtype]
-    on_neuron = params.backend == "neuron"
+    on_neuron = params.backend == "nxd"
     # With sequence parallelism, what is outside of attention and MLP is cut along the tokens.
     outside = tokens / tp if on_neuron and params.neuron.sequence_parallel else tokens
     residual = outside * config.hidden_size * dtype
@@ -159,7 +159,7 @@ def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
 
 def instance_of(params: Params) -> Instance | None:
     """The instance that a profile is for: the largest of its generation; None for a CPU or GPU."""
-    if params.backend != "neuron":
+    if params.backend != "nxd":
         return None
     return max((i for i in INSTANCES if i.hw_backend == params.convert.hw_backend), key=lambda i: i.cores)
 
@@ -176,7 +176,7 @@ def on_nodes(params: Params, nodes: int) -> Params:
     """
     instance = instance_of(params)
     if instance is None:
-        raise UserError(f"backend {params.backend} has no instance to count: plan a profile of backend neuron")
+        raise UserError(f"backend {params.backend} has no instance to count: plan a profile of backend nxd")
     cores = instance.cores // params.neuron.logical_core_size
     replicas = nodes * (cores // params.convert.tp_size)
     rows = params.train.global_batch_size

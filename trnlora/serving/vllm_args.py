@@ -32,7 +32,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
     """Keyword arguments of `vllm.LLM`; `serve_command` writes the same ones as command-line flags.
 
     They have room for what the pipeline trains, and for `adapters`: of other ranks, on other layers, several at once.
-    With backend neuron this is an engine on the host's CPU, which eval_vllm uses: the Neuron plugin computes no
+    With backend nxd this is an engine on the host's CPU, which eval_vllm uses: the Neuron plugin computes no
     prompt_logprobs, so the loss could not be compared there. `neuron_command` has the server's arguments.
     Raises UserError for a LoRA rank that vLLM cannot serve.
     """

@@ -2,7 +2,7 @@
 
 Writes  RECORD/RANK.pt: `logits` of the first validation row before the first step (B, T, V/tp); `steps`: for each step
         the trainable parameters before it and their gradients, reduced over ranks and replicas and not yet clipped;
-        `attentions`: how often a layer's attention was computed from then on, where the backend is neuron
+        `attentions`: how often a layer's attention was computed from then on, where the backend is nxd
 """
 
 import os
