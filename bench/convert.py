@@ -29,8 +29,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "stages"))
-
 from trnlora.model.config import LlamaConfig
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Convert

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "stages"))
 
 # Operators of aten by what they do; all others are element-wise, or copies and sums.
 KINDS = {
@@ -36,7 +35,8 @@ def main() -> None:
     args = parser.parse_args()
 
     import yaml
-    from finetune_lora import rank_environment
+
+    from trnlora.training.launch import rank_environment
 
     with tempfile.TemporaryDirectory(prefix="profile-train-") as name:
         folder = Path(name)

@@ -9,8 +9,8 @@ ours       the stage itself at tp 1: a packed row, attention inside each documen
 hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
 hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents one after the other, nothing padded
 
-HF's q, k and v share one lora_A, as NxD has it (see trnlora/model/lora.py); dropout is 0, so that all three compute the same.
-Tokens are real ones, padding does not count; seconds are those of the optimizer steps. Beside them stands the
+HF's q, k and v share one lora_A, as NxD has it (see trnlora/model/lora.py); dropout is 0, so that all three compute the
+same. Tokens are real ones, padding does not count; seconds are those of the optimizer steps. Beside them stands the
 processor's peak: float32 products of the model's own shapes alone, and what share of it a step of ours reaches,
 counting just the products that LoRA needs of real tokens.
 

@@ -9,8 +9,8 @@ Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and no
         artifacts/merged (with flatten.merged_model: base + adapter as a plain HF folder; otherwise empty),
         metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
 
-HF + PEFT must give the validation rows the loss that the trainer measured. (A server that cannot match an adapter's keys
-serves the base model without a warning; these keys are PEFT's own.)
+HF + PEFT must give the validation rows the loss that the trainer measured. (A server that cannot match an adapter's
+keys serves the base model without a warning; these keys are PEFT's own.)
 """
 
 import os

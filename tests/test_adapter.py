@@ -10,8 +10,9 @@ from test_layout import conversion
 
 from trnlora.errors import UserError
 from trnlora.model.config import LlamaConfig
+from trnlora.model.targets import nxd_adapter_config
 from trnlora.params import Convert, Lora
-from trnlora.weights.adapter_shards import load_adapter_shards, nxd_adapter_config
+from trnlora.weights.adapter_shards import load_adapter_shards
 from trnlora.weights.nxd_layout import heads_of_rank
 from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
 from trnlora.weights.storage import LORA_TAG, load_rank, rank_file, save_rank

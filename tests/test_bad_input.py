@@ -271,13 +271,14 @@ def adapter_of(bench: Bench) -> list[Path]:
     """The shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
-    from trnlora.model.lora import _adapter_shapes, nxd_adapter_config
+    from trnlora.model.targets import adapter_tensors, nxd_adapter_config
     from trnlora.params import Params
     from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
     params = Params.model_validate(bench.params)
     folder = Path("artifacts/lora_adapter")
-    shapes = _adapter_shapes(LlamaConfig.from_folder(bench.llama), params.convert, params.lora)
+    table = adapter_tensors(LlamaConfig.from_folder(bench.llama), params.lora.target_modules, params.lora.r)
+    shapes = {tensor.nxd_key: tensor.rank_shape(3, params.convert.kv_size_multiplier) for tensor in table}
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(3)]
     for file in files:
         save_rank(file, {name: torch.full(shape, 0.5) for name, shape in shapes.items()})
@@ -353,8 +354,8 @@ def flip_a_byte(path: Path) -> None:
 def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage: str, damaged: str) -> None:
     from safetensors.torch import save_file
 
-    from trnlora.model.lora import peft_adapter, peft_adapter_config
     from trnlora.params import Params
+    from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
     from trnlora.weights.storage import load_rank
 
     bench.install_model()
@@ -364,7 +365,7 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     shards = [load_rank(file) for file in adapter_of(bench)]
     write_sums(artifacts / "lora_adapter")
     (artifacts / "adapter").mkdir()
-    adapter = peft_adapter(shards, LlamaConfig.from_folder(bench.llama), params.convert)
+    adapter = peft_adapter(shards, LlamaConfig.from_folder(bench.llama), params.convert, params.lora)
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")

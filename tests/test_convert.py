@@ -22,12 +22,10 @@ from test_layout import CASES, GOLDEN, case_name, conversion, golden_weights, ll
 from trnlora.errors import UserError
 from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert
+from trnlora.weights.convert import check_space, write_hf_folder, write_shards
 from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file, save_rank
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "stages"))
-
-from convert_nxd import check_space, to_hf, write_shards  # noqa: E402
 
 # Every layout of the tiny Llama: 6 heads, 3 KV heads.
 LAYOUTS = [
@@ -65,15 +63,9 @@ def test_golden_digests_in_files(case: dict[str, Any], tmp_path: Path) -> None:
             assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["tensors"][name]["sha256"], name
 
 
-def use_model(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("trnlora.paths.MODEL", folder)
-
-
 @pytest.mark.parametrize("convert", LAYOUTS, ids=layout_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_way_back_is_exact(
-    convert: Convert, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_way_back_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path) -> None:
     """From every layout, in every dtype, tied embeddings: the HF folder's own bytes."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
@@ -83,8 +75,7 @@ def test_the_way_back_is_exact(
     write_shards(model, tmp_path / "shards", config, convert)
     shard = load_rank(rank_file(tmp_path / "shards", PRETRAINED_TAG, 0))
     assert {tensor.dtype for tensor in shard.values()} == {dtype}
-    use_model(monkeypatch, model)
-    to_hf(config, convert, tmp_path / "shards", tmp_path / "back")
+    write_hf_folder(tmp_path / "shards", model, tmp_path / "back", config, convert)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
@@ -96,9 +87,8 @@ def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
 ) -> None:
     config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
     write_shards(tiny_llama, tmp_path / "whole", config, convert)
-    use_model(monkeypatch, tiny_llama)
     monkeypatch.setattr("trnlora.weights.storage.MAX_FILE_BYTES", 400_000)
-    to_hf(config, convert, tmp_path / "whole", tmp_path / "cut")
+    write_hf_folder(tmp_path / "whole", tiny_llama, tmp_path / "cut", config, convert)
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     write_shards(tmp_path / "cut", tmp_path / "again", config, convert)
@@ -107,9 +97,7 @@ def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_shards_of_the_stock_converter_for_trn2_are_recognised(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_of_the_stock_converter_for_trn2_are_recognised(tiny_llama: Path, tmp_path: Path) -> None:
     """Queries in order beside K and V in rounds: what NxD's converter writes for trn2 with a multiplier."""
     config, convert = LlamaConfig.from_folder(tiny_llama), conversion(6, 2)
     for hw_backend in ("trn1", "trn2"):
@@ -120,22 +108,22 @@ def test_shards_of_the_stock_converter_for_trn2_are_recognised(
             name: (rounds if name.endswith(("weight_k", "weight_v")) else grouped)[name].clone() for name in grouped
         }
         save_rank(rank_file(tmp_path / "stock", PRETRAINED_TAG, rank), stock)
-    use_model(monkeypatch, tiny_llama)
-    with pytest.raises(UserError, match=r"in trn1's order, convert\.hw_backend is trn2: NxD's converter writes such"):
-        to_hf(config, convert, tmp_path / "stock", tmp_path / "back")
+    with pytest.raises(
+        UserError, match=r"in trn1's order, but convert\.hw_backend is trn2: NxD's converter writes such"
+    ):
+        write_hf_folder(tmp_path / "stock", tiny_llama, tmp_path / "back", config, convert)
     assert not (tmp_path / "back").exists()
 
 
-def test_copies_that_differ_are_named(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_differ_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
     write_shards(tiny_llama, tmp_path / "shards", config, convert)
     path = rank_file(tmp_path / "shards", PRETRAINED_TAG, 2)
     shard = {name: tensor.clone() for name, tensor in load_rank(path).items()}
     shard["model.norm.weight"].add_(1)
     save_rank(path, shard)
-    use_model(monkeypatch, tiny_llama)
     with pytest.raises(UserError, match=r"different copies of model\.norm\.weight"):
-        to_hf(config, convert, tmp_path / "shards", tmp_path / "back")
+        write_hf_folder(tmp_path / "shards", tiny_llama, tmp_path / "back", config, convert)
     assert not (tmp_path / "back").exists()
 
 

@@ -1,6 +1,5 @@
 """The pipeline as DVC sees it: its dependency lists, and all six stages run end to end on a tiny random Llama."""
 
-import ast
 import hashlib
 import re
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
+from trnlora.dependencies import stage_code
 from trnlora.params import Neuron, Params
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
@@ -31,45 +31,30 @@ Section.__getattribute__ = _noted
 """
 
 
-def modules_of(script: str) -> set[str]:
-    """The files of trnlora that a script imports, at any level and in any of its functions."""
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / script).read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    parts = [name.split(".") for name in names if name.split(".")[0] == "trnlora"]
-    candidates = {"/".join(part[:end]) for part in parts for end in range(1, len(part) + 1)}
-    files = {f"{candidate}{suffix}" for candidate in candidates for suffix in (".py", "/__init__.py")}
-    # The package's own __init__ holds a docstring (see below).
-    return {file for file in files if (ROOT / file).is_file()} - {"trnlora/__init__.py"}
-
-
-def imported_by(script: str) -> set[str]:
-    seen: set[str] = set()
-    todo = {script}
-    while todo:
-        seen |= todo
-        todo = set().union(*map(modules_of, todo)) - seen
-    return seen
-
-
 @pytest.mark.parametrize("stage", ORDER)
-def test_deps_are_what_the_stage_imports(stage: str) -> None:
+def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
     listed = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
-    assert sorted(listed) == sorted(imported_by(f"stages/{stage}.py"))
+    assert listed == stage_code(stage, ROOT), "run `make deps`"
 
 
-def test_the_package_init_holds_no_code() -> None:
-    (docstring,) = ast.parse((ROOT / "trnlora/__init__.py").read_text("utf-8")).body
-    assert isinstance(docstring, ast.Expr)
+def reruns_after_a_change_of(module: str) -> set[str]:
+    """The stages that depend on a file, and those that depend on what they write."""
+    changed = {module}
+    found: list[str] = []
+    for name, stage in STAGES.items():
+        if any(dep == one or dep.startswith(f"{one}/") for dep in stage["deps"] for one in changed):
+            found.append(name)
+            changed |= set(outs_of(stage))
+    return set(found)
 
 
-def test_a_scorer_does_not_retrain_and_the_layout_does() -> None:
-    depends = {stage for stage in ORDER if "trnlora/evaluation/scoring.py" in STAGES[stage]["deps"]}
-    assert depends == {"eval_vllm"}
-    assert "trnlora/weights/nxd_layout.py" in STAGES["finetune_lora"]["deps"]
+def test_a_change_reruns_what_it_can_affect() -> None:
+    for plumbing in ("errors", "params", "paths", "cli", "metrics"):
+        assert reruns_after_a_change_of(f"trnlora/{plumbing}.py") == set()
+    assert reruns_after_a_change_of("trnlora/evaluation/scoring.py") == {"eval_vllm"}
+    assert reruns_after_a_change_of("trnlora/weights/peft_export.py") == {"flatten_adapter", "eval_vllm"}
+    assert reruns_after_a_change_of("trnlora/weights/reshard.py") == set(ORDER) - {"fetch_model", "prepare_data"}
+    assert {"convert_nxd", "finetune_lora"} <= reruns_after_a_change_of("trnlora/weights/nxd_layout.py")
 
 
 def test_stages_stand_in_flow_order() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trnlora.errors import UserError
 from trnlora.model.config import LlamaConfig
 from trnlora.params import Convert
-from trnlora.weights.nxd_layout import Piece, check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.weights.nxd_layout import Slice, check_divisible, heads_of_rank, kv_replica_groups, shard_slices
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
 # NxD's LoRA cannot train the layouts that hold q, k and v in one tensor, and nothing here makes them.
@@ -43,7 +43,7 @@ def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2") 
 def golden_weights(model: LlamaConfig) -> dict[str, torch.Tensor]:
     """The golden file's input: arange over all elements, keys in sorted order."""
     hidden, mlp, vocabulary = model.hidden_size, model.intermediate_size, model.vocab_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    q, kv = model.q_size, model.kv_size
     shapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
@@ -70,12 +70,12 @@ def golden_weights(model: LlamaConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-def assemble(weights: dict[str, torch.Tensor], pieces: list[Piece]) -> torch.Tensor:
+def assemble(weights: dict[str, torch.Tensor], slices: list[Slice]) -> torch.Tensor:
     parts = [
-        weights[p.hf_key] if p.dim is None else weights[p.hf_key].narrow(p.dim, p.start, p.stop - p.start)
-        for p in pieces
+        weights[s.hf_key] if s.dim is None else weights[s.hf_key].narrow(s.dim, s.start, s.stop - s.start)
+        for s in slices
     ]
-    return torch.cat(parts, dim=pieces[0].dim or 0).contiguous()
+    return torch.cat(parts, dim=slices[0].dim or 0).contiguous()
 
 
 def case_name(case: dict) -> str:
@@ -89,10 +89,10 @@ def test_golden_digests(case: dict) -> None:
     check_divisible(model, convert)
     weights = golden_weights(model)
     for rank, expected in enumerate(case["ranks"]):
-        table = shard_pieces(model, convert, rank)
+        table = shard_slices(model, convert, rank)
         assert table.keys() == expected["tensors"].keys()
-        for name, pieces in table.items():
-            tensor = assemble(weights, pieces)
+        for name, slices in table.items():
+            tensor = assemble(weights, slices)
             assert list(tensor.shape) == expected["tensors"][name]["shape"], name
             assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["tensors"][name]["sha256"], name
 

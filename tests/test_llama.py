@@ -19,9 +19,10 @@ from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
 from trnlora.model.config import LlamaConfig
 from trnlora.model.decoder import Llama
-from trnlora.model.lora import add_lora, peft_adapter
+from trnlora.model.lora import add_lora
 from trnlora.params import Convert, Lora
-from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_pieces
+from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_slices
+from trnlora.weights.peft_export import peft_adapter
 
 CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
 
@@ -29,7 +30,7 @@ CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "
 def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
     weights = load_file(folder / "model.safetensors")
     return [
-        {name: assemble(weights, pieces) for name, pieces in shard_pieces(config, convert, rank).items()}
+        {name: assemble(weights, slices) for name, slices in shard_slices(config, convert, rank).items()}
         for rank in range(convert.tp_size)
     ]
 
@@ -226,14 +227,14 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
     peft = get_peft_model(
         hf, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
     )
-    whole = peft_adapter(adapters, config, convert)
+    whole = peft_adapter(adapters, config, convert, lora)
     peft.load_state_dict({name.replace(".weight", ".default.weight"): t for name, t in whole.items()}, strict=False)
     expected_loss = peft(row["input_ids"], labels=row["labels"]).loss * (row["labels"][:, 1:] != -100).sum()
     expected_loss.backward()
     torch.testing.assert_close(loss, expected_loss.detach(), atol=1e-3, rtol=1e-5)
 
     expected = {name: p.grad for name, p in peft.named_parameters() if p.grad is not None}
-    found = peft_adapter(gradients, config, convert)
+    found = peft_adapter(gradients, config, convert, lora)
     for index in range(config.num_hidden_layers):
         attention = f"base_model.model.model.layers.{index}.self_attn"
         shared_a = torch.zeros(())

@@ -13,7 +13,6 @@ from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
 from trnlora.preflight.plan import LOSS_CHUNK, make_plan
 from trnlora.profiles import load_profile, profile_names
-from trnlora.training.cluster import Nodes
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +149,7 @@ def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
 def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_RT_ROOT_COMM_ID", "10.0.0.1:48620")
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"))
+    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), ranks_per_node=64)
     assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1"
     assert {env[name] for name in ("NEURON_RT_NUM_CORES", "NUM_NEURONCORES", "TPU_NUM_DEVICES")} == {"64"}
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
@@ -161,8 +160,8 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEURON_RT_ROOT_COMM_ID", raising=False)
-    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), Nodes(2, 1, "trn05", 29500))
-    assert env["NEURON_RT_NUM_CORES"] == "32"  # of the 64 ranks
+    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), 32, 2, "trn05")
+    assert env["NEURON_RT_NUM_CORES"] == "32"
     assert env["NEURON_RT_ROOT_COMM_ID"] == "trn05:48620"
     assert env["FI_PROVIDER"] == "efa"
 

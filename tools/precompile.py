@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` has nxd")
     python = Path(params.neuron.python or sys.executable)
     tool = python.with_name("neuron_parallel_compile")
-    env = training_environment(params) | {
+    env = training_environment(params, params.convert.tp_size * params.train.dp_size) | {
         "NEURON_CC_FLAGS": f"{params.neuron.cc_flags} --retry_failed_compilation",
         "NEURON_PARALLEL_COMPILE_MAX_RETRIES": "1",
     }

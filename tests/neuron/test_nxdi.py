@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from trnlora.files import write_json
 from trnlora.model.config import LlamaConfig
-from trnlora.model.lora import nxd_adapter_config, peft_adapter, peft_adapter_config
+from trnlora.model.targets import nxd_adapter_config
 from trnlora.params import load_params
 from trnlora.weights.nxd_layout import heads_of_rank
+from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
 from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ def test_every_module_is_matched_and_moved_shards_match_none(make_llama: Callabl
         shards.append(shard)
         save_rank(rank_file(tmp_path / "nxd", LORA_TAG, rank), shard)
 
-    adapter = peft_adapter(shards, config, convert)
+    adapter = peft_adapter(shards, config, convert, lora)
     (tmp_path / "peft").mkdir()
     save_file(adapter, tmp_path / "peft/adapter_model.safetensors")
     write_json(tmp_path / "peft/adapter_config.json", peft_adapter_config(lora, "hf://org/name@main"))

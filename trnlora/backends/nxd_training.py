@@ -115,8 +115,8 @@ class NxdMesh:
 
 
 # Lightning ----------------------------------------------------------------------------------------------------------
-# NxD's own strategy needs the package `lightning` beside pytorch_lightning, and manual optimization: its precision plugin
-# drops the closure in which Lightning computes the gradients. What it does with NxD is done here.
+# NxD's own strategy needs the package `lightning` beside pytorch_lightning, and manual optimization: its precision
+# plugin drops the closure in which Lightning computes the gradients. What it does with NxD is done here.
 
 
 def trainer_placement(params: Params) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The decoder, written against a backend's parallel layers. Parameter names are NxD's, not HF's.
 
-Shapes: B batch, T tokens, H hidden, D head size, I MLP size, V vocabulary, N labelled tokens, r LoRA rank. q and k count
-this rank's query and KV heads.
+Shapes: B batch, T tokens, H hidden, D head size, I MLP size, V vocabulary, N labelled tokens, r LoRA rank. q and k
+count this rank's query and KV heads.
 """
 
 import math
@@ -153,7 +153,8 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors.
 
-        keep (B, T), bool: the positions that are wanted. The last layer then computes only these, and (N, H) is returned.
+        keep (B, T), bool: the positions that are wanted. The last layer then computes only these, and (N, H) is
+        returned.
         """
         x = self.model.embed_tokens(input_ids)
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)

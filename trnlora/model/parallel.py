@@ -1,8 +1,8 @@
 """What the model needs from whatever runs it in parallel.
 
 `trnlora.model.decoder` and `trnlora.model.lora` ask a backend for four layers, attention and a loss, under NxD's names
-and with NxD's parameter names, so that every backend loads the same shard files. `trnlora.backends.torch` builds them on
-torch.distributed, `trnlora.backends.nxd` uses NxD's.
+and with NxD's parameter names, so that every backend loads the same shard files. `trnlora.backends.torch` builds them
+on torch.distributed, `trnlora.backends.nxd` uses NxD's.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,9 @@ class Backend(Protocol):
         """Sum of the cross-entropies in nats of the model's output against targets (token ids).
 
         hidden (N, H) and targets (N,) are of the labelled tokens only. With static_shapes they are of all tokens:
-        targets (B, T), where −100 marks ignored positions, and hidden (B, T, H), or with sequence parallelism this rank's
-        part of the tokens. lm_head: the frozen column_parallel_linear from H to the vocabulary, which gathers that part.
+        targets (B, T), where −100 marks ignored positions, and hidden (B, T, H), or with sequence parallelism this
+        rank's part of the tokens. lm_head: the frozen column_parallel_linear from H to the vocabulary, which gathers
+        that part.
         """
         ...
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from trnlora.model.config import LlamaConfig
 from trnlora.model.tensors import Cut, model_tensors
+from trnlora.params import Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +96,21 @@ def trainable_parameters_per_rank(table: Iterable[AdapterTensor], tp_size: int, 
     """Number of trainable values on one rank."""
     shapes = (tensor.rank_shape(tp_size, kv_size_multiplier) for tensor in table)
     return sum(rows * columns for rows, columns in shapes)
+
+
+def nxd_adapter_config(lora: Lora) -> dict[str, object]:
+    """The adapter_config.json that NxD writes beside its shards (`LoraConfig.selected_fields_to_save`)."""
+    return {
+        "bias": "none",
+        "init_lora_weights": "default",
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "lora_rank": lora.r,
+        "merge_lora": False,
+        "modules_to_save": None,
+        "r": lora.r,
+        "save_lora_base": False,
+        "save_lora_config_adapter": False,
+        "target_modules": lora.target_modules,
+        "use_rslora": False,
+    }

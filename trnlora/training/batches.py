@@ -48,8 +48,8 @@ class MicroBatches(Dataset):
     labelled tokens of the whole global batch, whatever the replicas and micro-batches (a mean of means would weight a
     token by its row's length). It also undoes Lightning's division by the number of accumulated batches.
 
-    order: row indices, in the order of the epoch. static_shapes: keep columns at their full length, for a graph compiled
-    for it; otherwise the padding at the end of all rows of a micro-batch is cut off.
+    order: row indices, in the order of the epoch. static_shapes: keep columns at their full length, for a graph
+    compiled for it; otherwise the padding at the end of all rows of a micro-batch is cut off.
     """
 
     def __init__(

@@ -9,9 +9,9 @@
 numbers. A checkpoint of another <run> is never found. One of the same run by other code is found and named, and used on
 request alone (--resume-from).
 
-Deliberately not a DVC output: DVC deletes a stage's outputs before running it. Random numbers are a function of seed, step
-and micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither is stored.
-Replicas are equal, so a checkpoint fits any number of them, on any number of nodes.
+Deliberately not a DVC output: DVC deletes a stage's outputs before running it. Random numbers are a function of seed,
+step and micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither is
+stored. Replicas are equal, so a checkpoint fits any number of them, on any number of nodes.
 """
 
 import ast
@@ -54,8 +54,8 @@ def numeric_code() -> dict[str, str]:
     """What computes a run's numbers: digests of the modules imported so far, torch's version, the instruction set.
 
     A module's digest is of its statements: comments, docstrings and line breaks do not count. The instruction set does:
-    sums depend on it in the last bits, and a resumed run is to end in the same bytes. (They depend on threads and replicas
-    too, which `ResumePoint` records.)
+    sums depend on it in the last bits, and a resumed run is to end in the same bytes. (They depend on threads and
+    replicas too, which `ResumePoint` records.)
     """
     modules = sorted(name for name in sys.modules if name.startswith(NUMERIC_MODULES))
     digests = {name: _digest(_statements(Path(str(sys.modules[name].__file__)))) for name in modules}

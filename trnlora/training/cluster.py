@@ -7,8 +7,8 @@ The launcher reads the rendezvous from the environment:
     SLURM_JOB_NUM_NODES …                                        a SLURM job; SLURM_STEP_…: inside its `srun`
     none of these                                                one node
 
-All ranks of one tensor-parallel replica run on one node. The first replica, on the first node, writes everything that is
-kept, so nodes may share a folder, or each have their own with the same inputs.
+All ranks of one tensor-parallel replica run on one node. The first replica, on the first node, writes everything that
+is kept, so nodes may share a folder, or each have their own with the same inputs.
 """
 
 import contextlib

@@ -25,14 +25,13 @@ from trnlora.metrics import write_metrics
 from trnlora.model.config import LlamaConfig
 from trnlora.model.decoder import Llama
 from trnlora.model.lora import init_lora_a
-from trnlora.model.targets import adapter_tensors, trainable_parameters_per_rank
+from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
 from trnlora.training import checkpoints, cluster
 from trnlora.training.batches import read_packed_rows, source_lines
 from trnlora.training.checkpoints import Checkpoints, ResumePoint
 from trnlora.training.module import LoraFinetuner, NotFinite
 from trnlora.training.progress import TrainingProgress
-from trnlora.weights.adapter_shards import nxd_adapter_config
 from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
 CURVES = paths.PLOTS / "training"

@@ -1,4 +1,4 @@
-"""The adapter as NxD saves it, one file per tensor-parallel rank: its configuration file, and reading with every check.
+"""The adapter as NxD saves it, one file per tensor-parallel rank: reading it, with every check.
 
 Keys are NxD's, e.g. model.layers.N.self_attn.qkv_proj.lora_A.weight; shapes and cuts are those of
 `trnlora.model.targets.adapter_tensors`. All tensors are float32.
@@ -13,7 +13,7 @@ from torch import Tensor
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
-from trnlora.model.targets import AdapterTensor, adapter_tensors
+from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
 from trnlora.weights.nxd_layout import kv_replica_groups
@@ -22,29 +22,11 @@ from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 Shards = Sequence[dict[str, Tensor]]  # every rank's tensors, in the order of ranks
 
 
-def nxd_adapter_config(lora: Lora) -> dict[str, object]:
-    """The adapter_config.json that NxD writes beside its shards (`LoraConfig.selected_fields_to_save`)."""
-    return {
-        "bias": "none",
-        "init_lora_weights": "default",
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "lora_rank": lora.r,
-        "merge_lora": False,
-        "modules_to_save": None,
-        "r": lora.r,
-        "save_lora_base": False,
-        "save_lora_config_adapter": False,
-        "target_modules": lora.target_modules,
-        "use_rslora": False,
-    }
-
-
 def load_adapter_shards(folder: Path, config: LlamaConfig, convert: Convert, lora: Lora) -> list[dict[str, Tensor]]:
     """Every rank's adapter from NxD's paths below `folder`, checked.
 
-    Raises UserError naming the file for a missing, unexpected or unreadable one, for keys or shapes that are not
-    this run's, for NaN or Inf, for ranks that must hold equal values and do not, and for an adapter that changes nothing.
+    Raises UserError naming the file for a missing, unexpected or unreadable one, for keys or shapes that are not this
+    run's, for NaN or Inf, for ranks that must hold equal values and do not, and for an adapter that changes nothing.
     """
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(convert.tp_size)]
     _check_files(folder, files, lora)

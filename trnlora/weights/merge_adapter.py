@@ -16,8 +16,9 @@ from trnlora.weights.storage import HFCheckpoint, StoredTensor, copy_all_but_wei
 def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora: Lora, buffer_bytes: int) -> None:
     """Write `model` (an HF folder) with W + lora_alpha / r · B A for each adapted W to the folder `target`.
 
-    adapter: PEFT's keys, as `trnlora.weights.peft_export.peft_adapter` returns them. Sums are made in float32 and rounded once to the
-    model's dtype, as PEFT's merge does. Memory is that of the blocks being moved, and of their float32 sums.
+    adapter: PEFT's keys, as `trnlora.weights.peft_export.peft_adapter` returns them. Sums are made in float32 and
+    rounded once to the model's dtype, as PEFT's merge does. Memory is that of the blocks being moved, and of their
+    float32 sums.
     """
     scale = lora.lora_alpha / lora.r
     copy_all_but_weights(model, target)

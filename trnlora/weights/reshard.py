@@ -101,9 +101,9 @@ def each_block(
 ) -> Iterator[int]:
     """Call work(name, tensor, first row, block) for blocks of at most `buffer_bytes`, in THREADS threads.
 
-    block: a uint8 buffer (rows, row_bytes) that is reused and not cleared: fresh memory for each block would cost as much
-    time as copying it, because the kernel zeroes it. Yields what each call returns. (Reading, writing and copying bytes
-    release the GIL.)
+    block: a uint8 buffer (rows, row_bytes) that is reused and not cleared: fresh memory for each block would cost as
+    much time as copying it, because the kernel zeroes it. Yields what each call returns. (Reading, writing and copying
+    bytes release the GIL.)
     """
     own = threading.local()
 

@@ -1,7 +1,7 @@
 """Weight files: HF folders of safetensors and NxD's one file per rank, read and written a few rows at a time.
 
-Nothing here holds more of a model in memory than a caller asks for: a `StoredTensor` says where in which file a tensor's
-bytes are, and rows of it are read or written in place.
+Nothing here holds more of a model in memory than a caller asks for: a `StoredTensor` says where in which file a
+tensor's bytes are, and rows of it are read or written in place.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Verify a conversion: the sharded model's logits equal HF's, with one layer at a time in memory.
 
-A round trip back to HF would prove nothing: the wrong order of heads that NxD's converter writes for trn2 survives it. So
-both models are run.
+A round trip back to HF would prove nothing: the wrong order of heads that NxD's converter writes for trn2 survives it.
+So both models are run.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -8,7 +8,8 @@ from neuronx_distributed.modules.lora import LoraConfig
 from neuronx_distributed.parallel_layers import parallel_state
 
 from trnlora import paths
-from trnlora.backends import nxd as neuron
+from trnlora.backends import nxd as backend
+from trnlora.backends import nxd_training
 from trnlora.model.config import LlamaConfig
 from trnlora.model.decoder import Llama
 from trnlora.params import load_params
@@ -16,14 +17,16 @@ from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_fi
 
 params = load_params()
 dist.init_process_group("gloo")
-nxd_config = neuron._nxd_config(params)
+nxd_config = nxd_training._nxd_config(params)
 parallel_state.initialize_kv_group(params.convert.kv_size_multiplier)
 model = Llama.empty(
-    LlamaConfig.from_folder(paths.MODEL), neuron.NeuronBackend(params, nxd_config), params.convert.kv_size_multiplier
+    LlamaConfig.from_folder(paths.MODEL),
+    backend.NxdBackend(params.neuron, nxd_config),
+    params.convert.kv_size_multiplier,
 )
 model.to_empty(device="cpu")
 nxd.load_checkpoint(str(paths.SHARDS), tag=PRETRAINED_TAG, model=model, strict=True)
-adapter = neuron._LoraModel(
+adapter = backend.NxdLoraModel(
     model,
     LoraConfig(
         load_lora_from_ckpt=True,

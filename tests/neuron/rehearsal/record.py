@@ -6,7 +6,7 @@ Writes  RECORD/RANK.pt: `logits` of the first validation row before the first st
 """
 
 import os
-import sys
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import torch
 from trnlora.backends.mkl import settle_vector_math
 from trnlora.errors import run
 from trnlora.training import module as finetuner
+from trnlora.training.launch import run_rank
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "stages"))
-import finetune_lora
+main = runpy.run_path(str(Path(__file__).parents[3] / "stages" / "finetune_lora.py"))["main"]
 
 # AdamW moves a parameter by about lr · gradient / (|gradient| + eps). With the usual eps, 1e-8, it makes a whole step
 # where the gradient is so small that rounding chose its sign, and lora_A's gradients, which grow from 0, pass there.
@@ -39,15 +39,15 @@ class Recorder(finetuner.LoraFinetuner):
             logits = self.model.logits(self.model(*(self.validation_rows[name][:1] for name in names)))
         self.record: dict[str, Any] = {"logits": logits, "steps": [], "attentions": 0}
         if "NXD_CPU_MODE" in os.environ:
-            from trnlora.backends import nxd as neuron
+            from trnlora.backends import nxd
 
-            scores = neuron._core_attention
+            scores = nxd._core_attention
 
             def counted(*args: torch.Tensor) -> torch.Tensor:
                 self.record["attentions"] += 1
                 return scores(*args)
 
-            neuron._core_attention = counted
+            nxd._core_attention = counted
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
@@ -69,9 +69,8 @@ class Recorder(finetuner.LoraFinetuner):
 if __name__ == "__main__":
     finetuner.LoraFinetuner = Recorder  # type: ignore[misc]
     finetuner.MicroBatches = WholeRows  # type: ignore[misc]
-    finetune_lora.__file__ = __file__  # what the stage starts its ranks with
     if "RANK" in os.environ:
         settle_vector_math()  # as the torch backend does for itself
-        finetune_lora.rank_main()
+        run_rank(main)
     else:
-        run(finetune_lora.main)
+        run(main)
