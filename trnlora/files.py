@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything is written under a temporary name, then renamed."""
+"""Atomic file writes: everything is written under a temporary name, then renamed. Checksums, JSON and JSONL."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from typing import Any
 
 from trnlora.errors import UserError
 
-MEND = ": delete it and run `dvc repro`"
+RECREATE = ": delete it and run `dvc repro`"
 
 
 def partial_path(target: Path) -> Path:
@@ -23,10 +23,10 @@ def partial_path(target: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; on success it replaces `target`, on an error it is removed.
+    """Yield an empty folder beside `target`. On success it replaces `target`, on an error it is removed.
 
-    What a killed process left of it is cleared away. Raises UserError while another process writes the same target,
-    which happens when a stage outlives the `dvc` that started it.
+    Leftovers of a killed process are removed first. Raises UserError while another process writes the same target, which
+    happens when a stage outlives the `dvc` that started it.
     """
     partial = partial_path(target)
     old = target.with_name(f".{target.name}.old.partial")
@@ -34,7 +34,7 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(old, ignore_errors=True)
         yield partial
-        if target.is_dir():  # moved aside first: killed while it is deleted, it would be there in part
+        if target.is_dir():  # moved aside first: a kill during the deletion would leave part of it
             target.rename(old)
         partial.rename(target)
     finally:
@@ -44,7 +44,7 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
 
 def clear_partial(target: Path) -> None:
-    """Remove what a killed process left of `target`; not what another process is writing now."""
+    """Remove what a killed process left of `target`, but not what another process is writing now."""
     with contextlib.suppress(UserError):
         lock = _lock_empty_dir(partial_path(target))
         partial_path(target).rmdir()
@@ -52,7 +52,7 @@ def clear_partial(target: Path) -> None:
 
 
 def _lock_empty_dir(folder: Path) -> int:
-    """Make `folder`, or empty it, and hold it with a lock that ends with the process; the lock's descriptor."""
+    """Create or empty `folder`, and lock it until the process ends. Returns the lock's file descriptor."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -60,7 +60,7 @@ def _lock_empty_dir(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(f"another process is writing {folder}: wait until it is done, or end it") from None
+            raise UserError(f"another process is writing {folder}: wait until it is done, or stop it") from None
         if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
             break
         os.close(lock)  # its last owner has just renamed or removed it
@@ -71,13 +71,13 @@ def _lock_empty_dir(folder: Path) -> int:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; on success it is renamed to `target`, on an error it is removed."""
+    """Yield a temporary path beside `target`. On success it is renamed to `target`, on an error it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(target)
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # or a power failure could leave the new name without the new bytes
+            os.fsync(file.fileno())  # otherwise a power failure could leave the new name without the new bytes
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -98,24 +98,24 @@ def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError naming the file when it is missing or not JSON."""
-    return parse_json(_read_text(path), str(path), MEND)
+    return parse_json(_read_text(path), str(path), RECREATE)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line. Raises UserError naming the file (and line) otherwise."""
+    """Read a file with one JSON object per line. Raises UserError naming the file and line for anything else."""
     text = _read_text(path)
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would cut at U+2028 within a string
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would split at U+2028 within a string
     rows = []
     for number, line in enumerate(lines, 1):
-        row = parse_json(line, f"{path} line {number}", MEND)
+        row = parse_json(line, f"{path} line {number}", RECREATE)
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is no JSON object{MEND}")
+            raise UserError(f"{path} line {number} is not a JSON object{RECREATE}")
         rows.append(row)
     return rows
 
 
-def parse_json(text: str, where: str, mend: str = "") -> Any:
-    """The value of a JSON text. Raises UserError (`where` … `mend`) for whatever is not one that Python can hold."""
+def parse_json(text: str, where: str, fix: str = "") -> Any:
+    """The value of a JSON text. Raises UserError (`where` … `fix`) for text that is not JSON, or that Python cannot hold."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -125,7 +125,7 @@ def parse_json(text: str, where: str, mend: str = "") -> Any:
         reason = "nested too deeply"
     except ValueError as error:  # what int() says about a number of 5,000 digits
         reason = str(error)
-    raise UserError(f"{where} is not valid JSON ({reason}){mend}")
+    raise UserError(f"{where} is not valid JSON ({reason}){fix}")
 
 
 def _read_text(path: Path) -> str:
@@ -134,7 +134,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8 ({error}){MEND}") from None
+        raise UserError(f"{path} is not valid UTF-8 ({error}){RECREATE}") from None
 
 
 def sha256(path: Path) -> str:
@@ -166,13 +166,13 @@ def check_sums(
     without: tuple[str, ...] = (),
     sums: Path | None = None,
 ) -> None:
-    """Compare files below `folder` (`names`; None: all) with the sums written by `write_sums` in `stage`.
+    """Compare files below `folder` (`names`; None: all) with the checksums that `write_sums` wrote in `stage`.
 
-    Files whose names have an ending of `without` are left alone. Each stage checks what it reads: sha256 costs a core
-    0.5 to 3 s a GiB (files are read in parallel), so a model's weights are left to the three stages that read them.
+    Files whose names end in one of `without` are not read. Each stage checks what it reads: sha256 takes 0.5 to 3 s per
+    GiB and core (files are read in parallel), so only the three stages that read a model's weights check them.
     Raises UserError naming the first file that is missing, damaged or not listed.
     """
-    mend = f"run `dvc repro -f {stage}`"
+    fix = f"run `dvc repro -f {stage}`"
     sums = sums or folder / SUMS
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `dvc repro {stage}`")
@@ -180,16 +180,16 @@ def check_sums(
         lines = sums.read_text("utf-8").splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (FileNotFoundError, ValueError):
-        raise UserError(f"{sums} is missing or damaged: {mend}") from None
+        raise UserError(f"{sums} is missing or damaged: {fix}") from None
     names = [name for name in (listed if names is None else names) if not name.endswith(without)]
     for name in names:
         if name not in listed or not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: {mend}")
+            raise UserError(f"{folder / name} is missing: {fix}")
     for name, digest in _digests(folder, names).items():
         if digest != listed[name]:
-            raise UserError(f"{folder / name} is damaged, its sha256 is not that of {sums}: {mend}")
+            raise UserError(f"{folder / name} is damaged, its sha256 is not that of {sums}: {fix}")
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing releases Python's lock
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

@@ -1,6 +1,6 @@
 """params.yaml as one validated model: an unknown key, a wrong type or an impossible combination is one clear line.
 
-The comments in params.yaml say what each key means; here stand the types, the bounds and the rules between keys.
+The comments in params.yaml say what each key means; types, bounds and rules between keys are here.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
-    """strict: no "3" for 3, no true for 1; forbid: a mistyped key is an error, not a silent default; no inf or nan."""
+    """strict: "3" is not 3 and true is not 1; forbid: a mistyped key is an error and not a silent default; no inf or nan."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 

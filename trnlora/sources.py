@@ -17,7 +17,7 @@ HUB_TIMEOUT = 5
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed source URI. `name`: hub repository, PyPI distribution or path; what a scheme lacks is empty."""
+    """A parsed source URI. `name`: hub repository, PyPI distribution or path. Fields that a scheme lacks are empty."""
 
     uri: str
     scheme: str  # hf | pypi | path
@@ -45,7 +45,7 @@ _FORMS = {
 
 
 def parse_source(uri: str) -> Source:
-    """Parse a source URI. Raises UserError with the form that its scheme wants."""
+    """Parse a source URI. Raises UserError with the form that its scheme requires."""
     scheme = uri.partition("://")[0]
     if scheme not in _FORMS:
         raise UserError(f"source {uri!r} must start with one of " + ", ".join(f"{known}://" for known in _FORMS))
@@ -59,9 +59,9 @@ def parse_source(uri: str) -> Source:
 def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") -> Path:
     """Fetch the files of a hub repository that match `patterns` and return the folder of that revision.
 
-    A revision that is in the cache already is used without a request; a download that broke off resumes. The token
-    comes from the environment (HF_TOKEN) alone, so that a run does not depend on who once logged in on the machine.
-    The folder's name is the commit hash. Raises UserError, within HUB_TIMEOUT where the hub cannot be reached.
+    A revision that is in the cache is used without a request, and an interrupted download resumes. The token comes from
+    the environment (HF_TOKEN) only, so that a run does not depend on who has logged in on the machine. The folder's name
+    is the commit hash. Raises UserError, within HUB_TIMEOUT seconds where the hub cannot be reached.
     """
     from huggingface_hub import constants, get_session, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -88,9 +88,11 @@ def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") 
             return snapshot(local_files_only=True)
         except LocalEntryNotFoundError:
             if not constants.is_offline_mode():
-                # The answer's status does not matter: this asks only whether anything answers.
+                # The status of the answer does not matter, only that there is one.
                 get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # retries end in one line, the error's
+            logging.getLogger("huggingface_hub").setLevel(
+                logging.ERROR
+            )  # its retries would print more than the one line of the error
             return snapshot(local_files_only=False)
     except Exception as error:
         line = hub_error_line(error, source, repo_type)
@@ -100,23 +102,25 @@ def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") 
 
 
 def hub_error_line(error: Exception, source: Source, repo_type: str = "model") -> str | None:
-    """One line that explains what the hub refused and the mend; None for an error that is not the hub's."""
+    """One line that says what the hub refused and how to fix it; None for an error that is not the hub's."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}{source.name}"
     has_token = bool(os.environ.get("HF_TOKEN"))
     if isinstance(error, errors.GatedRepoError):
-        mend = "with the account of your HF_TOKEN" if has_token else "and set HF_TOKEN to a token of that account"
-        return f"{source.name} is gated: accept its terms at {page} {mend}"
+        fix = "with the account of your HF_TOKEN" if has_token else "and set HF_TOKEN to a token of that account"
+        return f"{source.name} is gated: accept its terms at {page} {fix}"
     if isinstance(error, errors.RepositoryNotFoundError):
         who = "your HF_TOKEN cannot see it" if has_token else "it is private, in which case set HF_TOKEN"
-        return f"the hub knows no {repo_type} {source.name}: mistyped, or {who} ({page})"
+        return f"the hub has no {repo_type} {source.name}: mistyped, or {who} ({page})"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{source.name} has no revision {source.revision}: pick a commit from {page}/commits/main"
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else "no status"
         if status == 401:
-            return f"the hub refused HF_TOKEN for {source.name}: make a new one at {constants.ENDPOINT}/settings/tokens"
+            return (
+                f"the hub refused HF_TOKEN for {source.name}: create a new one at {constants.ENDPOINT}/settings/tokens"
+            )
         return f"the hub answered {status} for {source.name}: try again later ({page})"
     if isinstance(error, errors.OfflineModeIsEnabled) or (
         isinstance(error, errors.LocalEntryNotFoundError) and constants.is_offline_mode()

@@ -100,19 +100,19 @@ class NxdBackend:
         return _QKVLinear(input_size, output_sizes, kv_size_multiplier, self.sequence_parallel)
 
     def prepare_attention(self, document_ids: Tensor) -> Tensor:
-        """Who may look at whom (B, 1, T, T): earlier tokens of the same document. Padding sees padding."""
+        """The mask (B, 1, T, T): tokens attend to earlier tokens of the same document, padding to padding."""
         tokens = document_ids.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
         return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
-        # NxD's flash attention kernel knows causal masks alone, so it cannot keep packed documents apart.
+        # NxD's flash attention kernel has causal masks only, so it cannot separate packed documents.
         if self.selective_checkpointing and torch.is_grad_enabled():
             return checkpoint(_core_attention, q, k, v, plan, use_reentrant=True)  # all that torch_xla supports
         return _core_attention(q, k, v, plan)
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
-        # At every position, with zeros where nothing counts: a shape that changes would be another graph to compile.
+        # At every position, with zeros where it is ignored: another shape would need another compilation.
         logits = lm_head(hidden).flatten(0, 1).float()  # (B·T, V/tp)
         targets = targets.flatten()
         return (parallel_cross_entropy(logits, targets.clamp(min=0)) * (targets != -100)).sum()
@@ -122,19 +122,19 @@ class NxdBackend:
         xm.set_rng_state(seed)
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        """NxDOptimizer has replaced the gradients with their mean by now: make it the sum."""
+        """NxDOptimizer has replaced the gradients by their mean at this point: make it the sum."""
         for gradient in gradients:
             gradient.mul_(dist.get_world_size(group))
 
     def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """NxD's wrapper around AdamW, which also reduces gradients; see `trnlora.backends.nxd_training.NxdPrecision`."""
+        """NxD's wrapper around AdamW, which also reduces gradients. `nxd_training.NxdPrecision` calls it."""
         return nxd.initialize_parallel_optimizer(
             self.nxd_config, torch.optim.AdamW, parameters, lr=lr, weight_decay=weight_decay
         )
 
 
 def _core_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Plain products, as NxD's Llama has them (its CoreAttention), with a mask for packed documents."""
+    """Plain matrix products as in NxD's Llama (its CoreAttention), with a mask for packed documents."""
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)

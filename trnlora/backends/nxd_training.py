@@ -66,8 +66,10 @@ def build_model(
 
 
 def _check_kv_groups(kv_groups: list[list[int]]) -> None:
-    """NxD adds up the gradients of k and v over groups of world ranks that it makes independently of its tensor-parallel
-    groups. The two must agree, or gradients of different heads are added up."""
+    """Raise UserError unless NxD's KV groups, which it makes independently of its tensor-parallel groups, are these.
+
+    It adds up the gradients of k and v over them: gradients of different heads, if the two disagree.
+    """
     ranks = next(group for group in state.get_tensor_model_parallel_replica_groups() if dist.get_rank() in group)
     expected = {tuple(ranks[rank] for rank in group) for group in kv_groups}
     found = {tuple(group) for group in state.get_kv_shared_replica_groups() if group[0] in ranks}

@@ -1,7 +1,7 @@
 """NxD's parallel layers on torch.distributed: gloo on a CPU, nccl on a GPU.
 
 Each layer has NxD's parameter names and shard shapes (neuronx_distributed/parallel_layers/layers.py,
-modules/qkv_linear.py). Weights are created empty and filled from shard files; biases do not occur in Llama.
+modules/qkv_linear.py). Weights are created empty and filled from shard files. Llama has no biases.
 """
 
 import threading
@@ -17,7 +17,7 @@ from trnlora.backends.mkl import settle_vector_math
 
 T = TypeVar("T")
 
-LOSS_CHUNK = 256  # rows of logits that exist at once: 256 × 49,152 in float32 are 48 MiB
+LOSS_CHUNK = 256  # rows of logits in memory at once: 256 × 49,152 in float32 are 48 MiB
 
 
 class Group(Protocol):
@@ -27,7 +27,7 @@ class Group(Protocol):
     size: int
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
-        """The sum or max of every rank's `x`; may write into `x`."""
+        """The sum or the maximum of all ranks' `x`. May write into `x`."""
         ...
 
 
@@ -48,7 +48,7 @@ class ProcessGroup:
 
 
 class ThreadGroup:
-    """Ranks as threads of one process: the same layers without processes, to check shards and layouts."""
+    """Ranks as threads of one process, to check shards and layouts with the same layers."""
 
     def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier):
         self.rank = rank
@@ -63,18 +63,18 @@ class ThreadGroup:
         self._barrier.wait()
         stacked = torch.stack([slot for slot in self._slots if slot is not None])
         result = stacked.sum(0) if op == "sum" else stacked.amax(0)
-        self._barrier.wait()  # nobody fills a slot anew before everybody has read it
+        self._barrier.wait()  # no rank may overwrite its slot before all have read it
         return result
 
     def abort(self) -> None:
-        """Let the ranks that wait for this one fail."""
+        """Make the ranks that wait for this one fail."""
         self._barrier.abort()
 
 
 def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBackend"], T]) -> list[T]:
-    """Run `work` for every rank of `thread_backends` at once; results in the order of ranks.
+    """Run `work` for every rank of `thread_backends` at once. Returns the results in the order of ranks.
 
-    The first error of a rank is raised after all have ended.
+    Raises the first error of a rank after all ranks have ended.
     """
     settle_vector_math()
     results: list[Any] = [None] * len(backends)
@@ -102,7 +102,7 @@ def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBac
 
 
 def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
-    """One backend a rank, for `run_as_threads`; `kv_groups` as `trnlora.weights.nxd_layout.kv_replica_groups` gives them."""
+    """One backend per rank, for `run_as_threads`. kv_groups: ranks that hold the same KV heads."""
     size = sum(len(group) for group in kv_groups)
     barrier = threading.Barrier(size)
     slots: list[Tensor | None] = [None] * size
@@ -117,7 +117,7 @@ def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
 def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> "TorchBackend":
     """The backend of this process. Every process must call it: it creates the KV groups of all replicas.
 
-    World ranks are laid out as NxD's: tensor-parallel neighbours first, rank = dp_rank · tp_size + tp_rank.
+    World ranks are numbered as in NxD: rank = dp_rank · tp_size + tp_rank.
     """
     settle_vector_math()
     tp_size = dist.get_world_size(tp_group)
@@ -154,10 +154,10 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (log Σ exp − label's logit) of hidden @ weight.T over a vocabulary that is cut in tp parts.
+    """Σ (log Σ exp − label's logit) of hidden @ weight.T over a vocabulary that is split into tp parts.
 
-    The gradient is worked out on the way forward, chunk by chunk, so that no more than LOSS_CHUNK rows of logits ever
-    exist, and nothing is computed twice.
+    The gradient is computed in the forward pass, chunk by chunk, so that no more than LOSS_CHUNK rows of logits are in
+    memory at once, and nothing is computed twice.
     """
 
     @staticmethod
@@ -192,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class ParallelEmbedding(nn.Module):
-    """Rows of the vocabulary cut over ranks; weight (V/tp, H)."""
+    """Rows of the vocabulary split over ranks; weight (V/tp, H)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group: Group):
         super().__init__()
@@ -210,7 +210,7 @@ class ParallelEmbedding(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Outputs cut over ranks; weight (output/tp, input)."""
+    """Outputs split over ranks; weight (output/tp, input)."""
 
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
@@ -222,7 +222,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Inputs cut over ranks, partial outputs added; weight (output, input/tp)."""
+    """Inputs split over ranks, partial outputs added up; weight (output, input/tp)."""
 
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
@@ -236,8 +236,8 @@ class RowParallelLinear(nn.Module):
 class GQAQKVColumnParallelLinear(nn.Module):
     """q, k and v in one layer, KV heads repeated kv_size_multiplier times over the ranks.
 
-    Ranks that hold copies of one KV head each see only their own queries' gradient of it: the gradients of
-    weight_k and weight_v are added over those ranks, so that the copies stay equal.
+    Each rank that holds a copy of a KV head sees only its own queries' gradient of it. The gradients of weight_k and
+    weight_v are added up over those ranks, so that the copies stay equal.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class GQAQKVColumnParallelLinear(nn.Module):
 
 
 class TorchBackend:
-    """`trnlora.model.parallel.Backend` over a tensor-parallel group and this rank's group of equal KV heads."""
+    """`trnlora.model.parallel.Backend` over a tensor-parallel group and the group of ranks with the same KV heads."""
 
     static_shapes = False
 
@@ -286,11 +286,11 @@ class TorchBackend:
         return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
 
     def prepare_attention(self, document_ids: Tensor) -> list[list[int]]:
-        """The lengths of each row's documents (padding counts as one)."""
+        """The lengths of each row's documents. Padding counts as a document."""
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: list[list[int]]) -> Tensor:
-        # One call a document: no mask, and no work across documents, which in a packed row is most of the square.
+        # One call per document: no mask, and no work across documents, which in a packed row is most of the square.
         gqa = q.shape[1] != k.shape[1]
         rows = []
         for row, lengths in enumerate(plan):

