@@ -28,6 +28,8 @@ ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX
 export PYTHONUNBUFFERED := 1
+# Many container images set it. Without bytecode on disk every process compiles all that it imports, torch and all.
+unexport PYTHONDONTWRITEBYTECODE
 # Nothing is reported to anyone.
 export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -47,8 +49,8 @@ help: ## this list
 setup: $(READY) ## the environment alone, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
 
-$(READY): requirements.lock overrides.txt pyproject.toml tools/setup.sh
-	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/setup.sh $@
+$(READY): requirements.lock pyproject.toml tools/environment.sh
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup $@
 
 repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date do not run again
 	@python tools/doctor.py --repro
@@ -79,7 +81,7 @@ test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"
 lint: $(READY) ## ruff and mypy
 	@ruff check
 	@ruff format --check
-	@mypy trnlora stages tools tests data
+	@mypy
 
 serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …"
 	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS)) $(if $(REPLICAS),--replicas '$(REPLICAS)')
@@ -122,8 +124,8 @@ pull-results: $(READY) ## REV=commit: that run's adapter, answers and metrics fr
 	    dvc get --quiet --force --rev '$(or $(REV),HEAD)' --out "reports/$(or $(REV),HEAD)/$${path##*/}" . "$$path"; done
 	@ls -d 'reports/$(or $(REV),HEAD)'/*
 
-lock: $(READY) ## compile requirements.in into requirements.lock
-	@TORCH_INDEX='$(TORCH_INDEX)' tools/lock.sh
+lock: $(READY) ## compile pyproject.toml's dependency groups into requirements.lock
+	@TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh lock
 
 audit: $(READY) ## known vulnerabilities of the locked packages, asked of osv.dev
 	@python tools/audit.py

@@ -18,6 +18,10 @@ from trnlora.files import write_sums
 
 ROOT = Path(__file__).parent.parent
 
+# Many container images set it, and then each of the many processes that the tests start compiles all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # <|im_start|> opens a turn and <|im_end|> closes it and is EOS, as in SmolLM2's ChatML.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

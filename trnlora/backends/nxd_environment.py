@@ -14,8 +14,6 @@ from trnlora.params import Params
 
 # neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), as read in its repository and its release notes.
 NXD_VERSIONS = ("0.18", "0.19")
-# What the training stage imports besides the Neuron packages; requirements-neuron.txt has the versions.
-PURE_PACKAGES = ("pydantic", "PyYAML", "pyarrow", "rich", "pytorch-lightning", "dvclive")
 
 _ASK = """
 import importlib.metadata as m, json, sys
