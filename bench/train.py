@@ -31,6 +31,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trnlora import paths
+from trnlora.params import Params, Train, load_params
+
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ["ours", "hf", "hf-packed"]
 LENGTHS = [256, 512, 1024, 2048, 4096]
@@ -159,7 +162,6 @@ def one_document(prepared: Path, length: int) -> None:
 
 def run_ours() -> dict[str, Any]:
     """The stage, in the current folder."""
-    from trnlora import paths
     from trnlora.files import read_json
 
     subprocess.run([sys.executable, ROOT / "stages" / "finetune_lora.py"], stdout=subprocess.DEVNULL, check=True)
@@ -177,8 +179,6 @@ def run_ours() -> dict[str, Any]:
 
 def documents() -> list[list[dict[str, list[int]]]]:
     """The documents (input_ids, labels) of each packed row that training reads, in its order."""
-    from trnlora import paths
-    from trnlora.params import load_params
     from trnlora.training.batches import epoch_order, read_packed_rows
 
     train = load_params().train
@@ -204,13 +204,11 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     Forward and the gradient of the input for each frozen weight, that of the lowest layer's q, k and v excepted: there
     is no adapter below. A, B and their gradients besides. The head at labelled tokens alone. No attention.
     """
-    from trnlora import paths
     from trnlora.model.config import LlamaConfig
-    from trnlora.params import load_params
 
     config, r = LlamaConfig.from_folder(paths.MODEL), load_params().lora.r
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q, kv = config.q_size, config.kv_size
     found = []
     for step in steps:
         tokens = sum(len(document["input_ids"]) for document in step)
@@ -242,29 +240,12 @@ def gemm_peak() -> dict[str, Any]:
     return {"flops": flops / seconds}
 
 
-def run_hf(packed: bool) -> dict[str, Any]:
-    """HF Trainer + PEFT in the current folder's rows."""
+def hf_model(params: Params) -> Any:
+    """The base model with PEFT's LoRA; q, k and v share one lora_A, initialized as in finetune_lora."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from torch.utils.data import SequentialSampler
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        DataCollatorWithFlattening,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import AutoModelForCausalLM
 
-    from trnlora import paths
-    from trnlora.params import load_params
-    from trnlora.training.module import linear_schedule
-
-    disable_progress_bar()
-    params = load_params()
-    steps = documents()
     base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=torch.float32)
     config = LoraConfig(
         r=params.lora.r, lora_alpha=params.lora.lora_alpha, target_modules=["q_proj", "k_proj", "v_proj"],
@@ -277,7 +258,26 @@ def run_hf(packed: bool) -> dict[str, Any]:
         a = attention.q_proj.lora_A["default"].weight
         torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.model.lora.init_lora_a
         attention.k_proj.lora_A["default"].weight = attention.v_proj.lora_A["default"].weight = a
+    return model
 
+
+def run_hf(packed: bool) -> dict[str, Any]:
+    """HF Trainer + PEFT on the rows in the current folder."""
+    from torch.utils.data import SequentialSampler
+    from transformers import (
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    params = load_params()
+    steps = documents()
+    model = hf_model(params)
     tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     collate = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer)
@@ -300,19 +300,14 @@ def run_hf(packed: bool) -> dict[str, Any]:
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(steps)
 
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=params.train.lr, weight_decay=params.train.weight_decay
-    )
-    warmup = math.ceil(params.train.warmup_ratio * len(steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, len(steps), warmup))
     arguments = TrainingArguments(
         output_dir="hf", per_device_train_batch_size=1, max_steps=len(steps), logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, max_grad_norm=params.train.max_grad_norm,
         remove_unused_columns=False,
     )  # fmt: skip
     trainer = InOrder(
-        model=model, args=arguments, train_dataset=steps, optimizers=(optimizer, schedule), callbacks=[Clock()],
-        data_collator=lambda batch: collate(batch[0]),  # an item is a step's documents
+        model=model, args=arguments, train_dataset=steps, optimizers=optimizer_of(model, params.train, len(steps)),
+        callbacks=[Clock()], data_collator=lambda batch: collate(batch[0]),  # an item is a step's documents
     )  # fmt: skip
     trainer.train()
     return {
@@ -321,6 +316,19 @@ def run_hf(packed: bool) -> dict[str, Any]:
         "loss": losses[-1],
         "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
     }
+
+
+def optimizer_of(model: Any, train: Train, steps: int) -> Any:
+    """AdamW and finetune_lora's learning rate schedule."""
+    import torch
+
+    from trnlora.training.module import linear_schedule
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay)
+    warmup = math.ceil(train.warmup_ratio * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
+    return optimizer, schedule
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def main() -> None:
         if not gap <= params.eval.max_loss_gap:  # also when it is NaN
             raise UserError(
                 f"HF + PEFT give the validation rows a loss of {loss:.5f}, the trainer measured {trainer_loss:.5f}: "
-                f"more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter was not kept; check that "
-                "artifacts/model is the model that was converted (`dvc status`)"
+                f"more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter was not kept; "
+                "check that artifacts/model is the model that was converted (`dvc status`)"
             )
     write_sums(paths.ADAPTER, paths.ADAPTER_SUMS)
 

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. An error that a user can fix ends it with one line and exit code 1, a bug with a traceback."""
+    """Run a script's `main`. Errors that a user can fix end it with one line (exit code 1), bugs with a traceback."""
     try:
         main()
     except KeyboardInterrupt:

@@ -25,8 +25,8 @@ def partial_path(target: Path) -> Path:
 def atomic_dir(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target`. On success it replaces `target`, on an error it is removed.
 
-    Leftovers of a killed process are removed first. Raises UserError while another process writes the same target, which
-    happens when a stage outlives the `dvc` that started it.
+    Leftovers of a killed process are removed first. Raises UserError while another process writes the same target,
+    which happens when a stage outlives the `dvc` that started it.
     """
     partial = partial_path(target)
     old = target.with_name(f".{target.name}.old.partial")
@@ -115,7 +115,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:
-    """The value of a JSON text. Raises UserError (`where` … `fix`) for text that is not JSON, or that Python cannot hold."""
+    """The value of a JSON text. Raises UserError (`where` … `fix`) for what is not JSON or what Python cannot hold."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

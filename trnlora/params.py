@@ -18,7 +18,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
-    """strict: "3" is not 3 and true is not 1; forbid: a mistyped key is an error and not a silent default; no inf or nan."""
+    """Strict: "3" is not 3 and true is not 1. A mistyped key is an error and not a silent default. No inf or nan."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 

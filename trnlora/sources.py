@@ -60,8 +60,8 @@ def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") 
     """Fetch the files of a hub repository that match `patterns` and return the folder of that revision.
 
     A revision that is in the cache is used without a request, and an interrupted download resumes. The token comes from
-    the environment (HF_TOKEN) only, so that a run does not depend on who has logged in on the machine. The folder's name
-    is the commit hash. Raises UserError, within HUB_TIMEOUT seconds where the hub cannot be reached.
+    the environment (HF_TOKEN) only, so that a run does not depend on who has logged in on the machine. The folder's
+    name is the commit hash. Raises UserError, within HUB_TIMEOUT seconds where the hub cannot be reached.
     """
     from huggingface_hub import constants, get_session, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

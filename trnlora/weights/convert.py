@@ -75,7 +75,7 @@ def write_hf_folder(shards: Path, model: Path, folder: Path, config: LlamaConfig
         if order != convert.hw_backend:
             raise UserError(
                 f"the KV heads in {shards} are in {order}'s order, but convert.hw_backend is {convert.hw_backend}: "
-                "NxD's converter writes such shards for trn2, and they give wrong logits there; convert the HF folder again"
+                "NxD's converter writes such shards for trn2, where they give wrong logits; convert the HF folder again"
             )
         slices = slices_of_hf_tensors([shard_slices(config, convert, rank) for rank in range(convert.tp_size)], ranks)
         dtype = next(iter(ranks[0].values())).dtype

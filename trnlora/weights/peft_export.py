@@ -16,7 +16,7 @@ def peft_adapter(shards: Shards, config: LlamaConfig, convert: Convert, lora: Lo
 
     Keys: base_model.model.model.layers.N.self_attn.{q,k,v}_proj.lora_A.weight (r, H) and lora_B.weight (outputs, r).
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for tensor in adapter_tensors(config, lora.target_modules, lora.r):
         whole = shards[0][tensor.nxd_key].new_full(tensor.shape, float("nan"))
         for rank, shard in enumerate(shards):
