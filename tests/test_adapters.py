@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 from test_serving import Server, script
 
 from trnlora.errors import UserError

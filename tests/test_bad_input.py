@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 from test_serving import free_port
 
 from trnlora.errors import run
@@ -416,7 +416,7 @@ def test_other_machines_without_a_key(bench: Bench) -> None:
 
 def test_a_folder_where_a_file_is_wanted(bench: Bench) -> None:
     Path("params.yaml").mkdir()
-    assert "params.yaml stands where" in bench.refused("stages/fetch_model.py")
+    assert "params.yaml is a directory where" in bench.refused("stages/fetch_model.py")
 
 
 def test_no_space_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project
+from support import ROOT
+from support.project import Project
 from test_report import answer, run_project, write_answers  # noqa: F401 (a fixture)
 
 from trnlora.reporting.results import load_results

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, Project
+from support import ROOT
+from support.project import Project
 
 
 @pytest.mark.slow

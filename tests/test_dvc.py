@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Project
+from support import ROOT
+from support.project import Project
 
 from trnlora.dependencies import stage_code
 from trnlora.params import Neuron, Params

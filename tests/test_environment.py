@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.specifiers import SpecifierSet
+from support import ROOT
 
 from trnlora import requirements
 from trnlora.profiles import load_profile, profile_text

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, Project
+from support import ROOT
+from support.project import Project
 from test_dvc import ran
 
 DOC = (ROOT / "docs/experiments.md").read_text("utf-8")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 
 from trnlora.errors import UserError
 from trnlora.files import read_json, sha256

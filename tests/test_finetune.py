@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import digests, metrics, run_stage, set_params, stage
+from support.stages import digests, metrics, run_stage, set_params, stage
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from support import ROOT
 from test_serving import free_port
 
 SKY = yaml.safe_load((ROOT / "launch/sky.yaml").read_text("utf-8"))

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, digests, metrics, run_stage, set_params
+from support import ROOT
+from support.stages import digests, metrics, run_stage, set_params
 from test_resume import checkpoints, curve
 
 from trnlora.errors import UserError
@@ -239,8 +240,8 @@ def test_a_host_cut_off_ends_the_run_and_others_go_on(hosts: list[Host], job: Ca
     for folder in folders:
         set_params(folder, train={"dp_size": 4})
     printed = ended(stage_everywhere(hosts, folders))
-    assert "going on from step" in printed[0]
-    assert "it was made by 2 replicas" in printed[0]
+    assert "resuming from step" in printed[0]
+    assert "that checkpoint was made with 2 replicas" in printed[0]
     assert_same_losses(alone, folders[0])
 
 
@@ -252,4 +253,4 @@ def test_nodes_with_other_inputs_are_refused(hosts: list[Host], job: Callable[..
     printed = [run.communicate(timeout=120)[0] for run in runs]
     for run, said in zip(runs, printed, strict=True):
         assert run.returncode == 1
-        assert f"params.yaml of node {hosts[1].address} is not that of the first node" in said
+        assert f"params.yaml on node {hosts[1].address} differs from that on the first node" in said

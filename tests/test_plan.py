@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Project
+from support.project import Project
 
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.files import read_json

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import ROOT
+from support import ROOT
 
 
 def test_every_promise_names_a_test() -> None:

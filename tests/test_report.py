@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Browser, Project
+from support import ROOT
+from support.browser import Browser
+from support.project import Project
 
 from trnlora.reporting.results import flat
 

@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
 from safetensors.numpy import load_file, save_file
+from support import ROOT
 
 from trnlora.errors import UserError
 from trnlora.files import write_sums

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, digests
+from support.project import Project
+from support.stages import digests
 from test_dvc import ran
 from test_serving import free_port
 

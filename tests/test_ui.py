@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Browser
+from support import ROOT
+from support.browser import Browser
 from test_adapters import two, workdir  # noqa: F401 (fixtures)
 from test_serving import free_port, script
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Project, digests, make_project, metrics
+from support.project import Project, make_project
+from support.stages import digests, metrics
 from test_dvc import ORDER, check_cache, ran
 from test_serving import Server, free_port
 

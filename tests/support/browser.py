@@ -1,0 +1,50 @@
+"""Headless Chromium, driven by selenium."""
+
+import base64
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+class Browser:
+    """Headless Chromium that can reach this machine alone."""
+
+    def __init__(self) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        for argument in (
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        ):
+            options.add_argument(f"--{argument}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.binary_location = shutil.which("chromium") or ""
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+
+    def resize(self, width: int, height: int = 900) -> None:
+        """The page's size in CSS pixels; a narrow one is a phone's."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def console(self) -> list[str]:
+        """What pages have written to the console since the last call: messages, errors, requests that failed."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def find_all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def screenshot(self, path: Path) -> bytes:
+        """The whole page as PNG, kept in `path`."""
+        height = self.driver.execute_script("return document.documentElement.scrollHeight")
+        width = self.driver.execute_script("return window.innerWidth")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        arguments = {"captureBeyondViewport": True, "clip": clip}
+        image = base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", arguments)["data"])
+        path.write_bytes(image)
+        return image

@@ -1,0 +1,63 @@
+"""Tiny random models with a real tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support import ROOT
+from trnlora.files import write_sums
+
+# <|im_start|> opens a turn and <|im_end|> closes it and is EOS, as in SmolLM2's ChatML.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_llama(folder: Path, **config: Any) -> Path:
+    """Write a random Llama and its tokenizer to `folder`; `config` overrides the default sizes.
+
+    The default divides by tp 1, 3 (multiplier 1), 2 and 6 (multiplier 2): 6 heads, 3 KV heads, vocabulary 1536.
+    """
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [row[key] for row in rows for key in ("instruction", "context", "response")],
+        vocab_size=1536,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    assert bpe.get_vocab_size() == 1536
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 1536,
+        "hidden_size": 192,  # head size 32: the smallest that vLLM's attention on the CPU takes
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        # Ten times the usual: with 0.02 a tiny model's attention is so flat that swapped heads change little.
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(17)
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_sums(folder)  # as fetch_model does, for the tests that begin with a later stage
+    return folder

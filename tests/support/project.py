@@ -1,0 +1,103 @@
+"""Copies of the project as Git and DVC repositories of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from support import ROOT
+
+
+class Project:
+    """A copy of the project's files in a Git and DVC repository of its own.
+
+    Its .venv is this environment, which is not on PATH: commands are called as by a user who has activated nothing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        environment = Path(sys.executable).parent
+        self.env = {
+            **os.environ,
+            "PATH": ":".join(entry for entry in os.environ["PATH"].split(":") if Path(entry) != environment),
+            "GIT_AUTHOR_NAME": "test",
+            "GIT_AUTHOR_EMAIL": "test@example.com",
+            "GIT_COMMITTER_NAME": "test",
+            "GIT_COMMITTER_EMAIL": "test@example.com",
+        }
+        for name in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+            self.env.pop(name, None)
+
+    def run(self, *command: str | Path, check: bool = True) -> str:
+        """Run a command in the project and return what it printed, errors included."""
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+    def dvc(self, *arguments: str) -> str:
+        return self.run(".venv/bin/dvc", *arguments)
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
+
+    def set_params(self, **sections: dict[str, Any]) -> None:
+        """Overwrite keys of params.yaml, section by section."""
+        path = self.root / "params.yaml"
+        params = yaml.safe_load(path.read_text("utf-8"))
+        for section, values in sections.items():
+            assert values.keys() <= params[section].keys()
+            params[section].update(values)
+        path.write_text(yaml.safe_dump(params, sort_keys=False), "utf-8")
+
+
+def make_project(root: Path, model: Path) -> Project:
+    """The working tree's files (without results) as a fresh repository in `root`, with params for the tiny Llama."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    copy = Project(root)
+    for name in filter(None, listed.stdout.split("\0")):
+        source = ROOT / name
+        if source.is_file() and name != "dvc.lock" and not name.startswith(("metrics/", "plots/", "tests/")):
+            target = copy.root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    copy.set_params(
+        model={"source": f"path://{model}", "sha256": None},
+        data={"seq_len": 256},
+        train={"max_steps": 20, "lr": 1.0e-2},
+        eval={"max_tokens": 16, "max_prompts": 8, "min_changed_fraction": 0.0},
+        serve={"max_model_len": 512},
+    )
+    (copy.root / ".venv").symlink_to(sys.prefix)
+    copy.run("git", "init", "-q")
+    with (copy.root / ".git" / "info" / "exclude").open("a") as exclude:
+        exclude.write("/.venv\n")  # .gitignore's /.venv/ is a folder, not a link
+    copy.commit("The project")
+    return copy
+
+
+def copy_project(project: Project, root: Path) -> Project:
+    """A copy of a project with its results, DVC's cache and its history, in `root`."""
+    shutil.copytree(project.root, root, symlinks=True)
+    copy = Project(root)
+    copy.env = dict(project.env)
+    return copy

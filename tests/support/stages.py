@@ -1,0 +1,42 @@
+"""Stages run as a user runs them, in a folder without Git and DVC."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from support import ROOT
+
+
+def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "stages" / f"{name}.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_stage(name: str, folder: Path) -> None:
+    done = stage(name, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def set_params(folder: Path, **sections: dict[str, Any]) -> None:
+    path = folder / "params.yaml"
+    params = yaml.safe_load((path if path.exists() else ROOT / "params.yaml").read_text())
+    for section, values in sections.items():
+        params[section].update(values)
+    path.write_text(yaml.safe_dump(params))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def metrics(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((folder / "metrics" / f"{name}.json").read_text())
