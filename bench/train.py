@@ -144,7 +144,7 @@ def one_document(prepared: Path, length: int) -> None:
     import torch
 
     from trnlora.model.config import LlamaConfig
-    from trnlora.data.rows import write_parquet
+    from trnlora.data.packing import write_parquet
     from trnlora.files import write_sums
 
     shutil.rmtree(prepared, ignore_errors=True)
