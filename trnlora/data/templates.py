@@ -11,7 +11,7 @@ from trnlora.errors import UserError
 
 # From one user message to `…### Response:\n`. System and assistant messages are rendered too, because chat clients send
 # them to the server; rows have none. An assistant's turn ends with EOS, as the responses in training do.
-# Everything is written as expressions, not as text between tags, so that it does not matter how Jinja trims white space.
+# Everything is written as expressions, not as text between tags, so how Jinja trims white space does not matter.
 _TURNS = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
@@ -27,7 +27,7 @@ _TURNS = """\
 {%- endif -%}
 """
 
-# Both forms of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca): a row with an input has another preamble.
+# Both forms of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca): with and without an input.
 # The newline after `### Response:` is as in torchtune and LitGPT; Stanford's own code has none.
 _ALPACA_PREAMBLE = (
     "('Below is an instruction that describes a task, paired with an input that provides further context. '"
