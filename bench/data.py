@@ -1,13 +1,13 @@
-"""How fast, and in how much memory, prepare_data turns a large file into packed rows: on all cores, and on one.
+"""The speed and peak memory of prepare_data on a large file: on all cores, and on one.
 
     python bench/data.py [--rows N] [--dir DIR]       (make bench: 50,000 rows; a million are about 1 GB and minutes)
 
 Makes a JSONL file of N rows of about a kilobyte, words drawn from data/tasks.jsonl, and runs the stage on it with the
-tokenizer of artifacts/model: once on all cores and once bound to one. Seconds are the stage's own, of the whole of it;
-memory is the most that its processes held together (proportional set size, sampled). Both must write the same bytes.
+tokenizer of artifacts/model: once on all cores and once bound to one. The seconds are those that the stage reports for
+its whole run; the memory is the peak of all its processes together (proportional set size, sampled). Both runs must
+write the same bytes.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,17 +23,19 @@ import psutil
 import yaml
 
 from trnlora import paths
+from trnlora.cli import script_parser
 from trnlora.errors import UserError, run
-from trnlora.files import SUMS, write_sums
+from trnlora.files import SUMS, read_json, write_sums
+from trnlora.metrics import timing_file
 
 ROOT = Path(__file__).parent.parent
 CATEGORIES = ("closed_qa", "classification", "creative_writing", "information_extraction")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--rows", type=int, default=50_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--dir", type=Path, help="where the files are made (default: the temporary folder)")
+    parser.add_argument("--dir", type=Path, help="where to make the files (default: the temporary directory)")
     args = parser.parse_args()
     if not (paths.MODEL / "tokenizer_config.json").exists():
         raise UserError(f"{paths.MODEL} has no tokenizer: run `dvc repro fetch_model`")
@@ -53,7 +55,7 @@ def main() -> None:
             seconds, gib = prepare(root, used)
             found[len(used)] = (seconds, (root / paths.PREPARED / "SHA256SUMS").read_text("utf-8"))
             print(
-                f"{len(used)} cores: {seconds:.1f} s, {args.rows / seconds:,.0f} rows/s, at most {gib:.2f} GiB",
+                f"{len(used)} cores: {seconds:.1f} s, {args.rows / seconds:,.0f} rows/s, peak {gib:.2f} GiB",
                 flush=True,
             )
     if len({sums for _, sums in found.values()}) != 1:
@@ -78,7 +80,7 @@ def make_rows(path: Path, rows: int) -> None:
 
 
 def prepare(root: Path, cores: list[int]) -> tuple[float, float]:
-    """Run the stage on these cores; its seconds, and the most GiB that its processes held together."""
+    """Run the stage on these cores; its seconds, and the peak memory of all its processes in GiB."""
     stage = psutil.Popen(
         [sys.executable, str(ROOT / "stages" / "prepare_data.py")],
         cwd=root,
@@ -87,13 +89,12 @@ def prepare(root: Path, cores: list[int]) -> tuple[float, float]:
     )
     most = 0
     while stage.poll() is None:
-        with contextlib.suppress(psutil.Error):  # one of them has just ended
+        with contextlib.suppress(psutil.Error):  # a process has just ended
             most = max(most, sum(p.memory_full_info().pss for p in (stage, *stage.children(recursive=True))))
         time.sleep(0.5)
     if stage.returncode:
         raise UserError(f"prepare_data ended with {stage.returncode}")
-    timing = json.loads((root / paths.METRICS / "timing" / "prepare_data.json").read_text("utf-8"))
-    return float(timing["seconds"]), most / 2**30
+    return float(read_json(root / timing_file("prepare_data"))["seconds"]), most / 2**30
 
 
 if __name__ == "__main__":

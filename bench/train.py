@@ -146,7 +146,7 @@ def one_document(prepared: Path, length: int) -> None:
     """A prepared folder whose rows are one document of `length` random tokens, and short ones to validate on."""
     import torch
 
-    from trnlora.data.rows import write_parquet
+    from trnlora.data.packing import write_parquet
     from trnlora.files import write_sums
     from trnlora.model.config import LlamaConfig
 

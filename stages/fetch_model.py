@@ -18,6 +18,7 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
+from trnlora.data.tokenizer import check_tokenizer
 from trnlora.errors import run
 from trnlora.files import atomic_dir, write_sums
 from trnlora.metrics import write_metrics
@@ -34,7 +35,7 @@ def main() -> None:
     source = parse_source(params.model.source)
     started = time.perf_counter()
 
-    from trnlora.weights.fetch import check_tokenizer, check_weights, fetch
+    from trnlora.weights.fetch import check_weights, fetch
 
     def check_config(config: dict[str, Any]) -> None:
         check_divisible(LlamaConfig.from_hf(config), params.convert)

@@ -22,7 +22,7 @@ sys.dont_write_bytecode = False
 
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., Path]:
-    """make_llama(folder, **config): write a random Llama and its tokenizer to `folder`; config overrides the default."""
+    """make_llama(folder, **config) writes a random Llama and its tokenizer; config overrides the default sizes."""
     return write_llama
 
 

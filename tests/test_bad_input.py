@@ -224,7 +224,7 @@ DATA: dict[str, tuple[bytes, str]] = {
     "null": (GOOD + GOOD.replace(b'"it"', b"null"), "line 2: response must be a string"),
     "empty response": (GOOD + GOOD.replace(b'"it"', b'" "'), "line 2: response is empty"),
     "invalid UTF-8": (GOOD + b'{"instruction": "\xff"}\n', "line 2 is not valid UTF-8"),
-    "one row": (GOOD, "1 rows leave none for"),
+    "one row": (GOOD, "no rows are left for the"),
     "1 MB responses": (
         b"".join(
             GOOD.replace(b"Say it.", f"Say {n}.".encode()).replace(b'"it"', b'"' + b"word " * 200_000 + b'"')

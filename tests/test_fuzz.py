@@ -1,4 +1,4 @@
-"""Whatever stands in a params file or a file of rows: a value, or one line that says what is wrong with it."""
+"""Any content of a params file or a file of rows gives a value, or one line that says what is wrong with it."""
 
 import json
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
-from trnlora.data.rows import read_rows
+from trnlora.data.rows import read_jsonl_rows
 from trnlora.errors import UserError
 from trnlora.files import read_json, read_jsonl
 from trnlora.params import Params, load_params
 
-EXAMPLES = 300  # of each test; a second or two
+EXAMPLES = 300  # per test; a second or two
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PARAMS = (ROOT / "profiles/smollm2-135m-cpu.yaml").read_bytes()
 ROWS = b"".join((ROOT / "data/tasks.jsonl").read_bytes().splitlines(keepends=True)[:3])
 
-# What a parser has branches for, beside text of any kind.
+# What a parser has branches for, besides text of any kind.
 PIECES = [
     *("{", "}", "[", "]", '"', "'", ":", ": ", ",", "- ", "\n", "\n  ", "\t", "\0", "#", "|", ">", "&a ", "*a", "? "),
     *("!!bool x", "!!timestamp x", "!!int x", "!!binary x", "!!set {a}", "!!python/name:os.system ", "<<: *a", "---\n"),
@@ -40,7 +40,7 @@ VALUES = st.recursive(
 
 @st.composite
 def spoiled(draw: st.DrawFn, whole: bytes) -> bytes:
-    """`whole` with a piece of it replaced by something else."""
+    """`whole` with a part of it replaced by something else."""
     begin = draw(st.integers(0, len(whole)))
     end = draw(st.integers(begin, min(len(whole), begin + 40)))
     return whole[:begin] + draw(SOUP) + whole[end:]
@@ -68,7 +68,7 @@ def changed_rows(draw: st.DrawFn) -> bytes:
 
 
 def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> Any:
-    """What `read` makes of the content; None after a UserError of one line that names the file."""
+    """The value that `read` returns for the content; None after a UserError of one line that names the file."""
     path.write_bytes(content)
     try:
         return read(path)
@@ -100,7 +100,7 @@ def test_params(path: Path, content: bytes) -> None:
 @example(content=b"[" * 5000)
 @example(content=b'{"instruction": ' + b"[" * 900 + b"]" * 900 + b"}")
 def test_rows(path: Path, content: bytes) -> None:
-    rows = value_or_line(read_rows, path, content)
+    rows = value_or_line(read_jsonl_rows, path, content)
     assert rows is None or all(row.response for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""The prompt templates: their exact text, and that the server builds the same prompts."""
+"""The prompt templates: their exact text, and the same prompts from the server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,12 +44,12 @@ def test_prompt_text(tokenizer: Any, name: str, context: str, prompt: str) -> No
 
 
 @pytest.mark.parametrize("name", ["alpaca", "dolly"])
-def test_text_with_jinja_marks_is_left_alone(tokenizer: Any, name: str) -> None:
+def test_jinja_syntax_in_a_row_is_left_alone(tokenizer: Any, name: str) -> None:
     text = "{{ 7 * 7 }} {% if x %} \\n 'quoted' \"twice\" — 한국어"
     assert f"### Instruction:\n{text}\n\n" in templates.render_prompt(tokenizer, name, text, "")
 
 
-def test_a_chat_clients_turns(tokenizer: Any) -> None:
+def test_a_conversation(tokenizer: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
@@ -67,13 +67,13 @@ def test_a_chat_clients_turns(tokenizer: Any) -> None:
 
 def test_chat_needs_a_chat_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"data\.prompt_template: chat needs .* write dolly or alpaca"):
+    with pytest.raises(UserError, match=r"data\.prompt_template: chat needs .* use dolly or alpaca"):
         templates.render_prompt(tokenizer, "chat", "Name it.", "")
     assert templates.render_prompt(tokenizer, "dolly", "Name it.", "").startswith("### Instruction")
 
 
 def test_unknown_template(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="'vicuna' is not known: write one of alpaca, dolly, chat"):
+    with pytest.raises(UserError, match="'vicuna' is not known: use one of alpaca, dolly, chat"):
         templates.chat_template("vicuna", tokenizer)
 
 
@@ -83,10 +83,10 @@ def test_a_tokenizer_needs_eos(tokenizer: Any) -> None:
         templates.tokenize_pair(tokenizer, ["a"], ["b"])
 
 
-def test_the_prompts_tokens_do_not_depend_on_the_response(tokenizer: Any) -> None:
+def test_prompt_tokens_do_not_depend_on_the_response(tokenizer: Any) -> None:
     prompt_ids = tokenizer("1. Un", add_special_tokens=False)["input_ids"]
     joint_ids = tokenizer("1. Unplug it.", add_special_tokens=False)["input_ids"]
-    assert joint_ids[: len(prompt_ids)] != prompt_ids  # as one string, the two merge into the token `Unplug`
+    assert joint_ids[: len(prompt_ids)] != prompt_ids  # in one string, the two merge into the token `Unplug`
     [(prompt, response)] = templates.tokenize_pair(tokenizer, ["1. Un"], ["plug it."])
     assert prompt == prompt_ids
     assert tokenizer.decode(response) == "plug it.<|im_end|>"
@@ -95,7 +95,7 @@ def test_the_prompts_tokens_do_not_depend_on_the_response(tokenizer: Any) -> Non
 
 @pytest.fixture
 def renderer(tiny_llama: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """vLLM's own prompt builder, the one behind its chat endpoint."""
+    """The prompt builder behind vLLM's chat endpoint."""
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.config import ModelConfig, VllmConfig
     from vllm.renderers.hf import HfRenderer

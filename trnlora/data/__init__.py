@@ -1,1 +1,1 @@
-"""From a file of rows to packed, labelled training rows, and the prompt templates."""
+"""From a JSONL file of rows to packed token ids with labels: the prepare_data stage, and the prompt templates."""

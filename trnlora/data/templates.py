@@ -1,17 +1,17 @@
-"""The prompt templates, in one place: training, evaluation and the server all build their prompts from here.
+"""The prompt templates: training, evaluation and the server all build their prompts here.
 
-A template is a Jinja chat template, as tokenizers carry them. A row becomes one user message; the template turns the
-message into the prompt. The same string goes to `vllm serve --chat-template`, so that a chat request whose user
-message is `user_message(...)` reaches the served model exactly as a training row did.
+A template is a Jinja chat template, as tokenizers have them. A row becomes one user message, which the template turns
+into the prompt. The same string is passed to `vllm serve --chat-template`, so that a chat request whose user message is
+`user_message(...)` becomes the very prompt that a training row had.
 """
 
 from typing import Any
 
 from trnlora.errors import UserError
 
-# One user message in, `…### Response:\n` out. System and assistant messages are rendered too, because chat clients
-# send them to the server; rows hold none. The assistant's turn ends as a learnt response does, with EOS.
-# Everything is written as expressions, not as text between tags: how Jinja trims white space then does not matter.
+# From one user message to `…### Response:\n`. System and assistant messages are rendered too, because chat clients send
+# them to the server; rows have none. An assistant's turn ends with EOS, as the responses in training do.
+# Everything is written as expressions, not as text between tags, so how Jinja trims white space does not matter.
 _TURNS = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
@@ -27,8 +27,8 @@ _TURNS = """\
 {%- endif -%}
 """
 
-# Both forms of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca): rows with an input say so up front.
-# The newline after `### Response:` is torchtune's and LitGPT's; Stanford's own code has none.
+# Both forms of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca): with and without an input.
+# The newline after `### Response:` is as in torchtune and LitGPT; Stanford's own code has none.
 _ALPACA_PREAMBLE = (
     "('Below is an instruction that describes a task, paired with an input that provides further context. '"
     " if '\\n\\n### Input:\\n' in message['content'] else 'Below is an instruction that describes a task. ')"
@@ -45,27 +45,28 @@ NAMES = tuple(_CONTEXT_HEADINGS)
 
 
 def chat_template(name: str, tokenizer: Any) -> str:
-    """The Jinja chat template called `name`: what `vllm serve --chat-template` takes.
+    """The Jinja chat template called `name`, as `vllm serve --chat-template` takes it.
 
-    `tokenizer` is a Hugging Face tokenizer; `chat` is its own template. Raises UserError for `chat` when it has none.
+    tokenizer: a Hugging Face tokenizer, needed for the name `chat` alone, which is the tokenizer's own template.
+    Raises UserError for `chat` if the tokenizer has none, and for an unknown name.
     """
     if name in _CHAT_TEMPLATES:
         return _CHAT_TEMPLATES[name]
     if name != "chat":
-        raise UserError(f"prompt template {name!r} is not known: write one of {', '.join(NAMES)}")
+        raise UserError(f"prompt template {name!r} is not known: use one of {', '.join(NAMES)}")
     if not tokenizer.chat_template:
-        raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; write dolly or alpaca")
+        raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; use dolly or alpaca")
     template: str = tokenizer.get_chat_template()
     return template
 
 
 def user_message(name: str, instruction: str, context: str) -> str:
-    """What the user says: the instruction and, where there is one, the context under the template's heading."""
+    """The user message of a row: the instruction and, if there is one, the context under the template's heading."""
     return instruction + _CONTEXT_HEADINGS[name] + context if context else instruction
 
 
 def render_prompt(tokenizer: Any, name: str, instruction: str, context: str) -> str:
-    """The prompt up to where the response begins, special tokens of the tokenizer's own template included."""
+    """The prompt of a row, up to where the response begins, with the special tokens that the template writes."""
     messages = [{"role": "user", "content": user_message(name, instruction, context)}]
     prompt: str = tokenizer.apply_chat_template(
         messages, chat_template=chat_template(name, tokenizer), add_generation_prompt=True, tokenize=False
@@ -74,17 +75,17 @@ def render_prompt(tokenizer: Any, name: str, instruction: str, context: str) -> 
 
 
 def tokenize_pair(tokenizer: Any, prompts: list[str], responses: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each prompt and of its response with EOS, to be concatenated.
+    """The token ids of each prompt and of its response with EOS, to be concatenated.
 
-    Prompt and response are tokenized apart. Tokenized as one string, the last characters of the prompt could merge with
-    the first of the response (`:\\n` + `\\n`), and the model would be trained on a prompt that never occurs when it is
-    served: there the prompt is tokenized alone. No special tokens are added, because a template that wants them
-    (BOS, `<|im_start|>`) writes them itself, and the server's chat endpoint adds none either.
+    Prompt and response are tokenized separately. In one string, the last characters of the prompt could merge with the
+    first of the response (`:\\n` + `\\n`), and the model would be trained on a prompt that never occurs when it is
+    served, where the prompt is tokenized alone. No special tokens are added: a template that needs them (BOS,
+    `<|im_start|>`) writes them itself, and the server's chat endpoint adds none either.
 
     Raises UserError for a tokenizer without EOS: the model could not learn to stop.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("the model's tokenizer has no EOS token, so a response would never end; set eos_token in it")
+        raise UserError("the model's tokenizer has no EOS token, so a response would never end: set its eos_token")
     prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
     return [

