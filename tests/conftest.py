@@ -138,6 +138,47 @@ def browser() -> Iterator[Browser]:
     running.driver.quit()
 
 
+class EvalWorker:
+    """A process with one vLLM engine, for several evaluations of adapters of the tiny Llama (tests/eval_worker.py)."""
+
+    def __init__(self, folder: Path) -> None:
+        env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/eval_worker.py")],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def evaluate(self, folder: Path, params: str = "params.yaml") -> subprocess.CompletedProcess[str]:
+        """As if stages/eval_vllm.py had run in `folder`."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([str(folder), params]) + "\n")
+        self.process.stdin.flush()
+        printed = ""
+        for line in self.process.stdout:
+            if line.startswith('{"error": '):
+                error = json.loads(line)["error"]
+                stderr = f"{error}\n" if error else ""
+                return subprocess.CompletedProcess(["eval_vllm"], 1 if error else 0, printed, stderr)
+            printed += line
+        raise AssertionError(f"the worker ended with exit code {self.process.wait()}: {printed}")
+
+
+@pytest.fixture(scope="session")
+def eval_worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalWorker]:
+    folder = tmp_path_factory.mktemp("eval-worker")
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "model").symlink_to(tiny_llama)
+    set_params(folder, serve={"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1})
+    worker = EvalWorker(folder)
+    with worker.process:  # closes its stdin, which ends it, and waits
+        yield worker
+
+
 # Stages in a folder without Git and DVC
 
 
