@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support import ROOT
 from support.browser import Browser
+from support.evaluation import EvalWorker
 from support.models import write_llama
 from support.project import Project, copy_project, make_project
 from support.stages import run_stage, set_params
@@ -126,3 +127,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Proj
 @pytest.fixture
 def finished_copy(finished: Project, tmp_path: Path) -> Project:
     return copy_project(finished, tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def eval_worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvalWorker]:
+    folder = tmp_path_factory.mktemp("eval-worker")
+    (folder / "artifacts").mkdir()
+    (folder / "artifacts" / "model").symlink_to(tiny_llama)
+    set_params(folder, serve={"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1})
+    worker = EvalWorker(folder)
+    with worker.process:  # closes its stdin, which ends it, and waits
+        yield worker

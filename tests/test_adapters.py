@@ -1,4 +1,4 @@
-"""Several adapters in one server, of other ranks and on other layers, and one from elsewhere in the evaluation."""
+"""Several adapters in one server, with other ranks and layers, and the evaluation of an adapter from elsewhere."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from support import ROOT
+from support.evaluation import EvalWorker
 from test_serving import Server, script
 
 from trnlora.errors import UserError
@@ -21,7 +22,7 @@ from trnlora.serving.adapters import check_adapter, parse_adapters
 
 
 def write_peft(model: Path, folder: Path, r: int, targets: list[str], seed: int, **config: Any) -> Path:
-    """An adapter as PEFT saves it, README.md and all, that changes the model."""
+    """An adapter as PEFT saves it, with its README.md, that changes the model's answers."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -55,12 +56,12 @@ def workdir(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_peft_writes_is_read(two: list[Path], tiny_llama: Path) -> None:
+def test_an_adapter_saved_by_peft_is_read(two: list[Path], tiny_llama: Path) -> None:
     second = check_adapter(two[1], tiny_llama, "second")
     assert (second.r, second.modules) == (24, {"o_proj", "up_proj", "down_proj", "q_proj"})
 
 
-def test_an_adapter_that_vllm_would_not_serve_is_named(two: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_vllm_would_not_serve_is_refused(two: list[Path], tiny_llama: Path, tmp_path: Path) -> None:
     dora = write_peft(tiny_llama, tmp_path / "dora", 8, ["q_proj"], 1, use_dora=True)
     with pytest.raises(UserError, match="use_dora, which vLLM does not serve"):
         check_adapter(dora, tiny_llama, "dora")
@@ -95,7 +96,7 @@ def server(workdir: Path, two: list[Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.slow
 def test_base_and_adapters_answer_by_name_at_the_same_time(server: Server, workdir: Path, two: list[Path]) -> None:
-    """Each as when it is asked alone, and all differ; then one more joins, and what has no room is refused."""
+    """Each answers as if it were asked alone, and all differ. Then one is added, and those without room are refused."""
     names = ["base", "first", "second"]
     assert [model["id"] for model in server.request("/v1/models")["data"]] == names
     prompt = "### Instruction:\nName a river.\n\n### Response:\n"
@@ -105,7 +106,7 @@ def test_base_and_adapters_answer_by_name_at_the_same_time(server: Server, workd
         assert list(pool.map(lambda name: server.complete(name, prompt, 24), names * 2)) == alone * 2
 
     load = ("tools/load_adapter.py", "--port", str(server.port))
-    assert "which the running server leaves as they are" in script(*load, f"x={two[1]}", cwd=workdir).stderr
+    assert "to which the running server applies no adapter" in script(*load, f"x={two[1]}", cwd=workdir).stderr
     done = script(*load, f"third={two[0]}", cwd=workdir)
     assert done.stdout == f"third is served from {two[0]}\n", done.stderr
     assert server.complete("third", prompt, 24) == alone[1]
@@ -116,8 +117,8 @@ def test_base_and_adapters_answer_by_name_at_the_same_time(server: Server, workd
 
 
 @pytest.mark.slow
-def test_an_adapter_from_elsewhere_is_scored(workdir: Path, two: list[Path], tiny_llama: Path) -> None:
-    """Without a trained adapter, and without the losses that its stages measured."""
+def test_an_adapter_from_elsewhere_is_scored(workdir: Path, two: list[Path], eval_worker: EvalWorker) -> None:
+    """Without a trained adapter and without the losses measured in training."""
     values = yaml.safe_load((workdir / "params.yaml").read_text("utf-8"))
     values["eval"] |= {"adapter": f"path://{two[1]}", "max_prompts": 6, "max_tokens": 8}
     (workdir / "eval.yaml").write_text(yaml.safe_dump(values), "utf-8")
@@ -125,7 +126,7 @@ def test_an_adapter_from_elsewhere_is_scored(workdir: Path, two: list[Path], tin
     (workdir / "data").mkdir()
     shutil.copyfile(ROOT / "data/tasks.jsonl", workdir / "data/tasks.jsonl")
     subprocess.run(command, cwd=workdir, check=True, env=os.environ, capture_output=True)
-    done = script("stages/eval_vllm.py", "--params", "eval.yaml", cwd=workdir)
+    done = eval_worker.evaluate(workdir, "eval.yaml")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((workdir / "metrics/eval_vllm.json").read_text("utf-8"))
     assert metrics["changed_fraction"] >= 0.5

@@ -1,4 +1,4 @@
-"""How vLLM is served on Trainium: the line by the installed versions, and the exact command and files of each."""
+"""vLLM's server on Trainium: its kind by the installed versions, and the exact command and files of each kind."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.profiles import load_profile
-from trnlora.serving import vllm_args as serving
+from trnlora.serving.vllm_neuron import NeuronServer, container_command, detect_server, lora_json, neuron_command
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_profile("llama3-8b-trn2", ROOT / "profiles")
@@ -21,7 +21,7 @@ END = "--chat-template chat.jinja --host 127.0.0.1 --port 8000"
 
 
 @pytest.mark.parametrize(
-    ("plugin", "vllm", "line"),
+    ("plugin", "vllm", "kind"),
     [
         ("0.2.0", "0.11.0", "merged"),  # raises NotImplementedError for LoRA
         ("0.4.1", "0.13.0", "plugin"),
@@ -32,21 +32,21 @@ END = "--chat-template chat.jinja --host 127.0.0.1 --port 8000"
         (None, "0.9.0.dev0+neuron", "fork"),
     ],
 )
-def test_the_line_follows_from_the_versions(plugin: str | None, vllm: str, line: str) -> None:
-    assert serving.neuron_line({"vllm-neuron": plugin, "vllm": vllm}) == line
+def test_the_kind_of_server_follows_from_the_versions(plugin: str | None, vllm: str, kind: str) -> None:
+    assert detect_server({"vllm-neuron": plugin, "vllm": vllm}) == NeuronServer(kind)
 
 
-def test_no_vllm_is_refused() -> None:
+def test_an_environment_without_vllm_is_refused() -> None:
     with pytest.raises(UserError, match=r"neuron\.vllm_python has no vllm"):
-        serving.neuron_line({})
+        detect_server({})
 
 
-def command(line: str) -> tuple[dict[str, str], list[str]]:
-    return serving.neuron_command(PARAMS, line, "127.0.0.1", 8000, Path("chat.jinja"), Path("/tmp/lora.json"))
+def command(server: NeuronServer) -> tuple[dict[str, str], list[str]]:
+    return neuron_command(PARAMS, server, "127.0.0.1", 8000, Path("chat.jinja"), Path("/tmp/lora.json"))
 
 
 def test_plugin() -> None:
-    env, words = command("plugin")
+    env, words = command(NeuronServer.PLUGIN)
     adapter = paths.ADAPTER.absolute()
     overrides = '{"override_neuron_config": {"lora_ckpt_json": "/tmp/lora.json"}}'
     assert words == [
@@ -59,7 +59,7 @@ def test_plugin() -> None:
     assert env["NEURON_RT_NUM_CORES"] == "32"
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
     assert env["NEURON_COMPILED_ARTIFACTS"] == "/var/tmp/neuron-compile-cache/served-plugin"
-    assert serving.lora_json() == {
+    assert lora_json() == {
         "lora-ckpt-dir": str(adapter.parent),
         "lora-ckpt-paths": {"tuned": "adapter"},
         "lora-ckpt-paths-cpu": {"tuned": "adapter"},
@@ -67,7 +67,7 @@ def test_plugin() -> None:
 
 
 def test_fork() -> None:
-    _, words = command("fork")
+    _, words = command(NeuronServer.FORK)
     adapter = paths.ADAPTER.absolute()
     assert words == [
         *COMMON.format(model="artifacts/model").split(),
@@ -80,16 +80,16 @@ def test_fork() -> None:
 def test_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"set flatten\.merged_model: true"):
-        command("merged")
+        command(NeuronServer.MERGED)
     paths.MERGED.mkdir(parents=True)
     (paths.MERGED / "config.json").write_text("{}")
-    _, words = command("merged")
+    _, words = command(NeuronServer.MERGED)
     assert words == f"{COMMON.format(model='artifacts/merged')} --served-model-name tuned {END}".split()
 
 
-def test_container_sees_the_devices_and_is_not_privileged() -> None:
-    env, words = command("plugin")
-    run = serving.neuron_container(env, words, "pytorch-inference-neuronx:0.16", [Path("/project"), Path("/tmp/x")])
+def test_the_container_sees_the_devices_and_is_not_privileged() -> None:
+    env, words = command(NeuronServer.PLUGIN)
+    run = container_command(env, words, "pytorch-inference-neuronx:0.16", [Path("/project"), Path("/tmp/x")])
     assert run[:3] == ["docker", "run", "--rm"]
     devices = [str(path) for path in sorted(Path("/dev").glob("neuron*"))] or ["/dev/neuron0"]
     assert [word for word in run if word.startswith("--device")] == [f"--device={path}" for path in devices]

@@ -21,12 +21,12 @@ def test_rouge_is_the_mean_over_answers() -> None:
     assert scoring.rouge(["yes", "no"], ["yes", "perhaps"])["rouge1"] == 0.5
 
 
-def test_rouge_l_minds_the_order_and_rouge_1_does_not() -> None:
+def test_rouge_l_depends_on_the_order_and_rouge_1_does_not() -> None:
     found = scoring.rouge(["b a"], ["a b"])
     assert found == {"rouge1": 1.0, "rouge2": 0.0, "rougeL": 0.5}
 
 
-def test_rouge_reads_other_scripts_than_latin() -> None:
+def test_rouge_reads_non_latin_scripts() -> None:
     found = scoring.rouge(["서울은 수도이다"], ["서울은 한국의 수도이다"])
     assert found["rouge1"] == pytest.approx(0.8)  # P 2/2, R 2/3
 
@@ -46,7 +46,7 @@ def test_bleu_penalizes_brevity() -> None:
     assert scoring.bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(0.36787944)  # exp(1 - 8/4)
 
 
-def test_bleu_without_a_common_4_gram_is_small_and_silent() -> None:
+def test_bleu_without_a_common_4_gram_is_small_and_gives_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert 0 < scoring.bleu(["a b c x"], ["a b c y"]) < 0.5
@@ -58,7 +58,7 @@ def test_chrf_by_hand() -> None:
     assert scoring.chrf(["ab"], ["abc"]) == pytest.approx((5 / 7 + 5 / 9) / 3)
 
 
-def test_chrf_of_a_right_answer_is_1_however_short() -> None:
+def test_chrf_of_a_short_correct_answer_is_1() -> None:
     assert scoring.chrf(["no"], ["no"]) == pytest.approx(1)
     assert scoring.chrf(["n o"], ["no"]) == pytest.approx(1)  # whitespace does not count
 
@@ -83,21 +83,22 @@ def test_fractions_and_length() -> None:
     assert scoring.scores(["one two", "three"], ["x", "y"])["response_words"] == 1.5
 
 
-def test_lists_of_different_length_are_refused() -> None:
+def test_lists_of_different_lengths_are_refused() -> None:
     for score in (scoring.rouge, scoring.chrf, scoring.exact_match, scoring.changed_fraction):
         with pytest.raises(ValueError, match="zip"):
             score(["a"], ["a", "b"])
 
 
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(min_size=1, max_size=20)), min_size=1, max_size=4))
-def test_all_scores_are_in_0_to_1(pairs: list[tuple[str, str]]) -> None:
+def test_all_scores_are_between_0_and_1(pairs: list[tuple[str, str]]) -> None:
     answers, references = map(list, zip(*pairs, strict=True))
     found = scoring.scores(answers, references)
     del found["response_words"]
     assert all(0 <= value <= 1 + 1e-9 for value in found.values()), found
 
 
-def test_import_needs_no_model_library() -> None:
-    code = "import sys, trnlora.evaluation.scoring; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
+def test_the_import_loads_no_model_library() -> None:
+    libraries = ("torch", "transformers", "vllm")
+    code = f"import sys, trnlora.evaluation.scoring; print([m for m in {libraries} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    assert done.stdout.strip() == "[]"

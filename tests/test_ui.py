@@ -1,4 +1,4 @@
-"""The side-by-side page in a real browser, on a real vLLM server that it starts itself, with two adapters."""
+"""The side-by-side page in a real browser, with a real vLLM server that the tool starts with two adapters."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
 
 
 @pytest.mark.slow
-def test_chat_keeps_to_the_lines_that_are_piped_in(ui: Ui, workdir: Path) -> None:  # noqa: F811
+def test_chat_answers_the_lines_that_are_piped_in(ui: Ui, workdir: Path) -> None:  # noqa: F811
     command = [sys.executable, str(ROOT / "tools/chat.py"), "--port", str(ui.server_port), "--model", "first"]
     lines = "Which city?\n/new\nWhich city?\n/model base\n/new\nWhich city?\n/model nobody\n"
     done = subprocess.run(command, cwd=workdir, input=lines, capture_output=True, text=True, check=True)
@@ -90,7 +90,7 @@ def test_chat_keeps_to_the_lines_that_are_piped_in(ui: Ui, workdir: Path) -> Non
 
 @pytest.mark.slow
 def test_a_stop_leaves_no_server(ui: Ui) -> None:
-    """The last test of `ui`: it stops it."""
+    """Must be the last test that uses `ui`, because it stops it."""
     family = ui.process.children(recursive=True)
     assert len(family) >= 2
     ui.process.send_signal(signal.SIGTERM)

@@ -225,7 +225,7 @@ def test_the_key_opens_and_is_not_logged(served: Server, clean: tuple[Project, d
     smoke = (".venv/bin/python", "tools/smoke.py", "--question", "?", "--port", str(served.port))
     assert "tuned" in project.run(*smoke)
     project.env["VLLM_API_KEY"] = "another"
-    assert "wants an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
+    assert "requires an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
     project.env |= SECRETS
     with pytest.raises(urllib.error.HTTPError) as refused:
         served.request("/v1/models")

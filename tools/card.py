@@ -46,7 +46,7 @@ def main() -> None:
         raise UserError("eval.adapter is set, so the scores are not those of artifacts/adapter: set null and rerun")
     if now.get("eval_vllm", "prompts") is None or not now.answers:
         raise UserError("the adapter is not evaluated yet: run `make repro`")
-    check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora.r, "tuned")
+    check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, "tuned")
     check_current()
     base = args.base or hub_id(params.model.source)
     if base:

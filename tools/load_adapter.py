@@ -1,54 +1,60 @@
-"""Add PEFT adapters to the running server by name, where serve.runtime_adapters allowed it when the server started.
+"""Add PEFT adapters to the running server by name, if it was started with serve.runtime_adapters: true.
 
     python tools/load_adapter.py [--params FILE] [--host HOST] [--port PORT] NAME=FOLDER …     (make load ADAPTERS=)
 
-Each is checked as `make serve` checks those it starts with. The server has room for adapters on q, k and v, of rank up
-to lora.r, and for serve.max_loras of them. A server with an API key wants VLLM_API_KEY here too.
+Each adapter is checked in the same way as those that `make serve` starts with. The server has room for serve.max_loras
+adapters on the layers of lora.target_modules, of rank up to lora.r. If the server has an API
+key, set VLLM_API_KEY here too.
 """
 
-import argparse
-from pathlib import Path
-
 from trnlora import paths
+from trnlora.cli import add_params, add_server, script_parser, server_address
 from trnlora.errors import UserError, run
-from trnlora.params import load_params
-from trnlora.serving import vllm_args as serving
-from trnlora.serving.adapters import check_adapter, parse_adapters
-from trnlora.serving.client import request
+from trnlora.model.targets import peft_modules
+from trnlora.params import Params, load_params
+from trnlora.serving import client
+from trnlora.serving.adapters import BASE, Adapter, check_adapter, parse_adapters
+from trnlora.serving.vllm_args import max_lora_rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=paths.PARAMS, help="params file (default: %(default)s)")
-    parser.add_argument("--host", help="address of the server (default: serve.host)")
-    parser.add_argument("--port", type=int, help="port of the server (default: serve.port)")
+    parser = script_parser(__doc__)
+    add_params(parser)
+    add_server(parser)
     parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER")
     args = parser.parse_args()
 
     params = load_params(args.params)
     if not params.serve.runtime_adapters:
-        raise UserError(
-            "serve.runtime_adapters is false: write true and start the server anew, or serve with ADAPTERS="
-        )
-    url = serving.base_url(args.host or params.serve.host, args.port or params.serve.port)
-    room = serving.engine_args(params)
+        raise UserError("serve.runtime_adapters is false: set it to true and restart the server, or use ADAPTERS=")
+    url = client.base_url(*server_address(args, params))
     for name, folder in parse_adapters(args.adapters).items():
         adapter = check_adapter(folder, paths.MODEL, name)
-        if unserved := sorted(adapter.modules - {"q_proj", "k_proj", "v_proj"}):
-            raise UserError(f"{folder} changes {', '.join(unserved)}, which the running server leaves as they are: "
-                            "start it anew with ADAPTERS=")  # fmt: skip
-        if adapter.r > room["max_lora_rank"]:
-            raise UserError(f"{folder} has rank {adapter.r}, the running server has room for {room['max_lora_rank']}: "
-                            "start it anew with ADAPTERS=")  # fmt: skip
-        served = [model["id"] for model in request(url, "/v1/models")["data"] if model["id"] != serving.BASE]
-        if name in served:
-            raise UserError(f"the server has an adapter {name!r} already: give this one another name")
-        # More than that many would take vLLM's last slot, which answers for the base: see serving.engine_args.
-        if len(served) >= params.serve.max_loras:
-            raise UserError(f"the server has {len(served)} adapters and serve.max_loras is {params.serve.max_loras}: "
-                            "raise it and start the server anew")  # fmt: skip
-        request(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+        check_room(adapter, [model for model in client.served_models(url) if model != BASE], params)
+        client.request(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         print(f"{name} is served from {folder}")
+
+
+def check_room(adapter: Adapter, served: list[str], params: Params) -> None:
+    """Raise UserError if the running server, which has the adapters `served`, has no room for this one."""
+    restart = "restart it with ADAPTERS="
+    if others := sorted(adapter.modules - set(peft_modules(params.lora.target_modules))):
+        raise UserError(
+            f"{adapter.folder} changes {', '.join(others)}, to which the running server applies no adapter: {restart}"
+        )
+    if adapter.r > max_lora_rank(params.lora.r):
+        raise UserError(
+            f"{adapter.folder} has rank {adapter.r}, the running server has room for rank "
+            f"{max_lora_rank(params.lora.r)}: {restart}"
+        )
+    if adapter.name in served:
+        raise UserError(f"the server already has an adapter {adapter.name!r}: choose another name")
+    # One more would take vLLM's last slot, which must stay empty: see vllm_args.engine_args.
+    if len(served) >= params.serve.max_loras:
+        raise UserError(
+            f"the server has {len(served)} adapters and serve.max_loras is {params.serve.max_loras}: "
+            "raise it and restart the server"
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def write_json(target: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_jsonl(target: Path, rows: list[dict[str, Any]]) -> None:
+def write_jsonl(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line."""
     with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as out:
         for row in rows:

@@ -35,8 +35,8 @@ class Answer(TypedDict):
     tuned: str
     base_exact: bool  # equal to the reference, as evaluation/scoring.py compares
     tuned_exact: bool
-    base_finish_reason: str  # vLLM's: "stop" after EOS, "length" at eval.max_tokens
-    tuned_finish_reason: str
+    base_finish_reason: str | None  # vLLM's: "stop" after EOS, "length" at eval.max_tokens
+    tuned_finish_reason: str | None
 
 
 def read_examples(path: Path) -> list[PreparedExample]:

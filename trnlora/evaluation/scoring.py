@@ -1,6 +1,6 @@
-"""Scores of answers against references. Pure functions over strings: no model, no download, quick to import.
+"""Scores of answers against references. Pure functions of strings: no model, no download, fast to import.
 
-nltk's METEOR, `word_tokenize` and `sent_tokenize` need data files and are left out; `wordpunct_tokenize` is a regular
+nltk's METEOR, `word_tokenize` and `sent_tokenize` need data files and are not used; `wordpunct_tokenize` is a regular
 expression. Every score is in 0..1, higher is better.
 """
 
@@ -22,8 +22,8 @@ CHRF_ORDER = 6
 class WordTokenizer(Tokenizer):
     """Lower-cased runs of letters and digits of any script.
 
-    On ASCII text the same tokens as rouge-score's own tokenizer, which drops everything else: a right answer in Korean
-    would score 0 there.
+    On ASCII text these are the tokens of rouge-score's own tokenizer. That one drops all other characters, so a correct
+    answer in Korean would score 0.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -40,8 +40,8 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
 def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     """Corpus BLEU-4 over wordpunct tokens: n-gram counts are summed over all answers before the precisions are taken.
 
-    An order without any match counts as 0.1 matches (method 1 of Chen and Cherry 2014), so that a model without a
-    single common 4-gram gets a small score and not a warning.
+    An order without any match counts as 0.1 matches (method 1 of Chen and Cherry 2014), so a model without a single
+    common 4-gram gets a small score instead of 0 and a warning.
     """
     return float(
         corpus_bleu(
@@ -53,9 +53,9 @@ def bleu(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean over the answers of chrF2: character n-grams up to 6, recall weighted twice, whitespace left out.
+    """Mean over the answers of chrF2: character n-grams up to 6, recall weighted twice, whitespace ignored.
 
-    Orders above the reference's length are left out, where nltk counts them as 0: with it a right "no" scores 0.33.
+    Orders above the reference's length are ignored. nltk counts them as 0, and a correct "no" would score 0.33.
     """
     return fmean(
         sentence_chrf(reference, answer, max_len=min(CHRF_ORDER, len("".join(reference.split())) or 1), beta=2.0)
@@ -84,7 +84,7 @@ def exact_match_by_category(
 
 
 def scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """All of the above but the categories, and the mean length of an answer in whitespace-separated words.
+    """All of the above except the categories, and the mean length of an answer in whitespace-separated words.
 
     Keys: rouge1, rouge2, rougeL, bleu, chrf, exact_match, response_words.
     """
@@ -98,7 +98,7 @@ def scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float
 
 
 def truncated_fraction(finish_reasons: Sequence[str | None]) -> float:
-    """Fraction of answers that ended at `eval.max_tokens` and not at the end-of-sequence token."""
+    """Fraction of answers that ended at `eval.max_tokens` instead of the end-of-sequence token."""
     return fmean(reason == "length" for reason in finish_reasons)
 
 

@@ -1,136 +1,53 @@
-"""PEFT folders that vLLM is to serve, the pipeline's own and others, checked before anything is started.
+"""PEFT adapter folders for vLLM, the pipeline's own and others, checked before anything is started.
 
-vLLM ignores tensors whose names match nothing and pads those of too small a shape, and may so serve the base model
-without a word (vllm issues 34186, 55193). Only headers are read here, so the checks are quick.
+vLLM ignores tensors whose names match nothing and pads tensors that are too small, so it may silently serve the base
+model (vllm issues 34186, 55193). Only file headers are read here, so the checks are fast.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
+from trnlora.model.targets import peft_modules
+from trnlora.model.tensors import linear_sizes
+from trnlora.params import Lora, Params
 
-_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+# The model names that the server's clients use.
+BASE = "base"
+TUNED = "tuned"  # the pipeline's own adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
-# What vLLM cannot serve (vllm/lora/peft_helper.py), each absent or empty in a plain LoRA.
+# What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alora_invocation_tokens", "use_qalora")
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_[AB])\.weight")
-_QKV = ("q_proj", "k_proj", "v_proj")
+_REBUILD = "run `dvc repro flatten_adapter`"
+_SAVE_AGAIN = "save the adapter again with PEFT, as safetensors"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder that fits the model. `modules`: PEFT's names of the linear layers that it changes."""
+    """A checked PEFT folder that fits the model."""
 
-    name: str  # by which clients ask for it
+    name: str  # the model name that clients use in their requests
     folder: Path
     r: int
-    modules: frozenset[str]
-
-
-def check_own_adapter(folder: Path, model: Path, r: int, name: str) -> Adapter:
-    """What flatten_adapter writes: rank `r` on q, k and v of every layer of `model`, two files and no more.
-
-    NxDI takes the last of several weight files, hence the count. Raises UserError for anything else.
-    """
-    mend = "run `dvc repro flatten_adapter`"
-    if not folder.is_dir():
-        raise UserError(f"the adapter {folder} is missing: {mend}")
-    files = {path.name for path in folder.iterdir()}
-    if files != _FILES:
-        wrong = sorted(files ^ _FILES)
-        raise UserError(f"{folder} must hold just {' and '.join(sorted(_FILES))}; missing or unexpected: {wrong}")
-    config = read_json(folder / "adapter_config.json")
-    where = f"{folder}/adapter_config.json"
-    if missing := [key for key in _CONFIG_KEYS if not config.get(key)]:
-        raise UserError(f"{where} lacks {', '.join(missing)}: {mend}")
-    if config["peft_type"] != "LORA" or set(config["target_modules"]) != set(_QKV):
-        raise UserError(f"{where} must say peft_type LORA and target_modules {', '.join(_QKV)}")
-    if config["r"] != r:
-        raise UserError(f"{where} has r {config['r']}, params have lora.r {r}: {mend}")
-    llama = LlamaConfig.from_folder(model)
-    every = {(layer, module) for layer in range(llama.num_hidden_layers) for module in _QKV}
-    _check_tensors(folder, model, llama, r, _QKV, every)
-    return Adapter(name, folder, r, frozenset(_QKV))
-
-
-def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
-    """Any LoRA that PEFT has saved for `model`: of any rank, on any of the linear layers, other files beside it.
-
-    Raises UserError with what vLLM would refuse later, or leave out without a word.
-    """
-    if not folder.is_dir():
-        raise UserError(f"adapter {name}: there is no folder {folder}")
-    if missing := sorted(_FILES - {path.name for path in folder.iterdir()}):
-        raise UserError(
-            f"adapter {name}: {folder} has no {' and no '.join(missing)}: save it with PEFT, as safetensors"
-        )
-    config = read_json(folder / "adapter_config.json")
-    where = f"{folder}/adapter_config.json"
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int) or not config.get("lora_alpha"):
-        raise UserError(f"{where} must say peft_type LORA, r and lora_alpha: save the adapter with PEFT")
-    if unsupported := [key for key in _UNSUPPORTED if config.get(key)]:
-        raise UserError(f"{where} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model")
-    llama = LlamaConfig.from_folder(model)
-    modules = _check_tensors(folder, model, llama, config["r"], tuple(_sizes(llama)))
-    return Adapter(name, folder, config["r"], modules)
-
-
-def _sizes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers by PEFT's names."""
-    hidden, mlp = llama.hidden_size, llama.intermediate_size
-    q, kv = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
-    attention = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
-    return attention | {"gate_proj": (hidden, mlp), "up_proj": (hidden, mlp), "down_proj": (mlp, hidden)}
-
-
-def _check_tensors(
-    folder: Path,
-    model: Path,
-    llama: LlamaConfig,
-    r: int,
-    allowed: tuple[str, ...],
-    required: set[tuple[int, str]] | None = None,
-) -> frozenset[str]:
-    """Names and shapes of the adapter's tensors; returns the modules that they are of.
-
-    `required`: (layer, module) that must be there, by default those of which one of A and B is.
-    """
-    where = f"{folder}/adapter_model.safetensors"
-    sizes = _sizes(llama)
-    seen: set[tuple[int, str, str]] = set()
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                match = _KEY.fullmatch(key)
-                if not match or match[2] not in allowed or int(match[1]) >= llama.num_hidden_layers:
-                    raise UserError(f"{where}: {key} matches no {_or(allowed)} of {model}, vLLM would ignore it")
-                inputs, outputs = sizes[match[2]]
-                shape, found = [r, inputs] if match[3] == "lora_A" else [outputs, r], tensors.get_slice(key).get_shape()
-                if found != shape:
-                    raise UserError(f"{where}: {key} has shape {found}, not {shape}")
-                seen.add((int(match[1]), match[2], match[3]))
-    except SafetensorError as error:
-        raise UserError(f"{where} is not a safetensors file ({error}): save the adapter anew") from None
-    pairs = required or {(layer, module) for layer, module, _ in seen}
-    if not pairs:
-        raise UserError(f"{where} holds no tensors: save the adapter anew")
-    if missing := sorted({(*pair, matrix) for pair in pairs for matrix in ("lora_A", "lora_B")} - seen):
-        layer, module, matrix = missing[0]
-        raise UserError(f"{where} lacks {len(missing)} tensors, the first is {matrix} of {module} in layer {layer}")
-    return frozenset(module for _, module, _ in seen)
-
-
-def _or(names: tuple[str, ...]) -> str:
-    return " or ".join((", ".join(names[:-1]), names[-1]))
+    modules: frozenset[str]  # PEFT's names of the linear layers it changes
 
 
 def parse_adapters(pairs: list[str]) -> dict[str, Path]:
-    """`name=folder` each. Raises UserError for another form, and for a name that is taken."""
+    """The folders by name, from arguments of the form `name=folder`.
+
+    Raises UserError for any other form and for a name that is already taken.
+    """
     folders: dict[str, Path] = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
@@ -138,7 +55,107 @@ def parse_adapters(pairs: list[str]) -> dict[str, Path]:
             raise UserError(
                 f'adapter {pair!r} must have the form name=folder, as in ADAPTERS="dolly=artifacts/adapter"'
             )
-        if name == "base" or name in folders:
-            raise UserError(f"adapter name {name!r} is taken: give every adapter a name of its own, other than base")
+        if name == BASE or name in folders:
+            raise UserError(f"adapter name {name!r} is taken: give each adapter its own name, other than {BASE}")
         folders[name] = Path(folder)
     return folders
+
+
+def check_adapters(pairs: list[str] | None, params: Params) -> list[Adapter]:
+    """The adapters to serve: those of `pairs` (name=folder), or the pipeline's own if `pairs` is None.
+
+    Raises UserError for an adapter that vLLM would refuse or not apply.
+    """
+    if pairs is None:
+        return [check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)]
+    return [check_adapter(folder, paths.MODEL, name) for name, folder in parse_adapters(pairs).items()]
+
+
+def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapter:
+    """Check what flatten_adapter writes: exactly two files, with the rank and targets of `lora` in every layer of `model`.
+
+    Extra files are refused because NxDI loads the last weight file it finds. Raises UserError.
+    """
+    if not folder.is_dir():
+        raise UserError(f"the adapter {folder} is missing: {_REBUILD}")
+    files = {path.name for path in folder.iterdir()}
+    if files != {CONFIG, WEIGHTS}:
+        wrong = sorted(files ^ {CONFIG, WEIGHTS})
+        raise UserError(f"{folder} must contain only {CONFIG} and {WEIGHTS}; missing or unexpected: {wrong}")
+    trained = peft_modules(lora.target_modules)
+    config = read_json(folder / CONFIG)
+    where = folder / CONFIG
+    if missing := [key for key in _CONFIG_KEYS if not config.get(key)]:
+        raise UserError(f"{where} lacks {', '.join(missing)}: {_REBUILD}")
+    if config["peft_type"] != "LORA" or set(config["target_modules"]) != set(trained):
+        raise UserError(f"{where} must have peft_type LORA and target_modules {', '.join(trained)}")
+    if config["r"] != lora.r:
+        raise UserError(f"{where} has r {config['r']}, but lora.r is {lora.r}: {_REBUILD}")
+    model_config = LlamaConfig.from_folder(model)
+    modules = _check_tensors(folder, model_config, lora.r, trained, every_layer=True)
+    return Adapter(name, folder, lora.r, modules)
+
+
+def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
+    """Check any LoRA adapter that PEFT saved for `model`: any rank, any of the linear layers, extra files allowed.
+
+    Raises UserError for what vLLM would refuse later or silently ignore.
+    """
+    if not folder.is_dir():
+        raise UserError(f"adapter {name}: there is no folder {folder}")
+    if missing := sorted({CONFIG, WEIGHTS} - {path.name for path in folder.iterdir()}):
+        raise UserError(f"adapter {name}: {folder} has no {' and no '.join(missing)}: {_SAVE_AGAIN}")
+    config = read_json(folder / CONFIG)
+    where = folder / CONFIG
+    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int) or not config.get("lora_alpha"):
+        raise UserError(f"{where} must have peft_type LORA, r and lora_alpha: {_SAVE_AGAIN}")
+    if unsupported := [key for key in _UNSUPPORTED if config.get(key)]:
+        raise UserError(f"{where} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model")
+    model_config = LlamaConfig.from_folder(model)
+    modules = _check_tensors(folder, model_config, config["r"], linear_sizes(model_config))
+    return Adapter(name, folder, config["r"], modules)
+
+
+def _check_tensors(
+    folder: Path, config: LlamaConfig, r: int, allowed: Collection[str], every_layer: bool = False
+) -> frozenset[str]:
+    """Check names and shapes of the adapter's tensors and that every A has its B; return the modules they belong to.
+
+    every_layer: all `allowed` modules must be there, in every layer.
+    """
+    where = folder / WEIGHTS
+    shapes = _read_shapes(where)
+    sizes = linear_sizes(config)
+    found: set[tuple[int, str, str]] = set()
+    for key, shape in shapes.items():
+        match = _KEY.fullmatch(key)
+        if not match or match[2] not in allowed or int(match[1]) >= config.num_hidden_layers:
+            raise UserError(f"{where}: {key} matches no {_join(allowed)} of the model, so vLLM would ignore it")
+        in_size, out_size = sizes[match[2]]
+        expected = [r, in_size] if match[3] == "lora_A" else [out_size, r]
+        if shape != expected:
+            raise UserError(f"{where}: {key} has shape {shape}, not {expected}")
+        found.add((int(match[1]), match[2], match[3]))
+    pairs = {(layer, module) for layer, module, _ in found}
+    if every_layer:
+        pairs |= {(layer, module) for layer in range(config.num_hidden_layers) for module in allowed}
+    if not pairs:
+        raise UserError(f"{where} contains no tensors: {_SAVE_AGAIN}")
+    if missing := sorted({(*pair, matrix) for pair in pairs for matrix in ("lora_A", "lora_B")} - found):
+        layer, module, matrix = missing[0]
+        raise UserError(f"{where} lacks {len(missing)} tensors, the first is {matrix} of {module} in layer {layer}")
+    return frozenset(module for _, module in pairs)
+
+
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors of a safetensors file, by name."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a safetensors file ({error}): {_SAVE_AGAIN}") from None
+
+
+def _join(names: Collection[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"

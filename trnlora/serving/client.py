@@ -1,4 +1,4 @@
-"""Requests of the tools to the running server. What can go wrong becomes one line for the user."""
+"""Requests to the running server. Every failure becomes one line for the user."""
 
 import json
 import os
@@ -13,14 +13,23 @@ class Unreachable(UserError):
     """No server answers."""
 
 
+def base_url(host: str, port: int) -> str:
+    """The URL at which a client on this machine reaches a server bound to `host`:`port`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def headers() -> dict[str, str]:
-    """With the API key of the environment, VLLM_API_KEY, where there is one."""
+    """HTTP headers of a request: JSON, and the API key from VLLM_API_KEY if it is set."""
     key = os.environ.get("VLLM_API_KEY")
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
 def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> Any:
-    """GET, or POST `body` as JSON; the parsed reply or its text. Raises Unreachable, or UserError for a refusal."""
+    """Send GET, or POST with `body` as JSON; return the parsed reply, or its text if it is not JSON.
+
+    timeout: seconds. Raises Unreachable if no server answers, and UserError if it refuses the request.
+    """
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(urllib.request.Request(url + path, data, headers()), timeout=timeout) as response:
@@ -32,17 +41,42 @@ def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: fl
         raise Unreachable(unreachable(url, getattr(error, "reason", error))) from None
 
 
+def served_models(url: str, timeout: float = 300) -> list[str]:
+    """The names of the models that the server has. Raises as `request` does, and if the server is not vLLM."""
+    reply = request(url, "/v1/models", timeout=timeout)
+    try:
+        return [model["id"] for model in reply["data"]]
+    except (KeyError, TypeError):
+        raise UserError(not_vllm(url)) from None
+
+
+def chat(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> str:
+    """The greedy answer of `model` to a conversation. Raises as `request` does, and if the server is not vLLM."""
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+    reply = request(url, "/v1/chat/completions", body)
+    try:
+        return reply["choices"][0]["message"]["content"] or ""
+    except (KeyError, IndexError, TypeError):
+        raise UserError(not_vllm(url)) from None
+
+
 def refusal(url: str, status: int, text: str) -> str:
-    """What an error reply of the server says, as a sentence."""
+    """The server's error reply as one sentence."""
     if status == 401:
-        return f"the server at {url} wants an API key: set VLLM_API_KEY as for `make serve`"
+        return f"the server at {url} requires an API key: set VLLM_API_KEY to the key it was started with"
     try:
         reply = json.loads(text)
-        said = reply.get("message") or reply["error"]["message"]
+        message = reply.get("message") or reply["error"]["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        said = text
-    return f"the server at {url} refused the request ({status}): {' '.join(str(said).split())[:300]}"
+        message = text
+    return f"the server at {url} refused the request ({status}): {' '.join(str(message).split())[:300]}"
 
 
 def unreachable(url: str, reason: object) -> str:
+    """The sentence for a server that does not answer."""
     return f"no server answers at {url} ({reason}): start one with `make serve`"
+
+
+def not_vllm(url: str) -> str:
+    """The sentence for a server that answers, but not as vLLM does."""
+    return f"the server at {url} is not vLLM: give another --port"

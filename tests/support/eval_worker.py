@@ -1,0 +1,43 @@
+"""Evaluate one folder after another with one vLLM engine. conftest.py starts it as a process of its own.
+
+    python tests/support/eval_worker.py      in a folder with params.yaml and artifacts/model
+
+Each line of stdin is JSON, [folder, name of its params file]. After each evaluation a line of stdout follows that is
+JSON as well: the line that stages/eval_vllm.py would have ended with, or null.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+from trnlora.errors import run
+from trnlora.evaluation.run import evaluate
+from trnlora.model.config import LlamaConfig
+from trnlora.model.tensors import linear_sizes
+from trnlora.params import load_params
+from trnlora.serving.adapters import Adapter
+from trnlora.serving.engine import Engine, start_engine
+
+
+def main() -> None:
+    every_module = frozenset(linear_sizes(LlamaConfig.from_folder(Path("artifacts/model"))))
+    engine = start_engine(load_params(), [Adapter("room for any adapter", Path(), 32, every_module)])
+    for line in sys.stdin:
+        folder, params = json.loads(line)
+        os.chdir(folder)
+        error = None
+        try:
+            run(functools.partial(evaluate_file, Path(params), engine))
+        except SystemExit as end:
+            error = end.code
+        print(json.dumps({"error": error}), flush=True)
+
+
+def evaluate_file(params: Path, engine: Engine) -> None:
+    evaluate(load_params(params), engine)
+
+
+if __name__ == "__main__":
+    main()

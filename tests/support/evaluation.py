@@ -1,0 +1,39 @@
+"""Evaluations that share one vLLM engine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT
+
+
+class EvalWorker:
+    """A process with one vLLM engine (eval_worker.py), for several evaluations of adapters of the tiny Llama."""
+
+    def __init__(self, folder: Path) -> None:
+        env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/support/eval_worker.py")],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def evaluate(self, folder: Path, params: str = "params.yaml") -> subprocess.CompletedProcess[str]:
+        """As if stages/eval_vllm.py had run in `folder`."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([str(folder), params]) + "\n")
+        self.process.stdin.flush()
+        printed = ""
+        for line in self.process.stdout:
+            if line.startswith('{"error": '):
+                error = json.loads(line)["error"]
+                stderr = f"{error}\n" if error else ""
+                return subprocess.CompletedProcess(["eval_vllm"], 1 if error else 0, printed, stderr)
+            printed += line
+        raise AssertionError(f"the worker ended with exit code {self.process.wait()}: {printed}")

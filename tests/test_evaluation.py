@@ -1,0 +1,96 @@
+"""The evaluation's gates, its choice of rows, and the metrics and answers it writes, without vLLM."""
+
+from typing import Any
+
+import pytest
+import yaml
+from support import ROOT
+
+from trnlora.data.examples import PreparedExample
+from trnlora.evaluation.answers import Scored, answer_rows, spread
+from trnlora.evaluation.gates import gate
+from trnlora.params import Eval
+from trnlora.serving.engine import Completion
+
+GOOD = {
+    "changed_fraction": 0.5,
+    "loss_gap_trainer": 1e-3,
+    "loss_gap_peft": 0.0,
+    "base": {"loss": 2.0},
+    "tuned": {"loss": 1.0},
+}
+
+
+def limits() -> Eval:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))["eval"]
+    return Eval.model_validate(values | {"min_changed_fraction": 0.5, "max_loss_gap": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"changed_fraction": 0.49}, "too little effect in vLLM: 49.0% of the answers"),
+        ({"tuned": {"loss": 2.0}}, "too little effect"),
+        ({"loss_gap_trainer": 2e-3}, "from that of the trainer"),
+        ({"loss_gap_peft": 2e-3}, "from that of PEFT"),
+        ({"loss_gap_peft": float("nan")}, "from that of PEFT"),
+    ],
+)
+def test_gates(change: dict[str, Any], message: str) -> None:
+    assert gate(GOOD, limits()) == []
+    (failure,) = gate(GOOD | change, limits())
+    assert message in failure
+
+
+def test_max_prompts_keeps_the_mix_of_a_sorted_file() -> None:
+    rows = list(range(10))
+    assert spread(rows, 4) == [0, 2, 5, 7]
+    assert spread(rows, None) == spread(rows, 10) == spread(rows, 99) == rows
+
+
+def example(number: int, category: str, response: str) -> PreparedExample:
+    return {
+        "id": number,
+        "category": category,
+        "instruction": "?",
+        "context": "",
+        "response": response,
+        "prompt": f"prompt {number}",
+        "prompt_token_ids": [1],
+        "response_token_ids": [2],
+    }
+
+
+ROWS = [example(0, "b", "yes"), example(1, "a", "no"), example(2, "b", "one two")]
+BASE = Scored(2.0, [Completion("no", 2, "stop"), Completion("no\n", 3, "stop"), Completion("x", 16, "length")], 2.0)
+TUNED = Scored(1.0, [Completion("yes", 2, "stop"), Completion("no", 2, "stop"), Completion("one", 2, "stop")], 3.0)
+
+
+def test_metrics_of_a_model_nest_the_categories() -> None:
+    metrics = BASE.metrics(ROWS)
+    assert metrics["loss"] == 2.0
+    assert metrics["exact_match"] == pytest.approx(1 / 3)
+    assert metrics["exact_match_by_category"] == {"a": 1.0, "b": 0.0}
+    assert metrics["response_tokens"] == 7
+    assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
+    assert TUNED.metrics(ROWS)["exact_match_by_category"] == {"a": 1.0, "b": 0.5}
+
+
+def test_speed_is_of_all_answers_together() -> None:
+    assert BASE.speed() == {"requests_per_s": 1.5, "output_tokens_per_s": 10.5}
+
+
+def test_answer_rows_keep_both_answers() -> None:
+    assert [row["id"] for row in answer_rows(ROWS, BASE, TUNED)] == ["row-0", "row-1", "row-2"]
+    assert answer_rows(ROWS, BASE, TUNED)[2] == {
+        "id": "row-2",
+        "category": "b",
+        "prompt": "prompt 2",
+        "reference": "one two",
+        "base": "x",
+        "tuned": "one",
+        "base_exact": False,
+        "tuned_exact": False,
+        "base_finish_reason": "length",
+        "tuned_finish_reason": "stop",
+    }

@@ -1,0 +1,146 @@
+"""The evaluation of an adapter: inputs, scores of base and adapter with one engine, gates, results."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from trnlora import paths
+from trnlora.data.examples import PreparedExample
+from trnlora.errors import UserError
+from trnlora.evaluation.answers import Scored, answer_rows, spread
+from trnlora.evaluation.gates import gate
+from trnlora.evaluation.scoring import changed_fraction
+from trnlora.files import check_sums, read_json, read_jsonl, write_json, write_jsonl
+from trnlora.metrics import metrics_file, write_metrics
+from trnlora.params import Params
+from trnlora.serving.adapters import BASE, CONFIG, TUNED, WEIGHTS, Adapter, check_adapter, check_own_adapter
+from trnlora.serving.engine import Engine, start_engine
+from trnlora.sources import hub_snapshot, parse_source
+
+REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
+
+
+def evaluate(params: Params, engine: Engine | None = None) -> None:
+    """Score base and adapter, print the scores, and write the results if the adapter passes the gates.
+
+    engine: one that was started with room for this adapter; None: start one. Raises UserError for inputs that are
+    missing or damaged, when vLLM fails, and when a gate fails: then only REJECTED is written.
+    """
+    inputs = read_inputs(params)
+    begun = time.perf_counter()
+    engine = engine or start_engine(params, [inputs.adapter])
+    engine_start_seconds = time.perf_counter() - begun
+    base = score(engine, BASE, None, inputs, params.eval.max_tokens)
+    tuned = score(engine, TUNED, inputs.adapter, inputs, params.eval.max_tokens)
+
+    models = {BASE: base.metrics(inputs.test), TUNED: tuned.metrics(inputs.test)}
+    metrics = {
+        "prompts": len(inputs.test),
+        "changed_fraction": changed_fraction(base.texts(), tuned.texts()),
+        **{name: abs(tuned.loss - loss) for name, loss in inputs.other_losses.items()},
+        **models,
+    }
+    print_scores(models)
+
+    rows = answer_rows(inputs.test, base, tuned)
+    if failures := gate(metrics, params.eval):
+        write_jsonl(REJECTED, rows)
+        raise UserError("; ".join(failures) + f" (the answers are in {REJECTED})")
+    REJECTED.unlink(missing_ok=True)
+    write_jsonl(paths.ANSWERS, rows)
+    speeds = {BASE: base.speed(), TUNED: tuned.speed()}
+    timing = {"engine_start_seconds": engine_start_seconds, "seconds": time.perf_counter() - begun, **speeds}
+    write_metrics("eval_vllm", metrics, timing)
+    write_json(paths.PLOTS / "exact_match_by_category.json", plot_points(models))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is evaluated, on which rows."""
+
+    validation: list[PreparedExample]
+    test: list[PreparedExample]  # at most eval.max_prompts
+    adapter: Adapter
+    # The adapter's losses on the validation rows in other stages, by the metric of the difference: nats per token.
+    # Empty for an adapter from elsewhere.
+    other_losses: dict[str, float]
+
+
+def read_inputs(params: Params) -> Inputs:
+    """Read and check everything that does not need vLLM. Raises UserError for anything that is missing or damaged."""
+    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl", "test.jsonl"])
+    validation = read_split("validation")
+    test = spread(read_split("test"), params.eval.max_prompts)
+    other_losses: dict[str, float] = {}
+    if params.eval.adapter is None:
+        adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
+        check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
+        other_losses["loss_gap_trainer"] = read_loss("finetune_lora", "validation_loss")
+        other_losses["loss_gap_peft"] = read_loss("flatten_adapter", "peft_validation_loss")
+    else:
+        adapter = check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, TUNED)
+    check_sums(paths.MODEL, "fetch_model")
+    return Inputs(validation, test, adapter, other_losses)
+
+
+def read_split(split: str) -> list[PreparedExample]:
+    """The rows of artifacts/prepared/<split>.jsonl. Raises UserError if there are none."""
+    path = paths.PREPARED / f"{split}.jsonl"
+    rows = read_jsonl(path)
+    if not rows:
+        raise UserError(f"{path} has no rows: raise data.{split}_fraction or give prepare_data more rows")
+    return cast(list[PreparedExample], rows)
+
+
+def fetch_adapter(uri: str) -> Path:
+    """The folder of eval.adapter, downloaded if it is on the hub."""
+    source = parse_source(uri)
+    if source.scheme == "hf":
+        return hub_snapshot(source, [CONFIG, WEIGHTS])
+    return source.path
+
+
+def read_loss(stage: str, key: str) -> float:
+    """A loss from a stage's metrics, in nats per labelled token. Raises UserError if it is not a number."""
+    path = metrics_file(stage)
+    value = read_json(path).get(key)
+    if not isinstance(value, float | int):
+        raise UserError(f"{path} has no number {key}: run `dvc repro {stage}`")
+    return float(value)
+
+
+def score(engine: Engine, name: str, adapter: Adapter | None, inputs: Inputs, max_tokens: int) -> Scored:
+    """Loss and answers of one model, base and adapter apart: each gets its own throughput, and no batch mixes the two.
+
+    The loss comes first, so that loading the adapter and first touches of memory do not count as answering time.
+    """
+    loss = engine.teacher_forced_loss(name, adapter, inputs.validation)
+    answers, seconds = engine.answer(name, adapter, inputs.test, max_tokens)
+    return Scored(loss, answers, seconds)
+
+
+def plot_points(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of DVC's plot of exact matches by category and model."""
+    return [
+        {"category": category, "model": name, "exact_match": value}
+        for name, metrics in models.items()
+        for category, value in metrics["exact_match_by_category"].items()
+    ]
+
+
+def print_scores(models: dict[str, dict[str, Any]]) -> None:
+    """Print the models' metrics side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", *models)
+    base = models[BASE]
+    for key in base:
+        if key != "exact_match_by_category":
+            table.add_row(key, *(f"{metrics[key]:.4g}" for metrics in models.values()))
+    table.add_section()
+    for category in base["exact_match_by_category"]:
+        values = [metrics["exact_match_by_category"][category] for metrics in models.values()]
+        table.add_row(f"exact_match {category}", *(f"{value:.4g}" for value in values))
+    Console().print(table)

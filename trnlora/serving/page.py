@@ -1,0 +1,130 @@
+"""The side-by-side page: a small web application between the browser and vLLM's server.
+
+Prompts are rendered by trnlora/data/templates.py and sent as token ids, as in training and evaluation. The page's
+requests carry no API key; the application adds it, so it must not be reachable from other machines.
+"""
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from trnlora import paths
+from trnlora.data.templates import render_prompt
+from trnlora.errors import UserError
+from trnlora.params import Params
+from trnlora.serving import client
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+def application(params: Params, url: str) -> Starlette:
+    """The page and the three requests it makes: /models, /render and /complete. url: vLLM's server."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+    template = params.data.prompt_template
+
+    def prompt_of(question: dict[str, Any]) -> str:
+        return render_prompt(tokenizer, template, question["instruction"].strip(), question["context"].strip())
+
+    async def page(_: Request) -> Response:
+        return FileResponse(PAGE)
+
+    async def models(_: Request) -> Response:
+        try:
+            names = await run_in_threadpool(client.served_models, url, 5)
+        except UserError as error:
+            return JSONResponse({"error": f"{error}"}, 502)
+        return JSONResponse({"models": names, "template": template, "max_tokens": params.eval.max_tokens})
+
+    async def render(request: Request) -> Response:
+        return JSONResponse({"prompt": prompt_of(await request.json())})
+
+    async def complete(request: Request) -> Response:
+        question = await request.json()
+        settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
+        prompt = tokenizer(prompt_of(question), add_special_tokens=False)["input_ids"]
+        return await stream_completion(url, settings | {"prompt": prompt})
+
+    routes = [
+        Route("/", page),
+        Route("/models", models),
+        Route("/render", render, methods=["POST"]),
+        Route("/complete", complete, methods=["POST"]),
+    ]
+    # Without this, another site open in the browser could pose as this one (DNS rebinding).
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    return Starlette(routes=routes, middleware=[hosts])
+
+
+async def stream_completion(url: str, body: dict[str, Any]) -> Response:
+    """vLLM's stream of events as it arrives; if it refuses the request, {"error": one sentence} with status 502."""
+    body = body | {"stream": True, "stream_options": {"include_usage": True}}
+    web = httpx.AsyncClient(timeout=300, trust_env=False)
+    request = web.build_request("POST", f"{url}/v1/completions", json=body, headers=client.headers())
+    try:
+        reply = await web.send(request, stream=True)
+    except httpx.HTTPError as error:
+        await web.aclose()
+        return JSONResponse({"error": client.unreachable(url, error)}, 502)
+    if reply.status_code != 200:
+        text = (await reply.aread()).decode(errors="replace")
+        await web.aclose()
+        return JSONResponse({"error": client.refusal(url, reply.status_code, text)}, 502)
+
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in reply.aiter_raw():
+                yield chunk
+        except httpx.HTTPError:  # the page notices that the last event, [DONE], is missing, and says so
+            pass
+        finally:
+            await web.aclose()
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@contextlib.contextmanager
+def running_server(url: str, command: list[str]) -> Iterator[None]:
+    """The server at `url`. If none answers, start one with `command`, and stop it at the end.
+
+    Raises UserError if the started server ends before it answers.
+    """
+    if answers(url):
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the server is stopped too
+    server = subprocess.Popen(command, start_new_session=True)  # Ctrl-C reaches only this process
+    try:
+        while not answers(url):
+            if server.poll() is not None:
+                raise UserError("the server did not start: see the error above")
+            time.sleep(0.5)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def answers(url: str) -> bool:
+    """Does a server answer at `url`, even if it refuses the request? Then the page shows why."""
+    try:
+        client.request(url, "/v1/models", timeout=5)
+    except client.Unreachable:
+        return False
+    except UserError:
+        pass
+    return True

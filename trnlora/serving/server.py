@@ -1,0 +1,167 @@
+"""Running vLLM's server: is its address free, what it prints, why it ended, and how it is stopped."""
+
+import contextlib
+import ipaddress
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import deque
+from typing import Any
+
+from trnlora import paths
+from trnlora.data import templates
+from trnlora.errors import UserError
+from trnlora.params import Params
+from trnlora.serving.vllm_args import failure
+
+STOP_SECONDS = 20  # from SIGTERM to SIGKILL
+# vllm/v1/engine/exceptions.py: the only thing the server logs when its engine process dies.
+ENGINE_DIED = "EngineDeadError"
+
+
+def check_address(host: str, port: int, has_key: bool) -> None:
+    """Raise UserError unless `host`:`port` can be bound and is either on loopback or protected by an API key."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"port {port} is not in 1..65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UserError(f"host {host} is unknown ({error.strerror}): give an address of this machine") from None
+    family, kind, protocol, _, address = found[0]
+    if not has_key and not all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found):
+        raise UserError(
+            f"refusing to serve without an API key on {host}, which other machines can reach: "
+            "set VLLM_API_KEY in the environment, or bind 127.0.0.1"
+        )
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does, so TIME_WAIT does not block
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            raise UserError(
+                f"cannot bind {host} port {port} ({error.strerror}): stop the program that uses it, or choose another "
+                "with PORT=8001"
+            ) from None
+
+
+def chat_template(params: Params) -> str:
+    """The Jinja source of data.prompt_template."""
+    tokenizer: Any = None
+    if params.data.prompt_template == "chat":  # the tokenizer's own template: only this one needs transformers
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+    return templates.chat_template(params.data.prompt_template, tokenizer)
+
+
+def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:
+    """Run the server in its own process group until it ends or a signal arrives, and leave no process behind.
+
+    What it prints while starting and stopping (warnings of its libraries), and all of a traceback but the last line, is
+    shown only if VLLM_LOGGING_LEVEL is set. Raises UserError with the reason if the server ends by itself.
+    """
+    stopping, ready = threading.Event(), threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, lambda *_: stopping.set())
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches only this process, and killpg reaches the server's children
+    )
+    try:
+        kept: deque[str] = deque(maxlen=1000)
+        verbose = "VLLM_LOGGING_LEVEL" in os.environ
+        reader = threading.Thread(target=relay, args=(server, kept, ready, stopping, verbose), daemon=True)
+        reader.start()
+        print(f"starting vLLM for {url} …", flush=True)
+        while server.poll() is None and not stopping.wait(0.5):
+            if not ready.is_set() and is_healthy(url):
+                ready.set()
+                print(f"ready: {url}/v1, models {', '.join(models)}; Ctrl-C stops it", flush=True)
+        if not stopping.is_set():
+            reader.join(timeout=STOP_SECONDS)  # the last lines give the reason
+            what = f"vLLM's server ended on its own (exit code {server.returncode})"
+            raise UserError(failure(what if ready.is_set() else "vLLM did not start", reason([*kept])))
+    finally:
+        stop(server)
+    print("stopped", flush=True)
+
+
+def relay(
+    server: "subprocess.Popen[str]",
+    kept: deque[str],
+    ready: threading.Event,
+    stopping: threading.Event,
+    verbose: bool,
+) -> None:
+    """Print the server's lines from when it is ready until it stops, or all of them if `verbose`.
+
+    `kept` receives the lines since the last successful request, from which `reason` finds out why the server ended.
+    """
+    assert server.stdout is not None
+    in_traceback = dead = False
+    for line in server.stdout:
+        text = re.sub(r"^\(\w+ pid=\d+\) (ERROR \S+ \S+ \[[^]]*\] )?", "", line)  # vLLM's prefix: process, time, place
+        in_traceback = text.startswith("Traceback (") or (in_traceback and text[:1].isspace())
+        dead = dead or ENGINE_DIED in text
+        if verbose or (ready.is_set() and not (stopping.is_set() or in_traceback or dead)):
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        kept.append(line)
+        if line.endswith(" 200 OK\n"):
+            kept.clear()
+
+
+def is_healthy(url: str) -> bool:
+    """Does the server's /health answer 200?"""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def reason(lines: list[str]) -> str:
+    """The first exception in the server's output: later ones only say that the engine did not start."""
+    for number, line in enumerate(lines):
+        if ENGINE_DIED in line:
+            return "its engine was killed, by the OOM killer if not by you: see dmesg"
+        if match := re.search(r"\b[\w.]*(?:Error|Exception): +(\S.*)", line):
+            # pydantic's first line only counts the errors; the next lines describe them, each with its [type=…].
+            details = [text.split(" [type=")[0] for text in lines[number + 1 : number + 3] if " [type=" in text]
+            return [match[1], *details][-1]
+    return lines[-1].strip() if lines else "it printed nothing"
+
+
+def stop(server: "subprocess.Popen[str]") -> None:
+    """Send SIGTERM to the server, which stops its engine; after STOP_SECONDS, kill the rest of its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        server.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    while group_alive(server.pid) and time.monotonic() < deadline:
+        server.poll()  # reaps the process, which would count as alive otherwise
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def group_alive(group: int) -> bool:
+    """Does the process group have any process?"""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
