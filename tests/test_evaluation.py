@@ -81,9 +81,9 @@ def test_speed_is_of_all_answers_together() -> None:
 
 
 def test_answer_rows_keep_both_answers() -> None:
-    assert [row["id"] for row in answer_rows(ROWS, BASE, TUNED)] == ["row-0", "row-1", "row-2"]
+    assert [row["id"] for row in answer_rows(ROWS, BASE, TUNED)] == [0, 1, 2]
     assert answer_rows(ROWS, BASE, TUNED)[2] == {
-        "id": "row-2",
+        "id": 2,
         "category": "b",
         "prompt": "prompt 2",
         "reference": "one two",

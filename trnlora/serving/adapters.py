@@ -72,7 +72,7 @@ def check_adapters(pairs: list[str] | None, params: Params) -> list[Adapter]:
 
 
 def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapter:
-    """Check what flatten_adapter writes: exactly two files, with the rank and targets of `lora` in every layer of `model`.
+    """Check what flatten_adapter writes: two files, with the rank and targets of `lora` in every layer of `model`.
 
     Extra files are refused because NxDI loads the last weight file it finds. Raises UserError.
     """
