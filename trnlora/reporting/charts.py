@@ -21,12 +21,11 @@ CHARTS = (
     Chart("Learning rate", ("train/lr",), False),
     Chart("Training speed, mean tokens/s", ("train/tokens_per_second",), False),
 )
-COLORS = ("#0a7d6c", "#d9730d")
-# Everything that is not a curve is in one grey that is readable on the page's white and on its dark background. Text
-# stays text, in the reader's own fonts.
+# Readable on the page's white and on its dark background. Text stays text, in the reader's own fonts.
+COLORS = ("#12957f", "#d9730d")
 GREY = "#7d8590"
 STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": GREY,
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.color": GREY,
     "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25,
 }  # fmt: skip
