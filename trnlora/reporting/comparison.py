@@ -35,9 +35,7 @@ def _print_table(console: Console, table: Table, title: str) -> None:
     console.print(table if table.row_count else f"{title}: no difference")
 
 
-def differences(
-    title: str, a: Results, b: Results, groups: list[tuple[str, dict[str, Any], dict[str, Any]]]
-) -> Table:
+def differences(title: str, a: Results, b: Results, groups: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> Table:
     """A table of the values that differ; `groups`: (name, values in a, values in b)."""
     table = Table("", *(Column(name, justify="right") for name in (a.name, b.name, "change")), title=title)
     for group, of_a, of_b in groups:
