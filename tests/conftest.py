@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trnlora.data.examples import Answer
 from trnlora.files import write_sums
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,30 @@ class Browser:
 
     def find_all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
+
+    def color_scheme(self, scheme: str) -> None:
+        """What pages see as prefers-color-scheme: light or dark."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def outside(self, selector: str) -> list[str]:
+        """Elements that are shown and whose box is empty or not within the page's width."""
+        script = """
+            const width = document.documentElement.clientWidth;
+            return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).filter(e => {
+              const box = e.getBoundingClientRect();
+              return box.width < 1 || box.height < 1 || box.left < 0 || box.right > width + 0.5;
+            }).map(e => e.outerHTML.slice(0, 100));
+        """
+        outside: list[str] = self.driver.execute_script(script, selector)
+        return outside
+
+    def picture(self, selector: str, path: Path) -> Any:
+        """The first element that matches, as a PIL image, kept in `path`."""
+        from PIL import Image
+
+        path.write_bytes(self.find(selector).screenshot_as_png)
+        return Image.open(path).convert("RGB")
 
     def screenshot(self, path: Path) -> bytes:
         """The whole page as PNG, kept in `path`."""
@@ -289,3 +314,46 @@ def make_project(root: Path, model: Path) -> Project:
 @pytest.fixture
 def project(tmp_path: Path, tiny_llama: Path) -> Project:
     return make_project(tmp_path / "project", tiny_llama)
+
+
+# A project with results
+
+
+def answer(number: int, reference: str, base: str, tuned: str, cut_off: bool = False) -> Answer:
+    """A row of artifacts/answers.jsonl."""
+    return {
+        "id": number,
+        "category": "closed_qa" if number % 2 else "rewriting",
+        "prompt": f"### Instruction:\nQuestion {number}?\n\n### Response:\n",
+        "reference": reference,
+        "base": base,
+        "tuned": tuned,
+        "base_exact": base == reference,
+        "tuned_exact": tuned == reference,
+        "base_finish_reason": "stop",
+        "tuned_finish_reason": "length" if cut_off else "stop",
+    }
+
+
+def write_answers(root: Path, answers: list[Answer]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in answers)
+    (root / "artifacts").mkdir(exist_ok=True)
+    (root / "artifacts/answers.jsonl").write_text(text, "utf-8")
+
+
+@pytest.fixture
+def run_project(project: Project) -> Project:
+    """The project with this repository's metrics and curves, committed, and 24 answers in the working tree."""
+    for source in [*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")]:
+        target = project.root / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    project.commit("Results")
+    answers = [answer(number, "Nairobi", "In Paris.", "Nairobi") for number in range(21)]
+    answers += [
+        answer(97, "one two three", "one two three", "one 2 three"),
+        answer(98, "a < b", "<script>document.title = 'broken'</script>", "a < c", cut_off=True),
+        answer(99, "`x`", "`x`", "`x`"),
+    ]
+    write_answers(project.root, answers)
+    return project

@@ -110,9 +110,8 @@ def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
     elif not params.neuron.selective_checkpointing:
         # scores and softmax in float32, and the softmax in the model's dtype
         attention += config.num_attention_heads / tp * tokens * params.data.seq_len * (8 + dtype)
-    lora = (
-        outside * config.hidden_size * (4 + 1) + tokens * params.lora.r * 4
-    )  # lora_A's input and mask, lora_B's input
+    # lora_A's input and its dropout mask, lora_B's input
+    lora = outside * config.hidden_size * (4 + 1) + tokens * params.lora.r * 4
     mlp = tokens * 2 * config.intermediate_size / tp * dtype
     layer = 2 * residual + attention + lora + mlp
     if params.train.activation_checkpointing:

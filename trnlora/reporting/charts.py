@@ -24,7 +24,7 @@ CHARTS = (
 # Readable on the page's white and on its dark background. Text stays text, in the reader's own fonts.
 COLORS = ("#12957f", "#d9730d")
 GREY = "#7d8590"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.color": GREY,
     "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25,
