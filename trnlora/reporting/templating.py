@@ -1,4 +1,4 @@
-"""The Jinja templates beside this module (report.html.jinja, card.md.jinja)."""
+"""The Jinja templates in this folder (report.html.jinja, card.md.jinja)."""
 
 from typing import Any
 
