@@ -9,7 +9,6 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 HOST ?=
 PORT ?=
 NAME ?=
-PLAN ?=
 PROFILE ?=
 NODES ?=
 COMPARE ?=
@@ -36,8 +35,8 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
-# The columns that matter: params that were changed, the adapter's scores, the validation loss. The many others are the
-# base model's, which are the same in all experiments, and times. Best first.
+# Columns: changed params, the adapter's scores, the validation loss. The others are times, scores by category, and scores
+# of the base model, which are the same in all experiments. Lowest loss first.
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
@@ -58,7 +57,7 @@ repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date
 	@python tools/show_metrics.py
 	@python tools/report.py
 
-report: $(READY) ## reports/report.html and summary.md of the current results; COMPARE=REV shows another commit beside
+report: $(READY) ## write reports/report.html and summary.md of the current results; COMPARE=REV adds another commit
 	@python tools/report.py $(if $(COMPARE),--compare '$(COMPARE)')
 
 sweep: $(READY) ## SET="train.lr=1.0e-3,3.0e-4 lora.r=8,16": queue an experiment for each combination, run all; NAME=
@@ -66,13 +65,13 @@ sweep: $(READY) ## SET="train.lr=1.0e-3,3.0e-4 lora.r=8,16": queue an experiment
 	@dvc exp run --run-all --jobs 1
 	@$(SHOW)
 
-experiments: $(READY) ## the experiments on the current commit: params that were changed, scores and losses
+experiments: $(READY) ## list the experiments on the current commit: changed params, scores, losses
 	@$(SHOW)
 
-compare: $(READY) ## A=REV B=REV: params, metrics, answers that differ; default: HEAD and the working tree; SAMPLES=
+compare: $(READY) ## A=REV B=REV SAMPLES=N: params, metrics and answers that differ (default: HEAD and the working tree)
 	@python tools/compare.py $(if $(SAMPLES),--samples '$(SAMPLES)') '$(or $(A),HEAD)' $(if $(B),'$(B)')
 
-card: $(READY) ## reports/adapter: the adapter with a model card, to upload to the hub; BASE=org/name
+card: $(READY) ## BASE=org/name: write the adapter and a model card to reports/adapter, ready to upload to the hub
 	@python tools/card.py $(if $(BASE),--base '$(BASE)')
 
 test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"'
@@ -98,13 +97,13 @@ ui: $(READY) ## base and adapters side by side in the browser, on the running se
 chat: $(READY) ## a conversation with a model of the running server in the terminal; MODEL=name (default: tuned)
 	@python tools/chat.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)')
 
-doctor: $(READY) ## preflight: would the pipeline and the server run here on params.yaml? PLAN=1: what the run will be
-	@python tools/$(if $(PLAN),plan,doctor).py
+doctor: $(READY) ## check that the pipeline and the server can run on this machine with params.yaml
+	@python tools/doctor.py
 
-plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes a core, steps, traffic, instance; default: params.yaml as it is
+plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives, instance (default: params.yaml)
 	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES))
 
-precompile: $(READY) ## Trainium: compile the training graphs ahead, into neuron.compile_cache
+precompile: $(READY) ## Trainium: compile the training graphs before the run, into neuron.compile_cache
 	@python tools/precompile.py
 
 profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml and the profiles that it extends

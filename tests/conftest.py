@@ -14,6 +14,7 @@ from support.browser import Browser
 from support.evaluation import EvalWorker
 from support.models import write_llama
 from support.project import Project, copy_project, make_project
+from support.results import answer, write_answers
 from support.stages import run_stage, set_params
 
 # Many container images set it, and then each of the many processes that the tests start compiles all that it imports.
@@ -138,3 +139,21 @@ def eval_worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     worker = EvalWorker(folder)
     with worker.process:  # closes its stdin, which ends it, and waits
         yield worker
+
+
+@pytest.fixture
+def run_project(project: Project) -> Project:
+    """The project with this repository's metrics and curves, committed, and 24 answers in the working tree."""
+    for source in [*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")]:
+        target = project.root / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    project.commit("Results")
+    answers = [answer(number, "Nairobi", "In Paris.", "Nairobi") for number in range(21)]
+    answers += [
+        answer(97, "one two three", "one two three", "one 2 three"),
+        answer(98, "a < b", "<script>document.title = 'broken'</script>", "a < c", cut_off=True),
+        answer(99, "`x`", "`x`", "`x`"),
+    ]
+    write_answers(project.root, answers)
+    return project

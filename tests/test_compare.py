@@ -1,4 +1,4 @@
-"""make compare and make card: what they say of runs that are there, and of what is not."""
+"""make compare and make card: what they print of a run, and what they refuse."""
 
 import json
 import re
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
 from support.project import Project
-from test_report import answer, run_project, write_answers  # noqa: F401 (a fixture)
+from support.results import answer, write_answers
 
+from trnlora.reporting.card import card
 from trnlora.reporting.results import load_results
 
 
@@ -22,7 +22,7 @@ def set_metric(project: Project, stage: str, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
 
 
-def test_what_differs_is_printed_and_nothing_else(run_project: Project) -> None:  # noqa: F811
+def test_only_differences_are_printed(run_project: Project) -> None:
     run_project.run("git", "tag", "before")
     output = tool(run_project, "compare")
     assert output.splitlines()[:2] == ["Params: no difference", "Metrics: no difference"]
@@ -44,11 +44,11 @@ def test_what_differs_is_printed_and_nothing_else(run_project: Project) -> None:
     assert done == "error: unknown Git revision 'nosuch': name a commit, branch, tag or experiment\n"
 
 
-def test_changed_answers_are_counted_and_the_won_and_lost_come_first(run_project: Project) -> None:  # noqa: F811
-    """Both commits' answers are outs of DVC, as eval_vllm's are."""
+def test_changed_answers_are_counted_and_flips_come_first(run_project: Project) -> None:
+    """Both commits' answers are in DVC's cache, as eval_vllm's are."""
     project = run_project
     project.run("git", "rm", "-q", "--cached", "dvc.yaml")
-    (project.root / "dvc.yaml").unlink()  # which says that answers.jsonl is a stage's
+    (project.root / "dvc.yaml").unlink()  # it says that answers.jsonl is a stage's output
     (project.root / ".gitignore").write_text("", "utf-8")
 
     def commit(tag: str, texts: list[str]) -> None:
@@ -66,29 +66,25 @@ def test_changed_answers_are_counted_and_the_won_and_lost_come_first(run_project
     assert re.search(r"^│ b +│ Rome", output, re.M)
 
 
-def test_no_card_of_what_is_not_there(project: Project) -> None:
+def test_card_is_refused_without_an_evaluated_adapter(project: Project) -> None:
     def refused() -> str:
         return tool(project, "card", check=False)
 
-    assert refused() == "error: there are no metrics yet: run `make repro`\n"
     (project.root / "metrics").mkdir()
     (project.root / "metrics/prepare_data.json").write_text('{"rows_read": 3}', "utf-8")
-    assert refused() == "error: the adapter is not evaluated yet: run `make repro`\n"
+    assert refused() == "error: the adapter has not been evaluated yet: run `make repro`\n"
     project.set_params(eval={"adapter": "path:///elsewhere"})
     assert "the scores are not those of artifacts/adapter" in refused()
     assert not (project.root / "reports").exists()
 
 
 @pytest.mark.parametrize("base", ["HuggingFaceTB/SmolLM2-135M-Instruct", None])
-def test_the_card_tells_the_run(base: str | None, run_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """The text alone; tests/test_experiments.py makes the folder after a real run."""
+def test_card_has_the_runs_numbers(base: str | None, run_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text alone; tests/test_experiments.py writes the folder after a real run."""
     from huggingface_hub import ModelCard
 
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import card as tool_card
-
     monkeypatch.chdir(run_project.root)
-    text = tool_card.card(load_results(), base)
+    text = card(load_results(), base)
     data: Any = ModelCard(text).data  # parses the metadata as the hub does
     assert data.base_model == base
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
@@ -97,6 +93,8 @@ def test_the_card_tells_the_run(base: str | None, run_project: Project, monkeypa
     keys = {"exact_match": "exact_match", "rouge": "rougeL", "bleu": "bleu", "chrf": "chrf"}
     assert values == {kind: metrics["tuned"][key] for kind, key in keys.items()}
     assert f"| exact match | {metrics['base']['exact_match']:.1%} | {metrics['tuned']['exact_match']:.1%} |" in text
+    by_category = [metrics[model]["exact_match_by_category"]["closed_qa"] for model in ("base", "tuned")]
+    assert f"| · closed_qa | {by_category[0]:.1%} | {by_category[1]:.1%} |" in text
     assert "| train.lr | 0.01 |" in text
     assert "### Instruction:\nQuestion 0?\n\n### Response:\n```" in text
     assert str(Path(load_results().params["model.source"]).parent).removeprefix("path:/") not in text  # a path here

@@ -1,8 +1,7 @@
-"""The environment and what makes it: lock file, Makefile, doctor. Nothing here installs a package."""
+"""The environment and what makes it: lock file and Makefile. Nothing here installs a package."""
 
 import ast
 import http.server
-import importlib.util
 import json
 import os
 import re
@@ -15,17 +14,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import yaml
 from packaging.specifiers import SpecifierSet
 from support import ROOT
 
 from trnlora import requirements
-from trnlora.profiles import load_profile, profile_text
-
-
-def doctor(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/doctor.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+from trnlora.profiles import profile_text
 
 
 @pytest.fixture(autouse=True)
@@ -145,117 +138,6 @@ def test_a_setup_that_fails_is_not_taken_for_done(make: Make) -> None:
         assert done.returncode != 0
         assert "uv==0.0.1" in done.stderr
         assert not (make.root / ".venv/.ready").exists()
-
-
-def test_doctor_passes_here() -> None:
-    done = doctor("--repro")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == ""
-
-
-def test_doctor_tells_what_is_wrong(tmp_path: Path) -> None:
-    """A project whose lock, DVC lock, divisors, memory and port are all wrong: a line each, and exit 1."""
-    import socket
-
-    params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
-    params["convert"]["tp_size"] = 5
-    params["train"]["dp_size"] = params["train"]["global_batch_size"] = 100_000
-    lock = (ROOT / "requirements.lock").read_text("utf-8")
-    (tmp_path / "requirements.lock").write_text(lock.replace("\ndvc==", "\ndvc==0.", 1), "utf-8")
-    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
-    (tmp_path / ".dvc/tmp").mkdir(parents=True)
-    (tmp_path / ".dvc/tmp/rwlock").write_text('{"half": ', "utf-8")
-    source = params["model"]["source"]
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics/fetch_model.json").write_text(f'{{"source": "{source}", "weights_gib": 0.5}}', "utf-8")
-    (tmp_path / "artifacts/model").mkdir(parents=True)
-    config = '{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, '
-    config += '"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}'
-    (tmp_path / "artifacts/model/config.json").write_text(config, "utf-8")
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    git = [
-        "git",
-        "-c",
-        "user.name=test",
-        "-c",
-        "user.email=test@example.com",
-        "commit",
-        "-q",
-        "--allow-empty",
-        "-m",
-        ".",
-    ]
-    subprocess.run(git, cwd=tmp_path, check=True)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        params["serve"]["port"] = taken.getsockname()[1]
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
-        done = doctor(cwd=tmp_path)
-    assert done.returncode == 1
-    wrong = [line for line in done.stdout.splitlines() if line.startswith("✗")]
-    assert len(wrong) == 5, done.stdout
-    for line, part in zip(
-        wrong,
-        [
-            "run `make setup`",
-            "rwlock is unreadable",
-            "num_attention_heads % tp_size",
-            "of memory available",
-            "cannot bind",
-        ],
-        strict=True,
-    ):
-        assert part in line
-    assert "mend the lines with ✗" in done.stderr
-
-
-def test_doctor_on_the_trn2_profile_says_what_this_machine_lacks() -> None:
-    done = doctor("--profile", "llama3-8b-trn2", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert re.search(r"^✗ backend nxd lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
-    assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
-    assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
-    assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
-
-
-@pytest.mark.parametrize(
-    ("devices", "size", "cores"),
-    [
-        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 2, 64),  # a trn2.48xlarge as it comes
-        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 1, 128),
-        ([{"nc_count": 2}] * 16, 1, 32),  # a trn1.32xlarge
-    ],
-)
-def test_doctor_counts_the_cores_of_the_run(
-    devices: list[dict[str, int]], size: int, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = importlib.util.spec_from_file_location("doctor", ROOT / "tools/doctor.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tool = tmp_path / "neuron-ls"
-    tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    params = load_profile("llama3-8b-trn2", ROOT / "profiles")
-    neuron = params.neuron.model_copy(update={"logical_core_size": size})
-    assert module.neuron_cores(params.model_copy(update={"neuron": neuron})) == cores
-
-
-def test_doctor_and_plan_start_without_torch() -> None:
-    """`make repro` calls doctor each time: what imports torch takes seconds."""
-    code = "import sys; import doctor, plan; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
-def test_metrics_table_without_metrics(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools/show_metrics.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: there are no metrics yet: run `make repro`\n"
 
 
 class Osv(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""docs/experiments.md, run as it says on the tiny Llama: queued experiments, their table, a comparison, the card."""
+"""docs/experiments.md on the tiny Llama: queued experiments, their table, a comparison, the model card."""
 
 import json
 import re
@@ -12,30 +12,30 @@ DOC = (ROOT / "docs/experiments.md").read_text("utf-8")
 
 
 def make(project: Project, *arguments: str, check: bool = True) -> str:
-    """make, with this environment taken as it is."""
+    """make, without updating the environment."""
     return project.run("make", "--old-file=.venv/.ready", *arguments, check=check)
 
 
 def documented(command: str) -> list[str]:
-    """The lines of output that the document shows under a command."""
+    """The lines of output that the document shows below a command."""
     (output,) = re.findall(rf"^\$ {re.escape(command)}\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
     return forms(output)
 
 
 def forms(output: str) -> list[str]:
-    """Lines without what another processor or commit changes: numbers, hashes, rules, and the width of cells."""
+    """Lines without what differs between processors and commits: numbers, hashes, rules, the width of cells."""
     lines = [re.sub(r"\b[0-9a-f]{7}\b|[+-]?\d[\d.]*(e[+-]\d+)?|[─━]+", " ", line) for line in output.splitlines()]
     return [" ".join(line.split()) for line in lines if line.split()]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_document_shows_what_is_printed(project: Project) -> None:
+def test_document_matches_what_is_printed(project: Project) -> None:
     project.dvc("repro")
     project.commit("A run")
 
     sweep = make(project, "sweep", "SET=train.lr=1.0e-2,3.0e-3,1.0e-3", "NAME=lr")
-    # The first is the commit's own rate, which the cache has. Nothing is fetched, prepared or converted again.
+    # lr-1 has the commit's own rate, whose results are cached. Nothing is fetched, prepared or converted again.
     assert re.findall(r"Reproducing experiment '(.*)'", sweep) == ["lr-1", "lr-2", "lr-3"]
     assert ran(sweep) == 2 * ["finetune_lora", "flatten_adapter", "eval_vllm"]
     shown = documented('make sweep SET="train.lr=1.0e-2,3.0e-3,1.0e-3" NAME=lr')
@@ -43,20 +43,20 @@ def test_the_document_shows_what_is_printed(project: Project) -> None:
     assert project.run("git", "status", "--porcelain") == ""
 
     table = make(project, "experiments")
-    assert re.findall(r"\[(lr-\d)\]", table) == ["lr-1", "lr-2", "lr-3"]  # from the lowest loss to the highest
+    assert re.findall(r"\[(lr-\d)\]", table) == ["lr-1", "lr-2", "lr-3"]  # lowest loss first
     for header in (forms(table)[0], documented("make experiments")[0]):
         assert {"Experiment", "State", "validation_loss", "tuned.loss", "train.lr"} <= set(header.split())
         assert not {"…", "base.loss", "seconds", "parameters"} & set(header.split())
 
     comparison = make(project, "compare", "A=lr-2", "B=lr-3", "SAMPLES=1")
-    said = forms(comparison)
+    printed = forms(comparison)
     documented_lines = documented("make compare A=lr-2 B=lr-3 SAMPLES=1")
-    # Not the scores of a random model's answers, which another processor may change.
+    # Without the scores of a random model's answers, which differ between processors.
     kept = [
         line for line in documented_lines if re.search(r"train\.lr|_loss |tuned\.loss|^Answers|Params|Metrics", line)
     ]
     assert len(kept) > 6
-    assert [line for line in kept if line not in said] == []
+    assert [line for line in kept if line not in printed] == []
     losses = [
         json.loads(project.run("git", "show", f"{revision}:metrics/finetune_lora.json"))["validation_loss"]
         for revision in re.findall(r"(\w{7}) \[lr-[23]\]", table)
@@ -71,7 +71,7 @@ def test_the_document_shows_what_is_printed(project: Project) -> None:
 
 
 def check_card(project: Project) -> None:
-    """The folder holds the pipeline's weights, a config that PEFT reads, and a card that the hub can read."""
+    """The folder has the pipeline's weights, a config that PEFT can read, and a card that the hub can read."""
     from huggingface_hub import ModelCard
     from peft import PeftConfig
 

@@ -1,5 +1,6 @@
-"""The plan of a run and the Trainium profiles, offline."""
+"""The plan of a run, and the Trainium profiles, offline."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,35 +10,48 @@ import torch
 from support.project import Project
 
 from trnlora.backends.nxd_environment import training_environment
+from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import LlamaConfig
-from trnlora.preflight.plan import LOSS_CHUNK, make_plan
-from trnlora.profiles import load_profile, profile_names
+from trnlora.params import Params, load_params
+from trnlora.preflight.instances import USABLE, core_memory, on_nodes, smallest_fit
+from trnlora.preflight.plan import make_plan
+from trnlora.profiles import load_profile
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
 ROOT = Path(__file__).parents[1]
-PROFILES = [name for name in profile_names(ROOT / "profiles") if "trn" in name]
+PROFILES = sorted(path.stem for path in ROOT.glob("profiles/*trn*.yaml"))
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_profiles_fit_their_models(profile: str) -> None:
-    params = load_profile(profile, ROOT / "profiles")
-    name = params.model.source.partition("@")[0].rpartition("/")[2]
-    config = LlamaConfig.from_hf(read_json(ROOT / "profiles/configs" / f"{name}.json"))
+def profile(name: str) -> tuple[Params, LlamaConfig]:
+    """A profile's params and the config of its model."""
+    params = load_profile(name, ROOT / "profiles")
+    model = params.model.source.partition("@")[0].rpartition("/")[2]
+    return params, LlamaConfig.from_hf(read_json(ROOT / "profiles/configs" / f"{model}.json"))
+
+
+def chosen(name: str) -> tuple[str, ...]:
+    """The arguments of a tool that choose a profile."""
+    return "--profile", name
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profiles_fit_their_models(name: str) -> None:
+    params, config = profile(name)
     check_divisible(config, params.convert)
     groups = kv_replica_groups(config, params.convert)
     assert sorted(rank for group in groups for rank in group) == list(range(params.convert.tp_size))
-    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # of a 48xlarge with joined cores, and of a 32xlarge
+    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # a 48xlarge with cores joined in pairs, a 32xlarge
     assert params.train.dp_size * params.convert.tp_size == cores
 
 
-def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Bytes of a shard and trainable parameters against a model that torch has built."""
+def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """On the default profile, against a model that torch has built."""
     from trnlora.backends.torch import thread_backends
     from trnlora.model.decoder import Llama
     from trnlora.model.lora import add_lora
 
-    params = load_profile("smollm2-135m-cpu", ROOT / "profiles")
+    params = load_params(ROOT / "params.yaml")
     config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
     plan = make_plan(params, config, packed_rows=50)
     backend = thread_backends(kv_replica_groups(config, params.convert))[0]
@@ -49,13 +63,13 @@ def test_the_plan_of_the_default_profile_is_what_the_run_is(make_llama, tmp_path
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
-    """The plan's bytes against the tensors that a forward pass on the torch backend hands to the way back."""
+def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
+    """The planned bytes against the tensors that a forward pass on the torch backend saves for the backward pass."""
     from trnlora.backends import torch as torch_backend
     from trnlora.model.decoder import Llama
     from trnlora.model.lora import add_lora, init_lora_a
 
-    params = load_profile("smollm2-135m-cpu", ROOT / "profiles")
+    params = load_params(ROOT / "params.yaml")
     params = params.model_copy(
         update={
             "convert": params.convert.model_copy(update={"tp_size": 1}),
@@ -72,7 +86,6 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     model.recompute_layers = recompute
     tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size
-    assert torch_backend.LOSS_CHUNK == LOSS_CHUNK  # written twice: a plan needs no torch
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -85,62 +98,110 @@ def test_activations_are_what_autograd_keeps(make_llama, tmp_path: Path, recompu
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = model(ids, torch.arange(tokens)[None], torch.ones_like(ids))
     planned = make_plan(params, config, None).activation_bytes
-    if recompute:  # of the one layer that is whole on the way back, nothing is kept on the way there
+    if recompute:  # without the layer that the backward pass recomputes
         planned = (6 + 1) * tokens * config.hidden_size * 4
     assert hidden.requires_grad
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
 
 
-def planned(*arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "tools/plan.py"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def planned(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_llama3_8b_on_trn2_is_planned_offline() -> None:
-    said = planned("--profile", "llama3-8b-trn2", "--nodes", "1", "2", "4")
-    assert "8.030 B parameters" in said
-    assert "64 = dp 2 × tp 32" in said
-    assert "32 of 0.515 GiB" in said
-    assert "5,242,880 parameters (0.065%), 2,293,760 on a rank" in said
-    assert "estimated from the size of data.source" in said
-    assert "65,536 a step" in said
-    # By hand. A layer keeps of 4096 tokens: two residuals (4096/32 × 4096 × 2 bytes each), q of one head and k and v of
-    # one KV head (3 × 128 × 2), gate and up (2 × 14336/32 × 2), lora_A's input and mask (4096/32 × 4096 × 5), 16 × 4.
-    # The last norm keeps one residual more.
+def test_llama3_8b_on_trn2() -> None:
+    """The plan's numbers against the arithmetic by hand."""
+    params, config = profile("llama3-8b-trn2")
+    plan = make_plan(params, config, packed_rows=721)
+    assert (plan.ranks, plan.shards) == (64, 32)
+    # embedding and lm_head; per layer: q and o, gate, up and down, k and v, two norms; the last norm
+    layer = 4096 * (2 * 4096 + 3 * 14336 + 2 * 1024) + 2 * 4096
+    assert plan.parameters == 2 * 128256 * 4096 + 32 * layer + 4096
+    # The same, divided by tp 32, but for norms, which are whole, and k and v, which are on four ranks each.
+    shard = 4096 * (2 * 4096 + 3 * 14336 + 4 * 2 * 1024) // 32 + 2 * 4096
+    assert plan.shard_bytes == 2 * (2 * 128256 * 4096 // 32 + 32 * shard + 4096)
+    # A is whole on every rank, B has the rows of one query head, one key head and one value head.
+    assert plan.trainable_per_rank == 32 * 16 * (4096 + 3 * 128)
+    assert plan.trainable == 32 * 16 * (4096 + 4096 + 2 * 1024)
+    assert plan.adapter_bytes == 4 * 4 * plan.trainable_per_rank
+    assert (plan.steps_per_epoch, plan.steps) == (46, 138)  # ⌈721 / 16⌉, three epochs
+    assert plan.tokens_per_step == 16 * 4096
+    # Per layer and 4096 tokens: two residuals (4096/32 × 4096 × 2 bytes each), q of one head and k and v of one KV head
+    # (3 × 128 × 2), gate and up (2 × 14336/32 × 2), lora_A's input and mask (4096/32 × 4096 × 5), 16 × 4. The last norm
+    # keeps one residual more.
     activations = 32 * 4096 * (2 * 128 * 2 + 3 * 128 * 2 + 2 * 448 * 2 + 128 * 5 + 16 * 4) + 128 * 4096 * 2
-    assert f"activations {activations / 2**30:.3f} GiB" in said
-    # 4 all-reduces a layer, one for the embedding, one for the loss, of 4096 × 4096 × 2 bytes; LoRA's of 4096 × 16 × 4.
-    collectives = 8 * ((4 * 32 + 2) * 4096 * 4096 * 2 + 32 * 4096 * 16 * 4)
-    assert f"{collectives / 2**30:.2f} GiB inside the replica, 8.8 MiB between replicas" in said
-    assert "smallest fit trn2.48xlarge, from tp 2 × kv_size_multiplier 1 on" in said
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
-    assert rows == [
-        ["1", "2", "8", "1.13", "32.56", "8.8", "0.00", "0.184", "138"],
-        ["2", "4", "4", "1.13", "16.28", "8.8", "0.73", "0.092", "138"],
-        ["4", "8", "2", "1.13", "8.14", "8.8", "1.10", "0.046", "138"],
-    ]
+    assert plan.activation_bytes == activations
+    assert plan.logit_bytes == 4096 * 128256 // 32 * 4 * 2
+    assert plan.core_bytes == plan.shard_bytes + plan.adapter_bytes + activations + plan.logit_bytes
+    # For each of 8 micro-batches: 4 all-reduces per layer, one for the embedding, one for the loss, of 4096 × 4096 × 2
+    # bytes; LoRA's of 4096 × 16 × 4.
+    assert plan.tp_bytes_per_step == 8 * ((4 * 32 + 2) * 4096 * 4096 * 2 + 32 * 4096 * 16 * 4)
+    assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
+    matrices = plan.parameters - 128256 * 4096  # without the embedding; with the norms, which hardly count
+    assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
 
 
-def test_llama3_70b_and_1b_are_planned_offline() -> None:
-    said = planned("--profile", "llama3-70b-trn2", "--nodes", "4")
-    assert "70.554 B parameters" in said
-    assert "32 of 4.344 GiB" in said
-    assert "bytes a core 6.76 GiB" in said
-    assert "smallest fit trn2.48xlarge, from tp 16 × kv_size_multiplier 2 on" in said
-    assert "smallest fit trn1.32xlarge" in planned("--profile", "llama3.2-1b-trn1")
+def test_several_nodes_keep_the_global_batch() -> None:
+    params, config = profile("llama3-8b-trn2")
+    one = make_plan(params, config, None)
+    for nodes in (1, 2, 4):
+        spread = on_nodes(params, nodes)
+        plan = make_plan(spread, config, None)
+        assert spread.train.dp_size == 2 * nodes  # two replicas of 32 ranks on 64 cores
+        assert plan.tokens_per_step == one.tokens_per_step
+        assert plan.core_bytes == one.core_bytes
+        assert plan.tp_bytes_per_step * nodes == one.tp_bytes_per_step  # fewer micro-batches per replica
+        assert plan.dp_bytes_per_step == one.dp_bytes_per_step
+        assert plan.flops_per_step == one.flops_per_step
+    with pytest.raises(UserError, match="16 is not a multiple of micro_batch_size × replicas = 1 × 32 on 16 nodes"):
+        on_nodes(params, 16)
 
 
-def test_a_batch_that_does_not_spread_is_one_line() -> None:
-    command = [sys.executable, "tools/plan.py", "--profile", "llama3-8b-trn2", "--nodes", "16"]
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("name", "instance", "tp_size", "multiplier"),
+    [("llama3-8b-trn2", "trn2.48xlarge", 2, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
+)
+def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
+    """It fits there, and at half the tp_size it does not."""
+    params, config = profile(name)
+    fit = smallest_fit(params, config)
+    assert fit is not None
+    smallest, sharded, plan = fit
+    assert (smallest.name, sharded.convert.tp_size, sharded.convert.kv_size_multiplier) == (
+        instance, tp_size, multiplier,
+    )  # fmt: skip
+    assert plan.core_bytes <= USABLE * core_memory(smallest, sharded)
+    half = sharded.convert.model_copy(update={"tp_size": tp_size // 2, "kv_size_multiplier": max(1, multiplier // 2)})
+    narrower = make_plan(sharded.model_copy(update={"convert": half}), config, None)
+    assert narrower.core_bytes > USABLE * core_memory(smallest, sharded)
+
+
+def test_trn1_needs_a_kv_head_per_rank() -> None:
+    """1B needs 3 GiB at tp 4, but NxD on trn1 wants num_key_value_heads × kv_size_multiplier ranks."""
+    params, config = profile("llama3.2-1b-trn1")
+    fit = smallest_fit(params, config)
+    assert fit is not None
+    assert (fit[0].name, fit[1].convert.tp_size, config.num_key_value_heads) == ("trn1.32xlarge", 8, 8)
+
+
+def test_plan_is_printed_offline() -> None:
+    printed = planned(*chosen("llama3-8b-trn2"), "--nodes", "2").stdout
+    assert re.search(r"^model .*: 8\.030 B parameters, bfloat16$", printed, re.M)
+    assert re.search(r"^per core +1\.13 GiB: weights 0\.515 GiB, ", printed, re.M)
+    assert "138 in total (721 packed rows, estimated from the size of data.source" in printed
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    # DP ms: 8.75 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
+    assert rows == [["2", "4", "4", "1.13", "16.28", "8.8", "0.73", "0.092", "138"]]
+    refused = planned(*chosen("llama3-8b-trn2"), "--nodes", "16")
     assert refused.returncode == 1
-    assert refused.stderr == "error: train.global_batch_size 16 does not spread over 32 replicas on 16 nodes\n"
+    assert refused.stderr.startswith("error: train.global_batch_size 16 is not a multiple of")
+    assert refused.stderr.count("\n") == 1
 
 
-def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
-    project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2")
-    said = project.dvc("repro", "--dry", "--force")
-    stages = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+def test_dvc_plans_all_stages_of_the_trn2_run(project: Project) -> None:
+    project.run("make", "profile", "NAME=llama3-8b-trn2")
+    printed = project.dvc("repro", "--dry", "--force")
+    stages = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
     assert stages == [
         "fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm",
     ]  # fmt: skip
@@ -149,32 +210,32 @@ def test_a_new_clone_shows_the_stages_of_the_trn2_run(project: Project) -> None:
 def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_RT_ROOT_COMM_ID", "10.0.0.1:48620")
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), ranks_per_node=64)
+    env = training_environment(profile("llama3-8b-trn2")[0], ranks_per_node=64)
     assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1"
     assert {env[name] for name in ("NEURON_RT_NUM_CORES", "NUM_NEURONCORES", "TPU_NUM_DEVICES")} == {"64"}
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
-    assert env["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:48620"  # the user's own stays
+    assert env["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:48620"  # set by the user
     assert "XLA_USE_BF16" not in env
-    assert "FI_PROVIDER" not in env  # one machine has no need of EFA
+    assert "FI_PROVIDER" not in env  # one machine needs no EFA
 
 
 def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEURON_RT_ROOT_COMM_ID", raising=False)
-    env = training_environment(load_profile("llama3-8b-trn2", ROOT / "profiles"), 32, 2, "trn05")
-    assert env["NEURON_RT_NUM_CORES"] == "32"
+    env = training_environment(profile("llama3-8b-trn2")[0], 32, 2, "trn05")
+    assert env["NEURON_RT_NUM_CORES"] == "32"  # of the 64 ranks
     assert env["NEURON_RT_ROOT_COMM_ID"] == "trn05:48620"
     assert env["FI_PROVIDER"] == "efa"
 
 
-def test_precompilation_takes_the_real_runs_options() -> None:
-    command = [sys.executable, str(ROOT / "tools/precompile.py"), "--dry-run"]
-    said = subprocess.run(
-        [*command, "--profile", "llama3-8b-trn2"], cwd=ROOT, capture_output=True, text=True, check=True
+def test_precompilation_uses_the_options_of_the_real_run() -> None:
+    command = [sys.executable, "tools/precompile.py", "--dry-run"]
+    printed = subprocess.run(
+        [*command, *chosen("llama3-8b-trn2")], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     venv = "/opt/aws_neuronx_venv_pytorch_2_9/bin"
-    assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in said
-    assert "NEURON_CC_FLAGS='--model-type=transformer -O1 --retry_failed_compilation'" in said
-    assert "NEURON_COMPILE_CACHE_URL=/var/tmp/neuron-compile-cache" in said
-    refused = subprocess.run([*command, "--profile", "smollm2-135m-cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in printed
+    assert "NEURON_CC_FLAGS='--model-type=transformer -O1 --retry_failed_compilation'" in printed
+    assert "NEURON_COMPILE_CACHE_URL=/var/tmp/neuron-compile-cache" in printed
+    refused = subprocess.run([*command, *chosen("smollm2-135m-cpu")], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "backend cpu compiles nothing" in refused.stderr

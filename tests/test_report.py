@@ -1,4 +1,4 @@
-"""The report as people see it: in a browser without network, at two widths, its numbers against `dvc metrics show`."""
+"""The report as people see it: in a browser without network, on a desktop and on a phone, light and dark."""
 
 import json
 import re
@@ -6,57 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from PIL import Image
 from support.browser import Browser
 from support.project import Project
 
+from trnlora.reporting.charts import CHARTS, COLORS
 from trnlora.reporting.results import flat
 
-SECTIONS = ["run", "results", "curves", "speed", "data", "answers", "all"]
-ANSWERS = 24
-
-
-def answer(number: int, reference: str, base: str, tuned: str, cut: bool = False) -> dict[str, Any]:
-    return {
-        "id": number,
-        "category": "closed_qa" if number % 2 else "rewriting",
-        "prompt": f"### Instruction:\nQuestion {number}?\n\n### Response:\n",
-        "reference": reference,
-        "base": base,
-        "tuned": tuned,
-        "base_exact": base == reference,
-        "tuned_exact": tuned == reference,
-        "base_finish_reason": "stop",
-        "tuned_finish_reason": "length" if cut else "stop",
-    }
-
-
-def write_answers(root: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (root / "artifacts").mkdir(exist_ok=True)
-    (root / "artifacts/answers.jsonl").write_text(text, "utf-8")
-
-
-@pytest.fixture
-def run_project(project: Project) -> Project:
-    """The project with this repository's metrics and curves, committed, and some answers in the working tree."""
-    for source in [*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")]:
-        target = project.root / source.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
-    project.commit("Results")
-    rows = [answer(number, "Nairobi", "In Paris.", "Nairobi") for number in range(ANSWERS - 3)]
-    rows += [
-        answer(97, "one two three", "one two three", "one 2 three"),
-        answer(98, "a < b", "<script>document.title = 'broken'</script>", "a < c", cut=True),
-        answer(99, "`x`", "`x`", "`x`"),
-    ]
-    write_answers(project.root, rows)
-    return project
+SECTIONS = {
+    "run": "What was run",
+    "results": "Results",
+    "curves": "Training",
+    "speed": "Speed, memory and time",
+    "data": "Data",
+    "answers": "Answers",
+    "all": "All values",
+}
 
 
 def report(project: Project, *arguments: str) -> str:
     return project.run(".venv/bin/python", "tools/report.py", *arguments)
+
+
+def open_report(project: Project, browser: Browser, width: int, scheme: str = "light") -> None:
+    browser.resize(width)
+    browser.color_scheme(scheme)
+    browser.driver.get((project.root / "reports/report.html").as_uri())
 
 
 def metrics_shown_by_dvc(project: Project) -> dict[str, Any]:
@@ -66,33 +41,65 @@ def metrics_shown_by_dvc(project: Project) -> dict[str, Any]:
     return {f"{file}:{key}": value for file, values in found.items() for key, value in flat(values)}
 
 
-def test_every_section_is_seen_without_network_and_the_numbers_are_dvcs(
-    run_project: Project, browser: Browser, tmp_path: Path
-) -> None:
+def shares(image: Image.Image, *colors: str) -> list[float]:
+    """How much of an image is drawn in each color (#rrggbb), antialiasing left out."""
+    pixels = image.width * image.height
+    counts = {color: count for count, color in image.getcolors(pixels) or []}
+    return [counts.get(tuple(bytes.fromhex(color[1:])), 0) / pixels for color in colors]
+
+
+def brightness(image: Image.Image) -> float:
+    """Mean brightness, 0 to 255."""
+    return sum(value * count for value, count in enumerate(image.convert("L").histogram())) / (
+        image.width * image.height
+    )
+
+
+def test_every_section_is_visible_offline(run_project: Project, browser: Browser, tmp_path: Path) -> None:
+    """On a desktop and on a phone: headings, numbers and curves are there, and nothing is wider than the page."""
+    assert "report in reports/report.html" in report(run_project, "--compare", "HEAD")
+    page = (run_project.root / "reports/report.html").read_text("utf-8")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    metrics = json.loads((run_project.root / "metrics/eval_vllm.json").read_text("utf-8"))
+    exact_match, loss = f"{metrics['tuned']['exact_match']:.1%}", f"{metrics['base']['loss']:.6f}"
+    browser.console()
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        open_report(run_project, browser, width, scheme)
+        headings = {
+            section.get_attribute("id"): section.find_element("css selector", "h2").text
+            for section in browser.find_all("section")
+        }
+        assert headings == SECTIONS
+        boxes = "h1, h2, h3, .tile, dd, .scroll, figure, figure img, .filters > *, .answer, .text, details"
+        assert browser.outside(boxes) == []
+        assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+        too_wide = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert browser.driver.execute_script(too_wide) == 0  # tables
+        results = browser.find("#results").text
+        for text in ("exact match", "closed_qa", "ROUGE-L", "tuned, HEAD", exact_match, loss):
+            assert text in results
+
+        dark = brightness(browser.picture("h1", tmp_path / f"heading-{width}.png")) < 128
+        assert dark == (scheme == "dark")
+        figures = browser.find_all("figure")
+        assert [figure.text for figure in figures] == [chart.title for chart in CHARTS]
+        for number, chart in enumerate(CHARTS, 1):
+            image = browser.picture(f"figure:nth-of-type({number}) img", tmp_path / f"chart-{number}-{width}.png")
+            assert image.width > 300
+            drawn = shares(image, *COLORS)
+            assert [share > 1e-4 for share in drawn] == [True, len(chart.curves) > 1], chart.title
+    assert browser.console() == []
+    assert "broken" not in browser.driver.title
+
+
+def test_numbers_are_those_of_dvc(run_project: Project, browser: Browser) -> None:
+    """Every metric of the working tree is on the page, with dvc's value; those of the other commit are the commit's."""
     path = run_project.root / "metrics/eval_vllm.json"
     metrics = json.loads(path.read_text("utf-8"))
     metrics["tuned"]["exact_match"] = 0.25  # so that the commit and the working tree differ
     path.write_text(json.dumps(metrics), "utf-8")
-    assert "report in reports/report.html" in report(run_project, "--compare", "HEAD")
-
-    page = (run_project.root / "reports/report.html").read_text("utf-8")
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    browser.console()
-    for width in (1280, 390):
-        browser.resize(width)
-        browser.driver.get((run_project.root / "reports/report.html").as_uri())
-        assert [section.get_attribute("id") for section in browser.find_all("section")] == SECTIONS
-        for section in browser.find_all("section"):
-            assert section.size["height"] > 50
-            assert section.find_element("css selector", "h2").is_displayed()
-        assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
-        assert len(browser.screenshot(tmp_path / f"report-{width}.png")) > 50_000
-        images = "return [...document.images].every(image => image.complete && image.naturalWidth > 100)"
-        assert browser.driver.execute_script(images)
-        assert len(browser.find_all("figure")) == 4
-    assert browser.console() == []
-    assert "broken" not in browser.driver.title
-
+    report(run_project, "--compare", "HEAD")
+    open_report(run_project, browser, 1280)
     script = "return [...document.querySelectorAll('[data-metric]')].map(e => ({...e.dataset, text: e.textContent}))"
     cells = browser.driver.execute_script(script)
     here, there = (
@@ -112,10 +119,9 @@ def test_every_section_is_seen_without_network_and_the_numbers_are_dvcs(
     assert ("HEAD", f"{committed['metrics/eval_vllm.json:tuned.exact_match']:.1%}") in exact
 
 
-def test_the_answers_are_filtered_and_their_differences_marked(run_project: Project, browser: Browser) -> None:
+def test_answers_are_filtered_and_differences_marked(run_project: Project, browser: Browser) -> None:
     report(run_project)
-    browser.resize(1280)
-    browser.driver.get((run_project.root / "reports/report.html").as_uri())
+    open_report(run_project, browser, 1280)
 
     def seen() -> list[str]:
         return [a.find_element("css selector", "header span").text for a in browser.find_all(".answer:not([hidden])")]
@@ -126,43 +132,58 @@ def test_the_answers_are_filtered_and_their_differences_marked(run_project: Proj
 
     assert len(seen()) == 10
     browser.find("#more").click()
-    assert len(seen()) == ANSWERS
+    assert len(seen()) == 24
     assert not browser.find("#more").is_displayed()
     assert choose("right → wrong") == ["row 97"]
     assert choose("right → right") == ["row 99"]
-    assert choose("tuned cut") == ["row 98"]
-    assert not browser.find('button[data-tag="base cut"]').is_enabled()
-    reference, tuned = (browser.find_all(f'.answer[data-tags*="tuned cut"] mark.{kind}') for kind in ("lacks", "wrong"))
-    assert [mark.text for mark in reference] == ["b"]  # of "a < b"
-    assert tuned[-1].text == "c"  # of "a < c"; the base's come before
+    assert choose("tuned cut off") == ["row 98"]
+    assert not browser.find('button[data-tag="base cut off"]').is_enabled()
+    lacks, wrong = (browser.find_all(f'.answer[data-tags*="tuned cut off"] mark.{kind}') for kind in ("lacks", "wrong"))
+    assert [mark.text for mark in lacks] == ["b"]  # of "a < b"
+    assert wrong[-1].text == "c"  # of "a < c"; the base answer's marks come first
     browser.find('button[data-tag=""]').click()
     browser.find("input[type=search]").send_keys("question 99")
     assert seen() == ["row 99"]
     assert browser.console() == []
 
 
-def test_the_summary_tells_what_changed(run_project: Project) -> None:
-    """Against an experiment that DVC keeps with its answers: params, scores, and answers that differ."""
+def test_summary_lists_changes(run_project: Project) -> None:
+    """With another commit, params and scores that changed; without, answers that became right."""
     run_project.run("git", "tag", "before")
     run_project.set_params(train={"lr": 5.0e-3})
     report(run_project, "--compare", "before")
     text = (run_project.root / "reports/summary.md").read_text("utf-8")
     assert "| train.lr | 0.01 | 0.005 |" in text
     assert re.search(r"^\| exact match \| [\d.]+% \| ([\d.]+%) \| \1 \| ±0.0 pt \|$", text, re.M)
+    assert re.search(r"^\| · closed_qa \| [\d.]+% \| ([\d.]+%) \| \1 \| ±0.0 pt \|$", text, re.M)
     report(run_project)
     text = (run_project.root / "reports/summary.md").read_text("utf-8")
     assert text.count("<details>") == 3
     assert "wrong → right" in text
 
 
-def test_what_is_missing_is_said_in_one_line(project: Project) -> None:
-    done = project.run(".venv/bin/python", "tools/report.py", check=False)
+def test_metrics_are_printed_as_tables(run_project: Project) -> None:
+    """tools/show_metrics.py: base and tuned side by side, nested keys included, and not among the other metrics."""
+    printed = run_project.run(".venv/bin/python", "tools/show_metrics.py")
+    metrics = json.loads((run_project.root / "metrics/eval_vllm.json").read_text("utf-8"))
+    base, tuned = (metrics[model]["exact_match_by_category"]["closed_qa"] for model in ("base", "tuned"))
+    assert re.search(rf"│ exact_match_by_category.closed_qa +│ {base:.4g} +│ {tuned:.4g} +│", printed)
+    assert re.search(rf"│ eval_vllm +│ prompts +│ {metrics['prompts']} +│", printed)
+    assert "base.loss" not in printed
+
+
+@pytest.mark.parametrize("tool", ["report", "card", "show_metrics"])
+def test_without_metrics_the_error_is_one_line(project: Project, tool: str) -> None:
+    done = project.run(".venv/bin/python", f"tools/{tool}.py", check=False)
     assert done == "error: there are no metrics yet: run `make repro`\n"
+
+
+def test_a_partial_run_is_reported(project: Project) -> None:
     (project.root / "metrics").mkdir()
     (project.root / "metrics/prepare_data.json").write_text('{"rows_read": 3}', "utf-8")
     done = project.run(".venv/bin/python", "tools/report.py", "--compare", "nosuch", check=False)
     assert done == "error: unknown Git revision 'nosuch': name a commit, branch, tag or experiment\n"
-    report(project)  # of a run that is half done
+    report(project)
     page = (project.root / "reports/report.html").read_text("utf-8")
-    assert "The adapter is not evaluated yet" in page
+    assert "The adapter has not been evaluated yet" in page
     assert "The answers are not on this machine" in page

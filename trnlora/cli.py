@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.params import Params
+from trnlora.params import Params, load_params
+from trnlora.profiles import load_profile
 
 
 def script_parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -17,6 +18,20 @@ def add_params(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--params", type=Path, default=paths.PARAMS, metavar="FILE", help="params file (default: %(default)s)"
     )
+
+
+def add_params_or_profile(parser: argparse.ArgumentParser) -> None:
+    """Add --params FILE and, in place of it, --profile NAME. `chosen_params` reads the one that was given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--params", type=Path, default=paths.PARAMS, metavar="FILE", help="params file (default: %(default)s)"
+    )
+    group.add_argument("--profile", metavar="NAME", help="a profile instead of a params file")
+
+
+def chosen_params(args: argparse.Namespace) -> Params:
+    """The params of --params or --profile. Raises UserError where they are not valid."""
+    return load_params(args.params) if args.profile is None else load_profile(args.profile)
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

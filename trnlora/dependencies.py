@@ -9,7 +9,9 @@ from pathlib import Path
 PACKAGE = "trnlora"
 # Modules that cannot change what a stage writes: a change in them reruns nothing. Values of params are dependencies of
 # their own (`params:` in dvc.yaml).
-PLUMBING = {f"{PACKAGE}/{name}.py" for name in ("cli", "errors", "metrics", "params", "paths", "training/progress")}
+PLUMBING = {
+    f"{PACKAGE}/{name}.py" for name in ("cli", "errors", "metrics", "params", "paths", "profiles", "training/progress")
+}
 
 
 def imported_modules(source: Path, root: Path) -> set[str]:

@@ -5,7 +5,6 @@ profile, which is complete; a new param is added there alone. A comment at the e
 that the extended profile has there; comments on lines of their own stay in the profile's file.
 """
 
-import argparse
 import io
 import re
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import atomic_file
-from trnlora.params import Params, check_params, load_params, read_mapping
+from trnlora.params import Params, check_params, read_mapping
 
 PROFILES = Path("profiles")
 DEFAULT = "smollm2-135m-cpu"
@@ -60,15 +59,15 @@ def profile_text(name: str, folder: Path = PROFILES) -> str:
     The first line names the target and the profile. Raises UserError as `profile_values` does.
     """
     profile_values(name, folder)
-    yaml = _round_trip_yaml()
+    round_trip = _round_trip_yaml()
     first, *overlays = _chain(name, folder)
-    document = _load(yaml, _path(first, folder))
+    document = _load(round_trip, _path(first, folder))
     for overlay in overlays:
-        changes = _load(yaml, _path(overlay, folder))
+        changes = _load(round_trip, _path(overlay, folder))
         changes.pop("extends", None)
         _overlay(document, changes)
     written = io.StringIO()
-    yaml.dump(document, written)
+    round_trip.dump(document, written)
     lines = written.getvalue().splitlines(keepends=True)
     if lines[0].startswith("# Target:"):
         del lines[0]
@@ -85,17 +84,6 @@ def write_profile(name: str, target: Path = paths.PARAMS, folder: Path = PROFILE
     text = profile_text(name, folder)
     with atomic_file(target) as partial:
         partial.write_text(text, "utf-8")
-
-
-def add_params_arguments(parser: argparse.ArgumentParser) -> None:
-    """--params FILE, or --profile NAME in place of it: `chosen_params` reads the one that was given."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--params", type=Path, default=paths.PARAMS, metavar="FILE", help="default: %(default)s")
-    group.add_argument("--profile", metavar="NAME", help="a profile in place of a params file")
-
-
-def chosen_params(args: argparse.Namespace) -> Params:
-    return load_params(args.params) if args.profile is None else load_profile(args.profile)
 
 
 def _path(name: str, folder: Path) -> Path:
@@ -151,11 +139,11 @@ def _round_trip_yaml() -> Any:
     return yaml
 
 
-def _load(yaml: Any, path: Path) -> Any:
+def _load(round_trip: Any, path: Path) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return yaml.load(path.read_text("utf-8"))
+        return round_trip.load(path.read_text("utf-8"))
     except YAMLError as error:  # e.g. a key that is there twice, of which PyYAML takes the last
         raise UserError(f"{path} is not valid YAML: {error}") from None
 

@@ -39,6 +39,30 @@ class Browser:
     def find_all(self, selector: str) -> list[Any]:
         return self.driver.find_elements("css selector", selector)
 
+    def color_scheme(self, scheme: str) -> None:
+        """What pages see as prefers-color-scheme: light or dark."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def outside(self, selector: str) -> list[str]:
+        """Elements that are shown and whose box is empty or not within the page's width."""
+        script = """
+            const width = document.documentElement.clientWidth;
+            return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).filter(e => {
+              const box = e.getBoundingClientRect();
+              return box.width < 1 || box.height < 1 || box.left < 0 || box.right > width + 0.5;
+            }).map(e => e.outerHTML.slice(0, 100));
+        """
+        outside: list[str] = self.driver.execute_script(script, selector)
+        return outside
+
+    def picture(self, selector: str, path: Path) -> Any:
+        """The first element that matches, as a PIL image, kept in `path`."""
+        from PIL import Image
+
+        path.write_bytes(self.find(selector).screenshot_as_png)
+        return Image.open(path).convert("RGB")
+
     def screenshot(self, path: Path) -> bytes:
         """The whole page as PNG, kept in `path`."""
         height = self.driver.execute_script("return document.documentElement.scrollHeight")

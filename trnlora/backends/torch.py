@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trnlora.backends.mkl import settle_vector_math
+from trnlora.model.config import LOSS_CHUNK
 
 T = TypeVar("T")
-
-LOSS_CHUNK = 256  # rows of logits in memory at once: 256 × 49,152 in float32 are 48 MiB
 
 
 class Group(Protocol):

@@ -1,6 +1,6 @@
-"""What a run left behind, in the working tree or in any commit: metrics, params, training curves, answers.
+"""The results of one run, from the working tree or from any commit: metrics, params, training curves, answers.
 
-The tools that show and compare runs read from here. Nothing is computed: values are those of `dvc metrics show`.
+Nothing is computed here: the values are those of `dvc metrics show`.
 """
 
 import csv
@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from trnlora import paths
+from trnlora.data.examples import Answer
 from trnlora.errors import UserError
+from trnlora.metrics import metrics_file, stages, timing_file
 
-STAGES = ("fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm")
 CURVES = ("train/loss", "validation/loss", "train/lr", "train/grad_norm", "train/tokens_per_second")
 WORKSPACE = "workspace"
 
@@ -26,30 +27,42 @@ class Results:
 
     name: str  # WORKSPACE, or the revision as the user wrote it
     metrics: dict[str, dict[str, Any]]  # by file; keys of nested values are joined with dots, as DVC does
-    params: dict[str, Any]  # likewise
+    params: dict[str, Any]  # keys joined with dots as well
     curves: dict[str, list[tuple[int, float]]]  # (optimizer step, value)
-    answers: list[dict[str, Any]] | None
+    answers: list[Answer] | None
 
     def find(self, stage: str, key: str) -> tuple[str, Any]:
-        """The file and the value of a stage's metric; the value is None where there is none."""
-        for file in metric_files(stage):
+        """The file and the value of a stage's metric. The value is None if there is none."""
+        files = _files(stage)
+        for file in files:
             if key in self.metrics.get(file, {}):
                 return file, self.metrics[file][key]
-        return metric_files(stage)[0], None
+        return files[0], None
 
     def get(self, stage: str, key: str) -> Any:
+        """The value of a stage's metric, or None."""
         return self.find(stage, key)[1]
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """All metrics of a stage, timing included. Empty if the stage has not run."""
+        return {key: value for file in _files(stage) for key, value in self.metrics.get(file, {}).items()}
+
+    def below(self, stage: str, key: str) -> dict[str, Any]:
+        """The values nested below a key, e.g. {category: rows} of rows_by_category."""
+        prefix = f"{key}."
+        return {
+            name.removeprefix(prefix): value for name, value in self.of_stage(stage).items() if name.startswith(prefix)
+        }
 
 
 def load_results(revision: str | None = None) -> Results:
-    """The results of a revision (commit, branch, tag or name of a DVC experiment); None: of the working tree.
+    """The results of a revision (commit, branch, tag or name of a DVC experiment). None: of the working tree.
 
-    Raises UserError for a revision that Git and DVC do not know, and where there are no metrics at all.
+    Raises UserError if Git and DVC do not know the revision, or if there are no metrics at all.
     """
     read = _reader(revision)
-    metrics = {
-        file: dict(flat(json.loads(text))) for stage in STAGES for file in metric_files(stage) if (text := read(file))
-    }
+    files = [file for stage in stages() for file in _files(stage)]
+    metrics = {file: dict(flat(json.loads(text))) for file in files if (text := read(file))}
     name = revision or WORKSPACE
     if not metrics:
         raise UserError("there are no metrics yet: run `make repro`" if revision is None else f"{name} has no metrics")
@@ -63,11 +76,8 @@ def load_results(revision: str | None = None) -> Results:
     )
 
 
-def metric_files(stage: str) -> tuple[str, str]:
-    return f"{paths.METRICS}/{stage}.json", f"{paths.METRICS}/timing/{stage}.json"
-
-
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of a nested dict, its keys joined with dots."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -76,14 +86,18 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in a, value in b) of two flat dicts where the values differ; None where a key is missing."""
+    """(key, value in a, value in b) where two flat dicts differ. The value of a missing key is None."""
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key):
             yield key, a.get(key), b.get(key)
 
 
+def _files(stage: str) -> tuple[str, str]:
+    return str(metrics_file(stage)), str(timing_file(stage))
+
+
 def _reader(revision: str | None) -> Callable[[str], str | None]:
-    """A function from a path in the project to its text, or to None where there is no such file."""
+    """A function from a path in the project to its text, or to None if there is no such file."""
     if revision is None:
         return lambda path: Path(path).read_text("utf-8") if Path(path).is_file() else None
 
@@ -99,7 +113,7 @@ def _reader(revision: str | None) -> Callable[[str], str | None]:
     def read(path: str) -> str | None:
         try:
             return str(files.read_text(path, encoding="utf-8"))
-        except (OSError, DvcException):  # DVC knows the file and its cache does not hold it
+        except (OSError, DvcException):  # also when DVC knows the file but its cache does not hold it
             return None
 
     return read

@@ -1,0 +1,167 @@
+"""make doctor: what it finds on this machine, and what it says is missing."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import ROOT
+
+from trnlora.errors import UserError
+from trnlora.params import Params
+from trnlora.preflight.doctor import check_memory, check_neuron, check_port, neuron_cores
+from trnlora.profiles import load_profile
+
+
+def doctor(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/doctor.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+def profile(name: str, **sections: dict[str, Any]) -> Params:
+    """A profile with some keys of its sections changed."""
+    params = load_profile(name, ROOT / "profiles")
+    changed = {section: getattr(params, section).model_copy(update=values) for section, values in sections.items()}
+    return params.model_copy(update=changed)
+
+
+def test_passes_on_this_machine() -> None:
+    done = doctor("--repro")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A project whose requirements.lock, DVC lock, tp_size and memory needs do not fit this machine."""
+    params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    params["convert"]["tp_size"] = 5
+    params["train"]["dp_size"] = params["train"]["global_batch_size"] = 100_000
+    lock = (ROOT / "requirements.lock").read_text("utf-8").replace("\ndvc==", "\ndvc==0.", 1)
+    source = params["model"]["source"]
+    config = {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    }  # fmt: skip
+    files = {
+        "requirements.lock": lock,
+        ".dvc/tmp/rwlock": '{"half": ',
+        "metrics/fetch_model.json": json.dumps({"source": source, "weights_gib": 0.5}),
+        "artifacts/model/config.json": json.dumps(config),
+        "params.yaml": yaml.safe_dump(params),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, "utf-8")
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    author = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    subprocess.run(["git", *author, "commit", "-q", "--allow-empty", "-m", "."], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_names_all_that_is_wrong(broken: Path) -> None:
+    """One line for each failed check, and exit code 1."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        params = yaml.safe_load((broken / "params.yaml").read_text("utf-8"))
+        params["serve"]["port"] = taken.getsockname()[1]
+        (broken / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+        done = doctor(cwd=broken)
+    assert done.returncode == 1
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("✗")]
+    expected = [
+        "run `make setup`",
+        "rwlock is unreadable",
+        "num_attention_heads % tp_size",
+        "of memory available",
+        "cannot bind",
+    ]
+    assert len(wrong) == len(expected), done.stdout
+    for line, part in zip(wrong, expected, strict=True):
+        assert part in line
+    assert done.stderr == (
+        "error: params.yaml cannot run on this machine: fix the lines with ✗ (`make doctor` checks again)\n"
+    )
+
+
+def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
+    done = doctor("--profile", "llama3-8b-trn2", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert re.search(r"^✗ backend \w+ lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
+    assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
+    assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
+    assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
+
+
+def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This Python stands in for a Neuron environment without AWS's packages."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_USE_BF16", "1")
+    with pytest.raises(UserError) as lacking:
+        check_neuron(profile("llama3-8b-trn2", neuron={"python": sys.executable, "compile_cache": "s3://bucket/cache"}))
+    parts = str(lacking.value).split("; ")
+    assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
+    assert parts[2].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
+    assert len(parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "cores"),
+    [
+        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 2, 64),  # a trn2.48xlarge with its default setting
+        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 1, 128),
+        ([{"nc_count": 2}] * 16, 1, 32),  # a trn1.32xlarge
+        ("not a list of devices", 1, None),
+    ],
+)
+def test_counts_the_logical_cores_of_the_run(
+    devices: Any, size: int, cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "neuron-ls"
+    tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert neuron_cores(profile("llama3-8b-trn2", neuron={"logical_core_size": size})) == cores
+
+
+def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights twice per replica, and 1 GiB per process: 2 · 0.5 · 100 + 300."""
+    monkeypatch.chdir(tmp_path)
+    params = profile("smollm2-135m-cpu", train={"dp_size": 100})
+    Path("metrics").mkdir()
+    recorded = {"source": params.model.source, "weights_gib": 0.5}
+    Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
+    with pytest.raises(UserError, match=r"GiB of memory available, about 400\.0 needed"):
+        check_memory(params)
+    recorded["source"] = "another"
+    Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
+    assert "known once it is fetched" in check_memory(params)
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        params = profile("smollm2-135m-cpu", serve={"host": "127.0.0.1", "port": taken.getsockname()[1]})
+        with pytest.raises(UserError, match=r"cannot bind 127\.0\.0\.1"):
+            check_port(params)
+    assert "is free on 127.0.0.1" in check_port(params)
+
+
+def test_preflight_does_not_import_torch() -> None:
+    """`make repro` calls doctor each time, and importing torch takes seconds."""
+    code = (
+        "import sys; from trnlora.preflight import describe, doctor, precompile; "
+        "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,112 @@
+"""The plan of a run as text for the terminal."""
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from trnlora.model.config import LlamaConfig
+from trnlora.params import Params
+from trnlora.preflight.instances import USABLE, core_memory, instance_of, on_nodes, smallest_fit
+from trnlora.preflight.packed_rows import packed_rows
+from trnlora.preflight.plan import GIB, MIB, Plan, make_plan
+
+NODE_COLUMNS = (
+    "nodes", "replicas", "micro-batches", "GiB per core", "TP GiB", "DP MiB", "DP ms", "ideal s", "steps",
+)  # fmt: skip
+
+
+def describe(params: Params, config: LlamaConfig) -> Iterator[str]:
+    """The sizes of the run, one line each."""
+    rows, origin = packed_rows(params)
+    plan = make_plan(params, config, rows)
+    convert, train = params.convert, params.train
+    yield f"model        {params.model.source}: {plan.parameters / 1e9:.3f} B parameters, {params.model.dtype}"
+    yield (
+        f"ranks        {plan.ranks} = dp {train.dp_size} × tp {convert.tp_size}, {convert.hw_backend}, "
+        f"kv_size_multiplier {convert.kv_size_multiplier}"
+    )
+    yield f"shards       {plan.shards} of {plan.shard_bytes / GIB:.3f} GiB"
+    yield _core_line(plan)
+    yield (
+        f"trainable    {plan.trainable:,} parameters ({plan.trainable / plan.parameters:.3%}), "
+        f"{plan.trainable_per_rank:,} per rank"
+    )
+    if plan.steps is None:
+        yield "steps        known after prepare_data"
+    else:
+        yield f"steps        {plan.steps_per_epoch} per epoch, {plan.steps} in total ({rows} packed rows, {origin})"
+    yield f"tokens       {plan.tokens_per_step:,} per step, padding included"
+    yield (
+        f"collectives  per step and core: {plan.tp_bytes_per_step / GIB:.2f} GiB within a replica, "
+        f"{plan.dp_bytes_per_step / MIB:.1f} MiB between replicas"
+    )
+    yield from _instance_lines(params, config)
+
+
+def _core_line(plan: Plan) -> str:
+    adapter = plan.adapter_bytes / 4 / MIB  # values, gradient and AdamW's two moments are equally large
+    return (
+        f"per core     {plan.core_bytes / GIB:.2f} GiB: weights {plan.shard_bytes / GIB:.3f} GiB, "
+        f"activations {plan.activation_bytes / GIB:.3f} GiB, logits {plan.logit_bytes / MIB:.1f} MiB, "
+        f"adapter {adapter:.1f} MiB, its gradient {adapter:.1f} MiB, optimizer {2 * adapter:.1f} MiB"
+    )
+
+
+def _instance_lines(params: Params, config: LlamaConfig) -> Iterator[str]:
+    """For Trainium: the instance of the profile, and the smallest one that would do."""
+    instance = instance_of(params)
+    if instance is None:
+        return
+    memory = core_memory(instance, params) / GIB
+    yield f"instance     {instance.name}: {memory:.0f} GiB per core, {USABLE:.0%} of it assumed usable"
+    fit = smallest_fit(params, config)
+    if fit is None:
+        yield "smallest fit none: no instance holds a replica; shorten data.seq_len or checkpoint activations"
+        return
+    smallest, sharded, plan = fit
+    yield (
+        f"smallest fit {smallest.name} with tp {sharded.convert.tp_size} × kv_size_multiplier "
+        f"{sharded.convert.kv_size_multiplier}: {plan.core_bytes / GIB:.2f} GiB per core"
+    )
+
+
+def print_nodes(params: Params, config: LlamaConfig, counts: list[int]) -> None:
+    """Print a table of what changes with the number of nodes. The global batch, and so the losses, stay the same.
+
+    Raises UserError if there is no instance for the params, or if the global batch does not divide by the replicas.
+    """
+    rows, _ = packed_rows(params)
+    table = Table(*(Column(name, justify="right") for name in NODE_COLUMNS))
+    for count in counts:
+        table.add_row(*_node_row(params, config, count, rows))
+    instance = instance_of(params)
+    assert instance is not None, "on_nodes refuses params without"
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(table)
+    console.print(
+        "Per step. micro-batches: of each replica. TP, DP: what one core passes to collectives within and between "
+        "replicas.\nDP ms: at full network speed. ideal s: at the instance's full "
+        f"{instance.flops / 1e15:.2f} bfloat16 PFLOPS. Real steps take longer: see docs/scale.md",
+        highlight=False,
+    )
+
+
+def _node_row(params: Params, config: LlamaConfig, count: int, rows: int | None) -> Iterator[str]:
+    """The cells of `count` nodes, in the order of NODE_COLUMNS."""
+    spread = on_nodes(params, count)
+    instance = instance_of(spread)
+    assert instance is not None, "on_nodes refuses params without"
+    plan = make_plan(spread, config, rows)
+    # A ring all-reduce sends each byte twice (reduce-scatter, all-gather), for every core of one replica over a node's
+    # EFA. Replicas on the same node exchange theirs over NeuronLink.
+    sent = 2 * (count - 1) / count * plan.dp_bytes_per_step * params.convert.tp_size
+    yield str(count)
+    yield str(spread.train.dp_size)
+    yield str(params.train.global_batch_size // (params.train.micro_batch_size * spread.train.dp_size))
+    yield f"{plan.core_bytes / GIB:.2f}"
+    yield f"{plan.tp_bytes_per_step / GIB:.2f}"
+    yield f"{plan.dp_bytes_per_step / MIB:.1f}"
+    yield f"{sent * 8 / instance.network * 1000:.2f}"
+    yield f"{plan.flops_per_step / (instance.flops * count):.3f}"
+    yield "–" if plan.steps is None else str(plan.steps)

