@@ -1,4 +1,4 @@
-# `make help` lists the targets. Every one that runs Python makes the environment first, where it is not up to date.
+# `make help` lists the targets. Every target that runs Python first makes the environment, unless it is up to date.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -6,22 +6,6 @@ SHELL := bash
 # Settings, e.g. `make setup PYTHON=/opt/python3.11/bin/python3.11 TORCH_INDEX=https://mirror.example/whl/cpu`
 PYTHON ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-HOST ?=
-PORT ?=
-NAME ?=
-PROFILE ?=
-NODES ?=
-COMPARE ?=
-REV ?=
-A ?=
-B ?=
-SAMPLES ?=
-SET ?=
-BASE ?=
-ADAPTERS ?=
-REPLICAS ?=
-MODEL ?=
-ARGS ?=
 
 # The stages and tools of this project, whatever Python environment the caller is in.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -35,23 +19,26 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
 
 READY := .venv/.ready
+# The options of tools that talk to the server, or start it.
+SERVER = $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+SERVED = $(SERVER) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 # Columns: changed params, the adapter's scores, the validation loss. The others are times, scores by category, and scores
 # of the base model, which are the same in all experiments. Lowest loss first.
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test lint serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup repro report sweep experiments compare card test-fast test test-long lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY) ## the environment alone, from requirements.lock
+setup: $(READY) ## only the environment, from requirements.lock
 	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
 
 $(READY): requirements.lock pyproject.toml tools/environment.sh
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup $@
 
-repro: $(READY) ## the whole pipeline on params.yaml; stages that are up to date do not run again
+repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to date do not run again
 	@python tools/doctor.py --repro
 	@dvc repro
 	@python tools/show_metrics.py
@@ -74,28 +61,38 @@ compare: $(READY) ## A=REV B=REV SAMPLES=N: params, metrics and answers that dif
 card: $(READY) ## BASE=org/name: write the adapter and a model card to reports/adapter, ready to upload to the hub
 	@python tools/card.py $(if $(BASE),--base '$(BASE)')
 
-test: $(READY) ## the test suite; ARGS= goes to pytest, e.g. ARGS='-m "not slow"'
-	@pytest $(ARGS)
+test-fast: $(READY) ## the quick tests: no vLLM, no training, no pipeline; ARGS= goes to pytest
+	@pytest -m 'not slow and not long' $(ARGS)
+
+test: $(READY) ## everything a change must pass; ARGS= goes to pytest, e.g. ARGS='-k resume'
+	@pytest -m 'not long' $(ARGS)
+
+test-long: $(READY) ## 20 kills, a minute of load, NxD's own code (NXD_SOURCE=, NXD_SITE=), speed; ARGS= goes to pytest
+	@KILLS=20 LOAD_SECONDS=60 pytest -m long $(ARGS)
+	@$(MAKE) --no-print-directory bench
 
 lint: $(READY) ## ruff and mypy
 	@ruff check
 	@ruff format --check
 	@mypy
 
+deps: $(READY) ## write the code that each stage depends on into dvc.yaml, from the imports
+	@python tools/write_deps.py
+
 serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …"
-	@python tools/serve.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS)) $(if $(REPLICAS),--replicas '$(REPLICAS)')
+	@python tools/serve.py $(SERVED) $(if $(REPLICAS),--replicas '$(REPLICAS)')
 
 load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, where serve.runtime_adapters allows it
-	@python tools/load_adapter.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ADAPTERS)
+	@python tools/load_adapter.py $(SERVER) $(ADAPTERS)
 
 smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
-	@python tools/smoke.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)')
+	@python tools/smoke.py $(SERVER)
 
 ui: $(READY) ## base and adapters side by side in the browser, on the running server or one that it starts; as for serve
-	@python tools/ui.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(ADAPTERS),--adapters $(ADAPTERS))
+	@python tools/ui.py $(SERVED)
 
 chat: $(READY) ## a conversation with a model of the running server in the terminal; MODEL=name (default: tuned)
-	@python tools/chat.py $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(if $(MODEL),--model '$(MODEL)')
+	@python tools/chat.py $(SERVER) $(if $(MODEL),--model '$(MODEL)')
 
 doctor: $(READY) ## check that the pipeline and the server can run on this machine with params.yaml
 	@python tools/doctor.py
@@ -106,7 +103,7 @@ plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives
 precompile: $(READY) ## Trainium: compile the training graphs before the run, into neuron.compile_cache
 	@python tools/precompile.py
 
-profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml and the profiles that it extends
+profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml and the profiles it extends
 	@python tools/write_profile.py '$(NAME)'
 
 bench: $(READY) ## the benchmarks: ratios to a baseline of the same run

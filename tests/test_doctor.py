@@ -89,7 +89,7 @@ def test_names_all_that_is_wrong(broken: Path) -> None:
     for line, part in zip(wrong, expected, strict=True):
         assert part in line
     assert done.stderr == (
-        "error: params.yaml cannot run on this machine: fix the lines with ✗ (`make doctor` checks again)\n"
+        "error: params.yaml cannot run on this machine: fix the lines with ✗, then run `make doctor`\n"
     )
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     args = parser.parse_args()
     if not run_checks(chosen_params(args), port=not args.repro, quiet=args.repro):
         raise UserError(
-            f"{args.profile or args.params} cannot run on this machine: fix the lines with ✗ (`make doctor` checks again)"
+            f"{args.profile or args.params} cannot run on this machine: fix the lines with ✗, then run `make doctor`"
         )
 
 

@@ -79,7 +79,7 @@ def make_project(root: Path, model: Path) -> Project:
         if source.is_file() and name != "dvc.lock" and not name.startswith(("metrics/", "plots/", "tests/")):
             target = copy.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            shutil.copy(source, target)
     copy.set_params(
         model={"source": f"path://{model}", "sha256": None},
         data={"seq_len": 256},
