@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Convert
 
@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        run_one(args.run[0], Path(args.run[1]), LlamaConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]}))
+        run_one(args.run[0], Path(args.run[1]), ModelConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]}))
         return
 
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-convert-") as folder:
         root = Path(folder)
-        config = LlamaConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]})
+        config = ModelConfig.from_hf({"model_type": "llama", **PRESETS[args.preset]})
         print(f"making a {args.preset} checkpoint of random weights", flush=True)
         make_checkpoint(root / "model", config)
         ways = ["ours", "copy"] + (["baseline"] if args.preset == "1b" else [])
@@ -93,7 +93,7 @@ def report(preset: str, runs: dict[str, list[dict[str, float]]]) -> None:
     Console().print(table)
 
 
-def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
+def make_checkpoint(folder: Path, config: ModelConfig) -> None:
     """An HF folder of random bf16 weights, written in place like everything else."""
     import numpy as np
     import torch
@@ -116,7 +116,7 @@ def make_checkpoint(folder: Path, config: LlamaConfig) -> None:
             pass
 
 
-def run_one(way: str, root: Path, config: LlamaConfig) -> None:
+def run_one(way: str, root: Path, config: ModelConfig) -> None:
     """One run in this process; prints its figures as JSON."""
     target = root / f"{way}-out"
     shutil.rmtree(target, ignore_errors=True)
@@ -164,7 +164,7 @@ def run_one(way: str, root: Path, config: LlamaConfig) -> None:
     print(json.dumps({"seconds": seconds, "gib": size / GIB, "rss_gib": rss}))
 
 
-def baseline_shard(state: dict[str, Any], config: LlamaConfig, rank: int) -> dict[str, Any]:
+def baseline_shard(state: dict[str, Any], config: ModelConfig, rank: int) -> dict[str, Any]:
     """One rank's tensors with the copies that NxD's converter makes on the way (its K/V order put right)."""
     import torch
 

@@ -148,11 +148,11 @@ def one_document(prepared: Path, length: int) -> None:
 
     from trnlora.data.packing import write_parquet
     from trnlora.files import write_sums
-    from trnlora.model.config import LlamaConfig
+    from trnlora.model.config import ModelConfig
 
     shutil.rmtree(prepared, ignore_errors=True)
     prepared.mkdir()
-    vocabulary = LlamaConfig.from_folder(ROOT / "artifacts" / "model").vocab_size
+    vocabulary = ModelConfig.from_folder(ROOT / "artifacts" / "model").vocab_size
     for split, tokens in (("train", length), ("validation", 64)):
         ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
         row = {"input_ids": ids, "labels": ids, "position_ids": list(range(tokens)), "document_ids": [1] * tokens}
@@ -204,9 +204,9 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     Forward and the gradient of the input for each frozen weight, that of the lowest layer's q, k and v excepted: there
     is no adapter below. A, B and their gradients besides. The head at labelled tokens alone. No attention.
     """
-    from trnlora.model.config import LlamaConfig
+    from trnlora.model.config import ModelConfig
 
-    config, r = LlamaConfig.from_folder(paths.MODEL), load_params().lora.r
+    config, r = ModelConfig.from_folder(paths.MODEL), load_params().lora.r
     hidden, layers = config.hidden_size, config.num_hidden_layers
     q, kv = config.q_size, config.kv_size
     found = []

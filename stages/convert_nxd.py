@@ -20,7 +20,7 @@ from trnlora.cli import add_params, script_parser
 from trnlora.errors import UserError, run
 from trnlora.files import SUMS, atomic_dir, check_sums, write_sums
 from trnlora.metrics import write_metrics
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Convert, load_params
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -36,7 +36,7 @@ def main() -> None:
     convert = load_params(args.params).convert
 
     # The rules are checked before anything heavy is imported.
-    config = LlamaConfig.from_folder(paths.MODEL)
+    config = ModelConfig.from_folder(paths.MODEL)
     check_divisible(config, convert)
     if args.to_hf:
         to_hf(config, convert, args.shards, args.to_hf)
@@ -44,7 +44,7 @@ def main() -> None:
         to_nxd(config, convert)
 
 
-def to_nxd(config: LlamaConfig, convert: Convert) -> None:
+def to_nxd(config: ModelConfig, convert: Convert) -> None:
     from trnlora.weights.convert import GIB, write_shards
 
     started = time.perf_counter()
@@ -76,7 +76,7 @@ def to_nxd(config: LlamaConfig, convert: Convert) -> None:
     print(f"{convert.tp_size} shards in {paths.SHARDS}, largest logit difference to HF {difference:.2g}")
 
 
-def logits_difference(shards: Path, config: LlamaConfig, convert: Convert) -> float:
+def logits_difference(shards: Path, config: ModelConfig, convert: Convert) -> float:
     """Run the shards' model, a thread per rank, and HF's on random tokens; the largest difference of their logits."""
     import torch
 
@@ -97,7 +97,7 @@ def logits_difference(shards: Path, config: LlamaConfig, convert: Convert) -> fl
         )
 
 
-def to_hf(config: LlamaConfig, convert: Convert, shards: Path, folder: Path) -> None:
+def to_hf(config: ModelConfig, convert: Convert, shards: Path, folder: Path) -> None:
     from trnlora.weights.convert import write_hf_folder
 
     check_sums(paths.MODEL, "fetch_model", without=(".safetensors",))

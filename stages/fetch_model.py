@@ -22,7 +22,7 @@ from trnlora.data.tokenizer import check_tokenizer
 from trnlora.errors import run
 from trnlora.files import atomic_dir, write_sums
 from trnlora.metrics import write_metrics
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 from trnlora.sources import parse_source
 from trnlora.weights.nxd_layout import check_divisible
@@ -38,11 +38,11 @@ def main() -> None:
     from trnlora.weights.fetch import check_weights, fetch
 
     def check_config(config: dict[str, Any]) -> None:
-        check_divisible(LlamaConfig.from_hf(config), params.convert)
+        check_divisible(ModelConfig.from_hf(config), params.convert)
 
     with atomic_dir(paths.MODEL) as folder:
         revision = fetch(source, params.model, folder, check_config)
-        config = LlamaConfig.from_folder(folder)
+        config = ModelConfig.from_folder(folder)
         parameters = check_weights(folder, config)
         check_tokenizer(folder, config.vocab_size)
         weights = sorted(folder.glob("*.safetensors"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.errors import run
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 from trnlora.training.launch import run_rank, start_ranks
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
@@ -36,7 +36,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     params = load_params(args.params)
-    config = LlamaConfig.from_folder(paths.MODEL)
+    config = ModelConfig.from_folder(paths.MODEL)
     check_divisible(config, params.convert)
     kv_groups = kv_replica_groups(config, params.convert)
     if "RANK" not in os.environ:

@@ -22,7 +22,7 @@ from trnlora.data.examples import read_examples
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, check_sums, read_json, write_json, write_sums
 from trnlora.metrics import metrics_file, write_metrics
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_params(parser)
     params = load_params(parser.parse_args().params)
-    config = LlamaConfig.from_folder(paths.MODEL)
+    config = ModelConfig.from_folder(paths.MODEL)
     check_sums(paths.LORA_SHARDS, "finetune_lora")
     check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
     check_sums(paths.MODEL, "fetch_model")

@@ -9,7 +9,7 @@ import torch
 from test_layout import conversion
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.targets import nxd_adapter_config
 from trnlora.params import Convert, Lora
 from trnlora.weights.adapter_shards import load_adapter_shards
@@ -17,7 +17,7 @@ from trnlora.weights.nxd_layout import heads_of_rank
 from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
 from trnlora.weights.storage import LORA_TAG, load_rank, rank_file, save_rank
 
-CONFIG = LlamaConfig.from_hf(
+CONFIG = ModelConfig.from_hf(
     {
         "model_type": "llama", "vocab_size": 60, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,

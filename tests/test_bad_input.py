@@ -20,7 +20,7 @@ from test_serving import free_port
 
 from trnlora.errors import run
 from trnlora.files import read_json, write_json, write_jsonl, write_sums
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 
 SECONDS = 10
 
@@ -277,7 +277,7 @@ def adapter_of(bench: Bench) -> list[Path]:
 
     params = Params.model_validate(bench.params)
     folder = Path("artifacts/lora_adapter")
-    table = adapter_tensors(LlamaConfig.from_folder(bench.llama), params.lora.target_modules, params.lora.r)
+    table = adapter_tensors(ModelConfig.from_folder(bench.llama), params.lora.target_modules, params.lora.r)
     shapes = {tensor.nxd_key: tensor.rank_shape(3, params.convert.kv_size_multiplier) for tensor in table}
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(3)]
     for file in files:
@@ -365,7 +365,7 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     shards = [load_rank(file) for file in adapter_of(bench)]
     write_sums(artifacts / "lora_adapter")
     (artifacts / "adapter").mkdir()
-    adapter = peft_adapter(shards, LlamaConfig.from_folder(bench.llama), params.convert, params.lora)
+    adapter = peft_adapter(shards, ModelConfig.from_folder(bench.llama), params.convert, params.lora)
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")

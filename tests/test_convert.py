@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_layout import CASES, GOLDEN, case_name, conversion, golden_weights, llama
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Convert
 from trnlora.weights.convert import check_space, write_hf_folder, write_shards
 from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file, save_rank
@@ -71,7 +71,7 @@ def test_the_way_back_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama:
     shutil.copytree(tiny_llama, model)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()}
     save_file(tensors, model / "model.safetensors")
-    config = LlamaConfig.from_folder(model)
+    config = ModelConfig.from_folder(model)
     write_shards(model, tmp_path / "shards", config, convert)
     shard = load_rank(rank_file(tmp_path / "shards", PRETRAINED_TAG, 0))
     assert {tensor.dtype for tensor in shard.values()} == {dtype}
@@ -85,7 +85,7 @@ def test_the_way_back_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama:
 def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
+    config, convert = ModelConfig.from_folder(tiny_llama), conversion(3, 1)
     write_shards(tiny_llama, tmp_path / "whole", config, convert)
     monkeypatch.setattr("trnlora.weights.storage.MAX_FILE_BYTES", 400_000)
     write_hf_folder(tmp_path / "whole", tiny_llama, tmp_path / "cut", config, convert)
@@ -99,7 +99,7 @@ def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
 
 def test_shards_of_the_stock_converter_for_trn2_are_recognised(tiny_llama: Path, tmp_path: Path) -> None:
     """Queries in order beside K and V in rounds: what NxD's converter writes for trn2 with a multiplier."""
-    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(6, 2)
+    config, convert = ModelConfig.from_folder(tiny_llama), conversion(6, 2)
     for hw_backend in ("trn1", "trn2"):
         write_shards(tiny_llama, tmp_path / hw_backend, config, conversion(6, 2, hw_backend))
     for rank in range(6):
@@ -116,7 +116,7 @@ def test_shards_of_the_stock_converter_for_trn2_are_recognised(tiny_llama: Path,
 
 
 def test_copies_that_differ_are_named(tiny_llama: Path, tmp_path: Path) -> None:
-    config, convert = LlamaConfig.from_folder(tiny_llama), conversion(3, 1)
+    config, convert = ModelConfig.from_folder(tiny_llama), conversion(3, 1)
     write_shards(tiny_llama, tmp_path / "shards", config, convert)
     path = rank_file(tmp_path / "shards", PRETRAINED_TAG, 2)
     shard = {name: tensor.clone() for name, tensor in load_rank(path).items()}

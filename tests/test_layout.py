@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Convert
 from trnlora.weights.nxd_layout import Slice, check_divisible, heads_of_rank, kv_replica_groups, shard_slices
 
@@ -20,8 +20,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_
 CASES = [case for case in GOLDEN["cases"] if not case["fuse_qkv"]]
 
 
-def llama(**sizes: int) -> LlamaConfig:
-    return LlamaConfig.from_hf({"model_type": "llama", **sizes})
+def llama(**sizes: int) -> ModelConfig:
+    return ModelConfig.from_hf({"model_type": "llama", **sizes})
 
 
 LLAMA3_8B = llama(
@@ -40,7 +40,7 @@ def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2") 
     )
 
 
-def golden_weights(model: LlamaConfig) -> dict[str, torch.Tensor]:
+def golden_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     """The golden file's input: arange over all elements, keys in sorted order."""
     hidden, mlp, vocabulary = model.hidden_size, model.intermediate_size, model.vocab_size
     q, kv = model.q_size, model.kv_size

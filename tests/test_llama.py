@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM as HFLlama
 
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import add_lora
 from trnlora.params import Convert, Lora
 from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_slices
@@ -27,7 +27,7 @@ from trnlora.weights.peft_export import peft_adapter
 CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
 
 
-def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
+def shards_of(folder: Path, config: ModelConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
     weights = load_file(folder / "model.safetensors")
     return [
         {name: assemble(weights, slices) for name, slices in shard_slices(config, convert, rank).items()}
@@ -36,14 +36,14 @@ def shards_of(folder: Path, config: LlamaConfig, convert: Convert) -> list[dict[
 
 
 def sharded_logits(folder: Path, convert: Convert, ids: torch.Tensor) -> torch.Tensor:
-    config = LlamaConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder)
     check_divisible(config, convert)
     shards = shards_of(folder, config, convert)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
 
     @torch.no_grad()
     def work(backend: TorchBackend) -> torch.Tensor:
-        model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
+        model = DecoderLM.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
         return model.logits(model(ids, positions, torch.ones_like(ids)))
 
     return torch.cat(run_as_threads(thread_backends([[rank] for rank in range(convert.tp_size)]), work), dim=-1)
@@ -103,7 +103,7 @@ def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, mo
     ids = torch.randint(1536, (1, 16), generator=torch.Generator().manual_seed(0))
     right = sharded_logits(tiny_llama, convert, ids)
 
-    def stock(config: LlamaConfig, convert: Convert, rank: int):  # type: ignore[no-untyped-def]
+    def stock(config: ModelConfig, convert: Convert, rank: int):  # type: ignore[no-untyped-def]
         heads = heads_of_rank(config, convert, rank)
         heads.kv[:] = [rank % config.num_key_value_heads]
         return heads
@@ -134,9 +134,9 @@ def packed(lengths: list[int], seq_len: int, vocabulary: int) -> dict[str, torch
 def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
     lengths = [7, 19, 11]
     row = packed(lengths, 48, 1536)
-    config = LlamaConfig.from_folder(tiny_llama)
+    config = ModelConfig.from_folder(tiny_llama)
     (shard,) = shards_of(tiny_llama, config, conversion(1, 1))
-    model = Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
+    model = DecoderLM.from_shard(config, thread_backends([[0]])[0], 1, shard)
     with torch.no_grad():
         loss, labelled = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
         hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -155,7 +155,7 @@ def sharded_gradients(
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient;
     both are small, since attention that a large adapter saturates has gradients of rounding errors."""
-    config = LlamaConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder)
     shards = shards_of(folder, config, convert)
     generator = torch.Generator().manual_seed(5)
     head_dim = config.head_dim
@@ -172,7 +172,7 @@ def sharded_gradients(
     backends = thread_backends(kv_replica_groups(config, convert))
     models = []
     for backend in backends:
-        model = Llama.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
+        model = DecoderLM.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
         add_lora(model, lora)
         model.recompute_layers = recompute
         heads = heads_of_rank(config, convert, backend.tp_rank)
@@ -220,7 +220,7 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
     lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
     row = packed([20, 28], 48, 1536)
     row = {name: column[:, :20] for name, column in row.items()}  # one document: HF needs no mask
-    config = LlamaConfig.from_folder(tiny_llama)
+    config = ModelConfig.from_folder(tiny_llama)
     loss, adapters, gradients = sharded_gradients(tiny_llama, convert, lora, row)
 
     hf = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -255,9 +255,9 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
 
 def test_a_shard_with_a_tensor_of_another_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama")
-    config = LlamaConfig.from_folder(folder)
+    config = ModelConfig.from_folder(folder)
     (shard,) = shards_of(folder, config, conversion(1, 1))
     qkv = "model.layers.0.self_attn.qkv_proj"
     shard[f"{qkv}.weight_qkv"] = shard.pop(f"{qkv}.weight_q")
     with pytest.raises(UserError, match=r"does not fit the model: .*weight_"):
-        Llama.from_shard(config, thread_backends([[0]])[0], 1, shard)
+        DecoderLM.from_shard(config, thread_backends([[0]])[0], 1, shard)

@@ -12,7 +12,7 @@ from support.project import Project
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError
 from trnlora.files import read_json
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
 from trnlora.preflight.instances import USABLE, core_memory, on_nodes, smallest_fit
 from trnlora.preflight.plan import make_plan
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[1]
 PROFILES = sorted(path.stem for path in ROOT.glob("profiles/*trn*.yaml"))
 
 
-def profile(name: str) -> tuple[Params, LlamaConfig]:
+def profile(name: str) -> tuple[Params, ModelConfig]:
     """A profile's params and the config of its model."""
     params = load_profile(name, ROOT / "profiles")
     model = params.model.source.partition("@")[0].rpartition("/")[2]
-    return params, LlamaConfig.from_hf(read_json(ROOT / "profiles/configs" / f"{model}.json"))
+    return params, ModelConfig.from_hf(read_json(ROOT / "profiles/configs" / f"{model}.json"))
 
 
 def chosen(name: str) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ def test_profiles_fit_their_models(name: str) -> None:
 def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """On the default profile, against a model that torch has built."""
     from trnlora.backends.torch import thread_backends
-    from trnlora.model.decoder import Llama
+    from trnlora.model.decoder import DecoderLM
     from trnlora.model.lora import add_lora
 
     params = load_params(ROOT / "params.yaml")
-    config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
+    config = ModelConfig.from_folder(make_llama(tmp_path / "llama"))
     plan = make_plan(params, config, packed_rows=50)
     backend = thread_backends(kv_replica_groups(config, params.convert))[0]
-    model = Llama.empty(config, backend, params.convert.kv_size_multiplier)
+    model = DecoderLM.empty(config, backend, params.convert.kv_size_multiplier)
     assert plan.shard_bytes == sum(p.numel() for p in model.parameters()) * torch.float32.itemsize
     add_lora(model, params.lora)
     assert plan.trainable_per_rank == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,7 +66,7 @@ def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -
 def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
     """The planned bytes against the tensors that a forward pass on the torch backend saves for the backward pass."""
     from trnlora.backends import torch as torch_backend
-    from trnlora.model.decoder import Llama
+    from trnlora.model.decoder import DecoderLM
     from trnlora.model.lora import add_lora, init_lora_a
 
     params = load_params(ROOT / "params.yaml")
@@ -76,9 +76,9 @@ def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recomp
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
         }
     )
-    config = LlamaConfig.from_folder(make_llama(tmp_path / "llama", num_hidden_layers=6))
+    config = ModelConfig.from_folder(make_llama(tmp_path / "llama", num_hidden_layers=6))
     (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert))
-    model = Llama.empty(config, backend, 1).to_empty(device="cpu")
+    model = DecoderLM.empty(config, backend, 1).to_empty(device="cpu")
     add_lora(model, params.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -1,3 +1,3 @@
-"""What the pipeline's stages share: params, layouts, the one Llama, its parallel layers, data, scores, serving."""
+"""LoRA fine-tuning of Llama-like models with tensor parallelism on AWS Trainium or a CPU, and serving with vLLM."""
 
 __version__ = "0.2.0"

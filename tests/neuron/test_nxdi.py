@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from trnlora.files import write_json
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.targets import nxd_adapter_config
 from trnlora.params import load_params
 from trnlora.weights.nxd_layout import heads_of_rank
@@ -57,7 +57,7 @@ def matched(folder: Path, layers: int) -> dict[str, float | None]:
 def test_every_module_is_matched_and_moved_shards_match_none(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     params = load_params(ROOT / "params.yaml")
     convert, lora = params.convert, params.lora
-    config = LlamaConfig.from_folder(make_llama(tmp_path / "llama"))
+    config = ModelConfig.from_folder(make_llama(tmp_path / "llama"))
     shards = []
     for rank in range(convert.tp_size):
         heads = heads_of_rank(config, convert, rank)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trnlora.errors import run
 from trnlora.evaluation.run import evaluate
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import load_params
 from trnlora.serving.adapters import Adapter
@@ -22,7 +22,7 @@ from trnlora.serving.engine import Engine, start_engine
 
 
 def main() -> None:
-    every_module = frozenset(linear_sizes(LlamaConfig.from_folder(Path("artifacts/model"))))
+    every_module = frozenset(linear_sizes(ModelConfig.from_folder(Path("artifacts/model"))))
     engine = start_engine(load_params(), [Adapter("room for any adapter", Path(), 32, every_module)])
     for line in sys.stdin:
         folder, params = json.loads(line)

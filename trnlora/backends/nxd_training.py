@@ -25,8 +25,8 @@ from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
 from trnlora.backends.nxd import NxdBackend, NxdLoraModel
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.params import Params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
 
@@ -39,12 +39,12 @@ def computes() -> bool:
 
 
 def build_model(
-    mesh: "NxdMesh", params: Params, config: LlamaConfig, shards: Path, kv_groups: list[list[int]]
-) -> Llama:
+    mesh: "NxdMesh", params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]
+) -> DecoderLM:
     """As `TrainingBackend.build_model`. Raises UserError also when NxD's KV groups are not `kv_groups`."""
     _check_kv_groups(kv_groups)
     backend = NxdBackend(params.neuron, mesh.nxd_config)
-    model = Llama.empty(config, backend, params.convert.kv_size_multiplier)
+    model = DecoderLM.empty(config, backend, params.convert.kv_size_multiplier)
     with open_rank_file(rank_file(shards, PRETRAINED_TAG, backend.tp_rank)) as stored:
         model.check_shard({name: tensor.shape for name, tensor in stored.items()})
     model.to(getattr(torch, params.model.dtype)).to_empty(device=xm.xla_device())
@@ -80,7 +80,7 @@ def _check_kv_groups(kv_groups: list[list[int]]) -> None:
         )
 
 
-def save_adapter(folder: Path, model: Llama) -> None:
+def save_adapter(folder: Path, model: DecoderLM) -> None:
     backend: Any = model.backend
     nxd.save_checkpoint(str(folder), tag=LORA_TAG, model=backend.adapter)
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from trnlora.backends.torch import process_backend
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import adapter_state, add_lora
 from trnlora.params import Params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
@@ -25,16 +25,16 @@ def trainer_placement(params: Params) -> dict[str, Any]:
     return {"accelerator": "gpu" if params.backend == "cuda" else "cpu", "strategy": strategy}
 
 
-def build_model(mesh: Any, params: Params, config: LlamaConfig, shards: Path, kv_groups: list[list[int]]) -> Llama:
+def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]) -> DecoderLM:
     backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, params.train.dp_size)
     shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
-    model = Llama.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
     add_lora(model, params.lora)
     model.recompute_layers = params.train.activation_checkpointing
     return model
 
 
-def save_adapter(folder: Path, model: Llama) -> None:
+def save_adapter(folder: Path, model: DecoderLM) -> None:
     if dist.get_rank() < model.backend.tp_size:  # data-parallel replicas hold equal adapters
         save_rank(rank_file(folder, LORA_TAG, model.backend.tp_rank), adapter_state(model))
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.params import Params
 
 
@@ -28,8 +28,8 @@ class TrainingBackend(Protocol):
         ...
 
     def build_model(
-        self, mesh: Any, params: Params, config: LlamaConfig, shards: Path, kv_groups: list[list[int]]
-    ) -> Llama:
+        self, mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]
+    ) -> DecoderLM:
         """This rank's model on its device, its base weights frozen, with LoRA on lora.target_modules.
 
         mesh: the strategy's, with the dims data_parallel and tensor_parallel; shards: of convert_nxd; kv_groups: ranks
@@ -38,7 +38,7 @@ class TrainingBackend(Protocol):
         """
         ...
 
-    def save_adapter(self, folder: Path, model: Llama) -> None:
+    def save_adapter(self, folder: Path, model: DecoderLM) -> None:
         """Write this rank's part of the adapter below `folder` under NxD's paths."""
         ...
 

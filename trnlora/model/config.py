@@ -13,7 +13,7 @@ LOSS_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
     """Names and meanings as in HF's LlamaConfig; sizes are of the whole model, not of a rank."""
 
     vocab_size: int
@@ -39,7 +39,7 @@ class LlamaConfig:
         return self.num_key_value_heads * self.head_dim
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
+    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """Read a parsed config.json, as written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
         Raises UserError for anything but a dense Llama that `trnlora.model.decoder` computes exactly as HF does.
@@ -81,6 +81,6 @@ class LlamaConfig:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "LlamaConfig":
+    def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read `folder`/config.json."""
         return cls.from_hf(read_json(folder / "config.json"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.fused_ops import rms_norm, rotary, swiglu
 from trnlora.model.parallel import Backend
 
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotary_frequencies(config: LlamaConfig) -> Tensor:
+def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each pair of channels (D/2,), with HF's "llama3" long-context scaling where set.
 
     Source: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`.
@@ -51,7 +51,7 @@ def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+    def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: LlamaConfig, backend: Backend):
+    def __init__(self, config: ModelConfig, backend: Backend):
         super().__init__()
         self.gate_up_proj = backend.column_parallel_linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+    def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, backend, kv_size_multiplier)
@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+    def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
         self.embed_tokens = backend.parallel_embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -100,10 +100,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Llama(nn.Module):
+class DecoderLM(nn.Module):
     """A dense Llama for training and scoring: no KV cache, every token at once."""
 
-    def __init__(self, config: LlamaConfig, backend: Backend, kv_size_multiplier: int):
+    def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
         self.config = config
         self.backend = backend
@@ -115,7 +115,7 @@ class Llama(nn.Module):
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
 
     @classmethod
-    def empty(cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int) -> "Llama":
+    def empty(cls, config: ModelConfig, backend: Backend, kv_size_multiplier: int) -> "DecoderLM":
         """The model of one rank, frozen, on torch's meta device: its weights take no memory."""
         with torch.device("meta"):
             return cls(config, backend, kv_size_multiplier).requires_grad_(False)
@@ -134,8 +134,8 @@ class Llama(nn.Module):
 
     @classmethod
     def from_shard(
-        cls, config: LlamaConfig, backend: Backend, kv_size_multiplier: int, shard: Mapping[str, Tensor]
-    ) -> "Llama":
+        cls, config: ModelConfig, backend: Backend, kv_size_multiplier: int, shard: Mapping[str, Tensor]
+    ) -> "DecoderLM":
         """The model of one rank, frozen, using the shard's own tensors (nothing is copied).
 
         Raises UserError when the shard's keys or shapes are not exactly the model's.

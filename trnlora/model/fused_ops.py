@@ -1,4 +1,4 @@
-"""The element-wise parts of a Llama layer, with gradients written by hand: few passes over memory, no copies kept.
+"""The element-wise operations of a decoder layer, with hand-written gradients: few passes over memory, no copies kept.
 
 Autograd's own gradients of these keep every intermediate and make a zeroed copy of the whole tensor for each slice;
 on a CPU that costs as much time as the matrix products. All are exact, and their weights are frozen (LoRA trains none

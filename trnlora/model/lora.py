@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Attention, Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import Attention, DecoderLM
 from trnlora.model.parallel import Backend
 from trnlora.params import Lora
 
@@ -19,7 +19,7 @@ class LoraGQAQKVParallelLinear(nn.Module):
     """base(x) + lora_alpha / r · B(A(dropout(x))) for q, k and v: one A that they share, and a B for each."""
 
     def __init__(
-        self, base_layer: nn.Module, config: LlamaConfig, kv_size_multiplier: int, lora: Lora, backend: Backend
+        self, base_layer: nn.Module, config: ModelConfig, kv_size_multiplier: int, lora: Lora, backend: Backend
     ):
         super().__init__()
         self.base_layer = base_layer
@@ -39,7 +39,7 @@ class LoraGQAQKVParallelLinear(nn.Module):
         return q + delta_q.to(q.dtype), k + delta_k.to(k.dtype), v + delta_v.to(v.dtype)
 
 
-def add_lora(model: Llama, lora: Lora) -> None:
+def add_lora(model: DecoderLM, lora: Lora) -> None:
     """Wrap the targets of every layer in place. `init_lora_a` then gives all ranks the same lora_A."""
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         attention.qkv_proj = LoraGQAQKVParallelLinear(
@@ -47,7 +47,7 @@ def add_lora(model: Llama, lora: Lora) -> None:
         )
 
 
-def init_lora_a(model: Llama, seed: int) -> None:
+def init_lora_a(model: DecoderLM, seed: int) -> None:
     """Initialize every lora_A as nn.Linear, NxD and PEFT do (Kaiming uniform), from a dedicated generator.
 
     So it has the same values on every rank and every backend.
@@ -60,6 +60,6 @@ def init_lora_a(model: Llama, seed: int) -> None:
             parameter.data.copy_(a)
 
 
-def adapter_state(model: Llama) -> dict[str, Tensor]:
+def adapter_state(model: DecoderLM) -> dict[str, Tensor]:
     """This rank's part of the adapter under NxD's keys."""
     return {name: p.detach() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}

@@ -9,7 +9,7 @@ NxD (0.18, modules/lora/tp_layer.py, `LoraGQAQKVParallelLinear`) trains q, k and
 import dataclasses
 from collections.abc import Iterable
 
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import Cut, model_tensors
 from trnlora.params import Lora
 
@@ -64,7 +64,7 @@ class AdapterTensor:
         return kv_size_multiplier if self.cut is Cut.KV_ROWS else 1
 
 
-def adapter_tensors(config: LlamaConfig, target_modules: Iterable[str], r: int) -> list[AdapterTensor]:
+def adapter_tensors(config: ModelConfig, target_modules: Iterable[str], r: int) -> list[AdapterTensor]:
     """The adapter's tensors in the order of the model."""
     base = {tensor.hf_key: tensor for tensor in model_tensors(config)}
     table = []

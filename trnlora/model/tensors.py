@@ -9,7 +9,7 @@ NxD's names are those of its Llama (neuronx_distributed 0.18, examples/training/
 import dataclasses
 import enum
 
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 
 EMBEDDINGS = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -45,7 +45,7 @@ class ModelTensor:
     cut: Cut
 
 
-def model_tensors(config: LlamaConfig) -> list[ModelTensor]:
+def model_tensors(config: ModelConfig) -> list[ModelTensor]:
     """The tensors of a model, in the order of both HF's and NxD's modules."""
     hidden, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     table = [ModelTensor(EMBEDDINGS, (vocab, hidden), EMBEDDINGS, Cut.ROWS)]
@@ -70,12 +70,12 @@ def model_tensors(config: LlamaConfig) -> list[ModelTensor]:
     return [*table, ModelTensor(head, (vocab, hidden), LM_HEAD, Cut.ROWS)]
 
 
-def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the HF folder and its shape, in the order of the model. Tied embeddings have no lm_head."""
     return {tensor.hf_key: tensor.shape for tensor in model_tensors(config)}
 
 
-def linear_sizes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of a decoder layer's linear layers, by HF's names without their path (q_proj, down_proj, …)."""
     prefix = "model.layers.0."
     sizes = {}

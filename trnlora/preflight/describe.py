@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Column, Table
 
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.preflight.instances import USABLE, core_memory, instance_of, on_nodes, smallest_fit
 from trnlora.preflight.packed_rows import packed_rows
@@ -16,7 +16,7 @@ NODE_COLUMNS = (
 )  # fmt: skip
 
 
-def describe(params: Params, config: LlamaConfig) -> Iterator[str]:
+def describe(params: Params, config: ModelConfig) -> Iterator[str]:
     """The sizes of the run, one line each."""
     rows, origin = packed_rows(params)
     plan = make_plan(params, config, rows)
@@ -53,7 +53,7 @@ def _core_line(plan: Plan) -> str:
     )
 
 
-def _instance_lines(params: Params, config: LlamaConfig) -> Iterator[str]:
+def _instance_lines(params: Params, config: ModelConfig) -> Iterator[str]:
     """For Trainium: the instance of the profile, and the smallest one that would do."""
     instance = instance_of(params)
     if instance is None:
@@ -71,7 +71,7 @@ def _instance_lines(params: Params, config: LlamaConfig) -> Iterator[str]:
     )
 
 
-def print_nodes(params: Params, config: LlamaConfig, counts: list[int]) -> None:
+def print_nodes(params: Params, config: ModelConfig, counts: list[int]) -> None:
     """Print a table of what changes with the number of nodes. The global batch, and so the losses, stay the same.
 
     Raises UserError if there is no instance for the params, or if the global batch does not divide by the replicas.
@@ -92,7 +92,7 @@ def print_nodes(params: Params, config: LlamaConfig, counts: list[int]) -> None:
     )
 
 
-def _node_row(params: Params, config: LlamaConfig, count: int, rows: int | None) -> Iterator[str]:
+def _node_row(params: Params, config: ModelConfig, count: int, rows: int | None) -> Iterator[str]:
     """The cells of `count` nodes, in the order of NODE_COLUMNS."""
     spread = on_nodes(params, count)
     instance = instance_of(spread)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.preflight.plan import GIB, Plan, make_plan
 from trnlora.weights.nxd_layout import check_divisible
@@ -65,7 +65,7 @@ def on_nodes(params: Params, nodes: int) -> Params:
     return params.model_copy(update={"train": params.train.model_copy(update={"dp_size": replicas})})
 
 
-def smallest_fit(params: Params, config: LlamaConfig) -> tuple[Instance, Params, Plan] | None:
+def smallest_fit(params: Params, config: ModelConfig) -> tuple[Instance, Params, Plan] | None:
     """The smallest instance that holds one replica of this run, at the smallest tp_size that fits. None if none does.
 
     Only tp_size and kv_size_multiplier are changed. With them sequence parallelism may no longer divide the sequence.

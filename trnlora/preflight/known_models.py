@@ -6,7 +6,7 @@ from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.metrics import metrics_file
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.preflight.plan import DTYPE_BYTES, GIB, make_plan
 from trnlora.sources import hub_snapshot, parse_source
@@ -14,20 +14,20 @@ from trnlora.sources import hub_snapshot, parse_source
 CONFIGS = Path("profiles/configs")  # config.json of the profiles' models, by the model's name
 
 
-def known_config(params: Params) -> LlamaConfig | None:
+def known_config(params: Params) -> ModelConfig | None:
     """The model's config if this machine has it: fetched, in the folder of a path:// source, or in CONFIGS."""
     source = parse_source(params.model.source)
     stored = CONFIGS / f"{source.name.rpartition('/')[2]}.json"
     if is_fetched(params):
-        return LlamaConfig.from_folder(paths.MODEL)
+        return ModelConfig.from_folder(paths.MODEL)
     if source.scheme == "path":
-        return LlamaConfig.from_folder(source.path)
+        return ModelConfig.from_folder(source.path)
     if source.scheme == "hf" and stored.exists():
-        return LlamaConfig.from_hf(read_json(stored))
+        return ModelConfig.from_hf(read_json(stored))
     return None
 
 
-def model_config(params: Params) -> LlamaConfig:
+def model_config(params: Params) -> ModelConfig:
     """The model's config, from this machine or from the hub. Raises UserError if neither has it."""
     config = known_config(params)
     if config is None and parse_source(params.model.source).scheme == "hf":
@@ -37,9 +37,9 @@ def model_config(params: Params) -> LlamaConfig:
     return config
 
 
-def hub_config(params: Params) -> LlamaConfig:
+def hub_config(params: Params) -> ModelConfig:
     """The config of an hf:// source, from the hub's cache or the hub. Raises UserError if access is refused."""
-    return LlamaConfig.from_folder(hub_snapshot(parse_source(params.model.source), ["config.json"]))
+    return ModelConfig.from_folder(hub_snapshot(parse_source(params.model.source), ["config.json"]))
 
 
 def is_fetched(params: Params) -> bool:

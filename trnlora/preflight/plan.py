@@ -7,7 +7,7 @@ in words.
 import dataclasses
 import math
 
-from trnlora.model.config import LOSS_CHUNK, LlamaConfig
+from trnlora.model.config import LOSS_CHUNK, ModelConfig
 from trnlora.model.targets import adapter_tensors, trainable_parameters, trainable_parameters_per_rank
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
@@ -44,7 +44,7 @@ class Plan:
         return self.shard_bytes + self.adapter_bytes + self.activation_bytes + self.logit_bytes
 
 
-def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> Plan:
+def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> Plan:
     """The plan of `params` for a model. packed_rows: training rows of seq_len tokens after packing, if known."""
     convert, lora, train = params.convert, params.lora, params.train
     shapes = hf_shapes(config)
@@ -89,7 +89,7 @@ def make_plan(params: Params, config: LlamaConfig, packed_rows: int | None) -> P
     )
 
 
-def _activation_bytes(params: Params, config: LlamaConfig, tokens: int) -> int:
+def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
     """Bytes that autograd keeps for `tokens` tokens on one core (trnlora/model: decoder.py, fused_ops.py, lora.py).
 
     Of the linear layers' inputs only those of lora_A and lora_B are kept: the other weights are frozen.

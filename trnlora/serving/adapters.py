@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import read_json
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
@@ -91,7 +91,7 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
         raise UserError(f"{where} must have peft_type LORA and target_modules {', '.join(trained)}")
     if config["r"] != lora.r:
         raise UserError(f"{where} has r {config['r']}, but lora.r is {lora.r}: {_REBUILD}")
-    model_config = LlamaConfig.from_folder(model)
+    model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, lora.r, trained, every_layer=True)
     return Adapter(name, folder, lora.r, modules)
 
@@ -111,13 +111,13 @@ def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
         raise UserError(f"{where} must have peft_type LORA, r and lora_alpha: {_SAVE_AGAIN}")
     if unsupported := [key for key in _UNSUPPORTED if config.get(key)]:
         raise UserError(f"{where} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model")
-    model_config = LlamaConfig.from_folder(model)
+    model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, config["r"], linear_sizes(model_config))
     return Adapter(name, folder, config["r"], modules)
 
 
 def _check_tensors(
-    folder: Path, config: LlamaConfig, r: int, allowed: Collection[str], every_layer: bool = False
+    folder: Path, config: ModelConfig, r: int, allowed: Collection[str], every_layer: bool = False
 ) -> frozenset[str]:
     """Check names and shapes of the adapter's tensors and that every A has its B; return the modules they belong to.
 

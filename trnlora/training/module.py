@@ -12,7 +12,7 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trnlora.model.decoder import Llama
+from trnlora.model.decoder import DecoderLM
 from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
@@ -55,7 +55,7 @@ class LoraFinetuner(pl.LightningModule):
 
     def __init__(
         self,
-        build: Callable[[Any], Llama],
+        build: Callable[[Any], DecoderLM],
         train: Train,
         adapter: Iterable[AdapterTensor],
         train_rows: dict[str, Tensor],
@@ -80,7 +80,7 @@ class LoraFinetuner(pl.LightningModule):
         self.sum_dtype = sum_dtype
         self.check_finite = check_finite
         self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
-        self.model: Llama | None = None
+        self.model: DecoderLM | None = None
         self.base_validation_loss = math.nan  # before the first step, when lora_B is 0: the base model's
         self.validation_loss = math.nan
         self.validated_step = -1

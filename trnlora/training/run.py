@@ -22,8 +22,8 @@ from trnlora.backends.training import TrainingBackend, training_backend
 from trnlora.errors import UserError
 from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, write_json, write_sums
 from trnlora.metrics import write_metrics
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import init_lora_a
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
@@ -63,7 +63,7 @@ class Start:
         return self.resume.step if self.resume else 0
 
 
-def train(params: Params, config: LlamaConfig, kv_groups: list[list[int]], resume_from: Path | None) -> None:
+def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resume_from: Path | None) -> None:
     """Train the adapter and write its shards, the curves and the metrics. Called on every rank.
 
     kv_groups: ranks that hold the same KV heads; resume_from: a checkpoint to resume from, whatever code has made it.
@@ -175,8 +175,8 @@ def open_curves(start: Start) -> Live | None:
 
 
 def build_model(
-    backend: TrainingBackend, params: Params, config: LlamaConfig, kv_groups: list[list[int]], mesh: Any
-) -> Llama:
+    backend: TrainingBackend, params: Params, config: ModelConfig, kv_groups: list[list[int]], mesh: Any
+) -> DecoderLM:
     """This rank's model with a new adapter. mesh: the strategy's, with the dims data_parallel and tensor_parallel."""
     model = backend.build_model(mesh, params, config, paths.SHARDS, kv_groups)
     init_lora_a(model, params.train.seed)
@@ -186,7 +186,7 @@ def build_model(
     return model
 
 
-def trainable_per_rank(params: Params, config: LlamaConfig) -> int:
+def trainable_per_rank(params: Params, config: ModelConfig) -> int:
     table = adapter_tensors(config, params.lora.target_modules, params.lora.r)
     return trainable_parameters_per_rank(table, params.convert.tp_size, params.convert.kv_size_multiplier)
 
@@ -268,7 +268,7 @@ def save_adapter(backend: TrainingBackend, params: Params, module: LoraFinetuner
 
 def write_results(
     params: Params,
-    config: LlamaConfig,
+    config: ModelConfig,
     inputs: Inputs,
     trainer: pl.Trainer,
     progress: TrainingProgress,

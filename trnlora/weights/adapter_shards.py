@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trnlora.errors import UserError
 from trnlora.files import read_json
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
@@ -22,7 +22,7 @@ from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 Shards = Sequence[dict[str, Tensor]]  # every rank's tensors, in the order of ranks
 
 
-def load_adapter_shards(folder: Path, config: LlamaConfig, convert: Convert, lora: Lora) -> list[dict[str, Tensor]]:
+def load_adapter_shards(folder: Path, config: ModelConfig, convert: Convert, lora: Lora) -> list[dict[str, Tensor]]:
     """Every rank's adapter from NxD's paths below `folder`, checked.
 
     Raises UserError naming the file for a missing, unexpected or unreadable one, for keys or shapes that are not this
@@ -69,7 +69,7 @@ def _check_values(file: Path, shard: dict[str, Tensor], table: list[AdapterTenso
             raise UserError(f"{file}: {name} holds NaN or Inf: lower train.lr and rerun finetune_lora")
 
 
-def _check_copies(shards: Shards, table: list[AdapterTensor], config: LlamaConfig, convert: Convert) -> None:
+def _check_copies(shards: Shards, table: list[AdapterTensor], config: ModelConfig, convert: Convert) -> None:
     """Ranks that hold copies of the same tensor must hold equal values."""
     groups_of = {Cut.WHOLE: [list(range(len(shards)))], Cut.KV_ROWS: kv_replica_groups(config, convert)}
     for tensor in table:

@@ -9,7 +9,7 @@ import numpy as np
 
 from trnlora.errors import UserError
 from trnlora.files import atomic_dir
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Convert
 from trnlora.weights.nxd_layout import shard_shapes, shard_slices
@@ -29,7 +29,7 @@ from trnlora.weights.storage import (
 GIB = 2**30
 
 
-def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Convert) -> int:
+def write_shards(model: Path, shards: Path, config: ModelConfig, convert: Convert) -> int:
     """Write every rank's file below `shards` from the HF folder `model`. Returns the number of bytes written.
 
     Raises UserError when the disk has too little space, or when the HF folder is damaged.
@@ -60,7 +60,7 @@ def write_shards(model: Path, shards: Path, config: LlamaConfig, convert: Conver
     return size
 
 
-def write_hf_folder(shards: Path, model: Path, folder: Path, config: LlamaConfig, convert: Convert) -> None:
+def write_hf_folder(shards: Path, model: Path, folder: Path, config: ModelConfig, convert: Convert) -> None:
     """Write the shards below `shards` as the HF folder `folder`, with the config and tokenizer of `model`.
 
     Raises UserError when the shards' KV heads are not in the order of convert.hw_backend, when ranks that must hold

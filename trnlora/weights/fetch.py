@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trnlora.errors import UserError
 from trnlora.files import read_json, sha256
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Model
 from trnlora.sources import Source, hub_snapshot
@@ -166,7 +166,7 @@ def files_of(folder: Path, uri: str) -> list[str]:
     return weights + [name for name in SMALL_FILES if (folder / name).is_file()]
 
 
-def check_weights(folder: Path, config: LlamaConfig) -> int:
+def check_weights(folder: Path, config: ModelConfig) -> int:
     """Check that every tensor is complete, finite and of the config's shape. Returns the number of parameters."""
     from trnlora.weights.storage import HFCheckpoint  # imports torch: seconds, which a refused source need not wait
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import Cut, hf_shapes, model_tensors
 from trnlora.params import Convert
 
@@ -29,12 +29,12 @@ class Slice:
     stop: int = 0
 
 
-def check_divisible(config: dict[str, Any] | LlamaConfig, convert: Convert) -> None:
+def check_divisible(config: dict[str, Any] | ModelConfig, convert: Convert) -> None:
     """Check that the model can be cut as `convert` says.
 
     Raises UserError naming every rule that does not hold, and the tp_size values that would do.
     """
-    model = config if isinstance(config, LlamaConfig) else LlamaConfig.from_hf(config)
+    model = config if isinstance(config, ModelConfig) else ModelConfig.from_hf(config)
     broken = _broken_rules(model, convert.hw_backend, convert.tp_size, convert.kv_size_multiplier)
     if broken:
         fitting = [
@@ -49,7 +49,7 @@ def check_divisible(config: dict[str, Any] | LlamaConfig, convert: Convert) -> N
         )
 
 
-def _broken_rules(model: LlamaConfig, hw_backend: str, tp: int, multiplier: int) -> list[str]:
+def _broken_rules(model: ModelConfig, hw_backend: str, tp: int, multiplier: int) -> list[str]:
     rules = [
         ("vocab_size % tp_size == 0", model.vocab_size % tp == 0, model.vocab_size),
         ("intermediate_size % tp_size == 0", model.intermediate_size % tp == 0, model.intermediate_size),
@@ -85,7 +85,7 @@ class RankHeads:
     kv: list[int]
 
 
-def heads_of_rank(model: LlamaConfig, convert: Convert, rank: int) -> RankHeads:
+def heads_of_rank(model: ModelConfig, convert: Convert, rank: int) -> RankHeads:
     """Heads of `rank`: each query head stands on the rank that holds its key/value head.
 
     With repeat = kv_size_multiplier copies of each KV head, in order over the ranks:
@@ -106,7 +106,7 @@ def heads_of_rank(model: LlamaConfig, convert: Convert, rank: int) -> RankHeads:
     return RankHeads(q=list(range(q_block * q_per_rank, (q_block + 1) * q_per_rank)), kv=kv)
 
 
-def kv_replica_groups(model: LlamaConfig, convert: Convert) -> list[list[int]]:
+def kv_replica_groups(model: ModelConfig, convert: Convert) -> list[list[int]]:
     """Ranks that hold the same KV heads, as groups that cover all ranks: NxD's KV shared groups.
 
     Raises UserError where one rank would hold two copies of a head: NxD's groups would then add up the gradients
@@ -133,7 +133,7 @@ def head_blocks(heads: Sequence[int], head_dim: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def rank_blocks(cut: Cut, size: int, config: LlamaConfig, convert: Convert, rank: int) -> list[tuple[int, int]]:
+def rank_blocks(cut: Cut, size: int, config: ModelConfig, convert: Convert, rank: int) -> list[tuple[int, int]]:
     """[start, stop) along the cut dimension, of `size`, that `rank` holds, in the order in which it holds them."""
     if cut is Cut.WHOLE:
         return [(0, size)]
@@ -144,7 +144,7 @@ def rank_blocks(cut: Cut, size: int, config: LlamaConfig, convert: Convert, rank
     return head_blocks(heads.kv if cut is Cut.KV_ROWS else heads.q, config.head_dim)
 
 
-def shard_slices(config: LlamaConfig, convert: Convert, rank: int) -> dict[str, list[Slice]]:
+def shard_slices(config: ModelConfig, convert: Convert, rank: int) -> dict[str, list[Slice]]:
     """NxD's tensors of one rank, each as the slices of HF tensors that are concatenated (along their dim) to make it.
 
     Shapes for tensor parallel tp, hidden size H, vocabulary V, MLP I, head size D, and per rank q query heads and
@@ -163,7 +163,7 @@ def shard_slices(config: LlamaConfig, convert: Convert, rank: int) -> dict[str, 
     return table
 
 
-def shard_shapes(config: LlamaConfig, convert: Convert, rank: int) -> dict[str, tuple[int, ...]]:
+def shard_shapes(config: ModelConfig, convert: Convert, rank: int) -> dict[str, tuple[int, ...]]:
     """NxD's tensors of one rank and their shapes."""
     whole = hf_shapes(config)
     shapes = {}

@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.model.targets import adapter_tensors, peft_modules
 from trnlora.params import Convert, Lora
 from trnlora.weights.adapter_shards import Shards
 from trnlora.weights.nxd_layout import rank_blocks
 
 
-def peft_adapter(shards: Shards, config: LlamaConfig, convert: Convert, lora: Lora) -> dict[str, Tensor]:
+def peft_adapter(shards: Shards, config: ModelConfig, convert: Convert, lora: Lora) -> dict[str, Tensor]:
     """PEFT's tensors from every rank's: each projection with its own copy of a shared lora_A, rows in HF's order.
 
     Keys: base_model.model.model.layers.N.self_attn.{q,k,v}_proj.lora_A.weight (r, H) and lora_B.weight (outputs, r).

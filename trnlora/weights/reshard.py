@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from trnlora.errors import UserError
-from trnlora.model.config import LlamaConfig
+from trnlora.model.config import ModelConfig
 from trnlora.params import Convert
 from trnlora.weights.nxd_layout import Slice
 from trnlora.weights.storage import StoredTensor
@@ -127,7 +127,7 @@ def each_block(
             raise
 
 
-def kv_order(ranks: Sequence[Mapping[str, StoredTensor]], config: LlamaConfig, convert: Convert) -> str:
+def kv_order(ranks: Sequence[Mapping[str, StoredTensor]], config: ModelConfig, convert: Convert) -> str:
     """Whether the KV heads of these shards are in trn1's or trn2's order, from which ranks hold equal keys.
 
     Returns convert.hw_backend where that does not tell (no copies, or all heads equal).

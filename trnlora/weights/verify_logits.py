@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.model.parallel import Backend
 from trnlora.weights.storage import HFCheckpoint, StoredTensor
 
@@ -20,7 +20,7 @@ VOCABULARY_ROWS = 8192  # of the head at a time
 
 def max_logits_difference(
     folder: Path,
-    config: LlamaConfig,
+    config: ModelConfig,
     ranks: Sequence[Mapping[str, StoredTensor]],
     kv_size_multiplier: int,
     ids: Tensor,
@@ -36,7 +36,7 @@ def max_logits_difference(
     @torch.no_grad()
     def rank_logits(backend: Backend) -> Tensor:
         tensors = ranks[backend.tp_rank]
-        model = Llama.empty(config, backend, kv_size_multiplier)
+        model = DecoderLM.empty(config, backend, kv_size_multiplier)
         model.check_shard({name: tensor.shape for name, tensor in tensors.items()})
         stream_weights(model, lambda name: tensors[name].read().float())
         return model.logits(model(ids, positions, torch.ones_like(ids)))  # (1, T, V/tp)

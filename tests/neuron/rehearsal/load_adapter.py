@@ -10,8 +10,8 @@ from neuronx_distributed.parallel_layers import parallel_state
 from trnlora import paths
 from trnlora.backends import nxd as backend
 from trnlora.backends import nxd_training
-from trnlora.model.config import LlamaConfig
-from trnlora.model.decoder import Llama
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 from trnlora.params import load_params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file
 
@@ -19,8 +19,8 @@ params = load_params()
 dist.init_process_group("gloo")
 nxd_config = nxd_training._nxd_config(params)
 parallel_state.initialize_kv_group(params.convert.kv_size_multiplier)
-model = Llama.empty(
-    LlamaConfig.from_folder(paths.MODEL),
+model = DecoderLM.empty(
+    ModelConfig.from_folder(paths.MODEL),
     backend.NxdBackend(params.neuron, nxd_config),
     params.convert.kv_size_multiplier,
 )
