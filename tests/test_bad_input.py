@@ -8,7 +8,6 @@ import runpy
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from test_serving import free_port
 from trnlora.errors import run
 from trnlora.files import read_json, write_json, write_jsonl, write_sums
 from trnlora.model.config import ModelConfig
-
-SECONDS = 10
 
 
 class Bench:
@@ -61,10 +58,8 @@ class Bench:
         outs = {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/**/*")}
         main = runpy.run_path(str(ROOT / script))["main"]
         self._monkeypatch.setattr(sys, "argv", [script, *arguments])
-        begun = time.monotonic()
         with pytest.raises(SystemExit) as end:
             run(main)
-        assert time.monotonic() - begun < SECONDS
         line = end.value.code
         assert isinstance(line, str)
         assert line.startswith("error: ")
@@ -414,7 +409,7 @@ def test_other_machines_without_a_key(bench: Bench) -> None:
     assert "set VLLM_API_KEY" in bench.refused("tools/serve.py", "--host", "0.0.0.0")
 
 
-def test_a_folder_where_a_file_is_wanted(bench: Bench) -> None:
+def test_a_directory_where_a_file_is_expected(bench: Bench) -> None:
     Path("params.yaml").mkdir()
     assert "params.yaml is a directory where" in bench.refused("stages/fetch_model.py")
 

@@ -12,6 +12,8 @@ from support.results import answer, write_answers
 from trnlora.reporting.card import card
 from trnlora.reporting.results import load_results
 
+pytestmark = pytest.mark.slow  # each in a DVC project of its own, some in a browser
+
 
 def tool(project: Project, name: str, *arguments: str, check: bool = True) -> str:
     return project.run(".venv/bin/python", f"tools/{name}.py", *arguments, check=check)

@@ -161,6 +161,7 @@ class Osv(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_audit_asks_for_all_that_is_installed_and_names_what_it_finds() -> None:
     command = [sys.executable, str(ROOT / "tools/audit.py"), "--osv-url"]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Osv) as server:

@@ -225,10 +225,7 @@ def test_a_host_cut_off_ends_the_run_and_others_go_on(hosts: list[Host], job: Ca
         assert runs[0].poll() is None, runs[0].stdout.read()
         time.sleep(0.05)
     hosts[1].cut_off()
-    begun = time.monotonic()
     printed = [run.communicate(timeout=90)[0] for run in runs]
-    seconds = time.monotonic() - begun
-    assert seconds < 60
     assert [run.returncode for run in runs] == [1, 1]
     for own, other in ((0, 1), (1, 0)):
         assert "Traceback" not in printed[own]

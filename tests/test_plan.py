@@ -198,6 +198,7 @@ def test_plan_is_printed_offline() -> None:
     assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_dvc_plans_all_stages_of_the_trn2_run(project: Project) -> None:
     project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2")
     printed = project.dvc("repro", "--dry", "--force")

@@ -141,6 +141,7 @@ def test_what_the_stage_writes(stage_root: Path, prepared: dict[str, bytes], tok
             assert tokenizer.decode(one["response_token_ids"]) == one["response"] + "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(stage_root: Path, prepared: dict[str, bytes]) -> None:
     subprocess.run(
         [sys.executable, str(ROOT / "stages" / "prepare_data.py")],
@@ -151,6 +152,7 @@ def test_another_process_writes_the_same_bytes(stage_root: Path, prepared: dict[
     assert outputs(stage_root) == prepared
 
 
+@pytest.mark.slow
 def test_many_chunks_on_all_cores_give_the_same_bytes(
     stage_root: Path, prepared: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

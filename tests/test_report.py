@@ -23,6 +23,8 @@ SECTIONS = {
     "all": "All values",
 }
 
+pytestmark = pytest.mark.slow  # each in a DVC project of its own, some in a browser
+
 
 def report(project: Project, *arguments: str) -> str:
     return project.run(".venv/bin/python", "tools/report.py", *arguments)

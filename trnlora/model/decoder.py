@@ -108,9 +108,8 @@ class DecoderLM(nn.Module):
         self.config = config
         self.backend = backend
         self.kv_size_multiplier = kv_size_multiplier
-        self.recompute_layers = (
-            False  # in the backward pass, keeping only the inputs of each layer: less memory, more time
-        )
+        # Recompute each layer in the backward pass and keep only its inputs: less memory, more time.
+        self.recompute_layers = False
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
 
