@@ -17,13 +17,14 @@ Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt an
 """
 
 import os
+import sys
 from pathlib import Path
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.errors import run
 from trnlora.model.config import ModelConfig
-from trnlora.params import load_params
+from trnlora.params import Params, load_params
 from trnlora.training.launch import run_rank, start_ranks
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
@@ -35,21 +36,32 @@ def main() -> None:
         "--resume-from", type=Path, metavar="CHECKPOINT", help="a folder …/step_N of the same params and inputs"
     )
     args = parser.parse_args()
-    params = load_params(args.params)
+    if "RANK" in os.environ:  # torchrun has started this process
+        run_rank(lambda: train(args.params, args.resume_from))
+        # Everything is written. An ordinary exit can abort ("terminate called without an active exception") when
+        # gloo's threads run into the interpreter's shutdown, which would fail a run that is complete.
+        sys.stdout.flush()
+        os._exit(0)
+    params, _ = read_params(args.params)
+    start_ranks(params, train, args.params, args.resume_from)
+
+
+def train(params_file: Path, resume_from: Path | None) -> None:
+    """Train, as one rank of all."""
+    from trnlora.training import run as training
+
+    params, config = read_params(params_file)
+    training.train(params, config, kv_replica_groups(config, params.convert), resume_from)
+
+
+def read_params(file: Path) -> tuple[Params, ModelConfig]:
+    """The params and the model's config. Raises UserError when the model cannot be cut, or not be trained, that way."""
+    params = load_params(file)
     config = ModelConfig.from_folder(paths.MODEL)
     check_divisible(config, params.convert)
-    kv_groups = kv_replica_groups(config, params.convert)
-    if "RANK" not in os.environ:
-        start_ranks(params)  # each rank runs this script again
-        return
-
-    from trnlora.training.run import train
-
-    train(params, config, kv_groups, args.resume_from)
+    kv_replica_groups(config, params.convert)
+    return params, config
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        run_rank(main)
-    else:
-        run(main)
+    run(main)

@@ -44,7 +44,9 @@ class Training:
             time.sleep(0.01)
 
     def ranks(self) -> list[psutil.Process]:
-        return [child for child in self.process.children(recursive=True) if "finetune_lora.py" in str(child.cmdline())]
+        """Forks of the server that has imported their libraries, which is a child of the launcher."""
+        (server,) = [child for child in self.process.children() if "multiprocessing.forkserver" in str(child.cmdline())]
+        return server.children()
 
     def ended(self, ranks: list[psutil.Process]) -> str:
         """What it printed, once it and its ranks have ended, which must be within DEAD_SECONDS."""

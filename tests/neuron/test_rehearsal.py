@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def run_stage(name: str, folder: Path, env: dict[str, str] | None = None) -> Non
     run_script(ROOT / "stages" / f"{name}.py", folder, env)
 
 
-def run_script(script: Path, folder: Path, env: dict[str, str] | None = None) -> None:
-    command = [sys.executable, str(script)]
+def run_script(script: Path, folder: Path, env: dict[str, str] | None = None, launcher: Sequence[str] = ()) -> None:
+    command = [sys.executable, *launcher, str(script)]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -110,11 +110,14 @@ def train(
             **sections,
         )
         run_stage("convert_nxd", folder)
-        env = dict(os.environ)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # record.py changes modules in its own process: on cpu the stage would fork its ranks from another one.
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "4"]
         if backend == "nxd":
             env |= nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend}
+            launcher = []
         (folder / "record").mkdir()
-        run_script(REHEARSAL / "record.py", folder, {**env, "RECORD": str(folder / "record")})
+        run_script(REHEARSAL / "record.py", folder, {**env, "RECORD": str(folder / "record")}, launcher)
         folders[key] = folder
         return folder
 

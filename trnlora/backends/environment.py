@@ -11,3 +11,8 @@ def enter(params: Params, ranks_per_node: int, num_nodes: int, first_address: st
     """
     if params.backend == "nxd":
         nxd_environment.rerun_in_neuron_environment(params, ranks_per_node, num_nodes, first_address)
+
+
+def ranks_may_be_forked(params: Params) -> bool:
+    """Whether ranks may be forks of a process that has imported their libraries. torch_xla's runtime may not."""
+    return params.backend != "nxd"

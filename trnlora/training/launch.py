@@ -2,10 +2,13 @@
 
 import ctypes
 import logging
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any, NoReturn
 
 from trnlora import paths
@@ -17,13 +20,15 @@ from trnlora.training import cluster
 from trnlora.training.cluster import Nodes
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
+LATER_SECONDS = 2  # ten of the launcher's looks at its ranks
 
 
-def start_ranks(params: Params) -> None:
-    """Start this node's ranks of dp_size × tp_size, each running this script again, and wait for them.
+def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> None:
+    """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
-    In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError with one
-    line when a rank fails, when a signal stops the training, or when the nodes do not meet.
+    train: a function at the top level of a module, which does not import torch. In the batch script of a SLURM job,
+    starts the script on every node of the job instead. Raises UserError with one line when a rank fails, when a signal
+    stops the training, or when the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
@@ -32,7 +37,14 @@ def start_ranks(params: Params) -> None:
     ranks = cluster.processes_per_node(nodes.count, params.convert.tp_size, params.train.dp_size)
     environment.enter(params, ranks, nodes.count, nodes.address)
     os.environ.update(rank_environment(ranks, params.train.threads))
-    _launch(nodes, ranks)
+    if environment.ranks_may_be_forked(params):
+        # A server that imports what training needs and then forks a rank per request: one import for all ranks instead
+        # of one each, and one copy of the libraries in memory. It starts now, beside this process's own imports.
+        multiprocessing.set_forkserver_preload(["trnlora.training.run", "trnlora.backends.torch_training"])
+        forkserver.ensure_running()
+        _launch(nodes, ranks, _forked_rank, train, *arguments)
+    else:
+        _launch(nodes, ranks, sys.executable, "-u", *sys.argv)
 
 
 def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
@@ -51,8 +63,8 @@ def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
     return env if threads is None else env | {"OMP_NUM_THREADS": str(threads)}
 
 
-def _launch(nodes: Nodes, ranks: int) -> None:
-    """Run torchrun's launcher.
+def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *arguments: Any) -> None:
+    """Run torchrun's launcher on a function or a command.
 
     A rank that dies ends the others of its node at once: the launcher checks them every 0.2 s, and SIGTERM ends a rank
     without delay. Ranks on other nodes notice from their connections to it.
@@ -68,11 +80,12 @@ def _launch(nodes: Nodes, ranks: int) -> None:
         rdzv_backend="c10d" if nodes.count == 1 else "static", rdzv_endpoint=f"{nodes.address}:{nodes.port}",
         rdzv_configs={} if nodes.count == 1 else {"rank": nodes.rank, "timeout": cluster.START_SECONDS},
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
+        start_method="forkserver",  # of a function
     )  # fmt: skip
     # Its own report of a failure is a page long; one line replaces it below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(launch_config, sys.executable)("-u", *sys.argv)
+        elastic_launch(launch_config, entrypoint)(*arguments)
     except SignalException as error:
         clear_partial(paths.LORA_SHARDS)
         raise UserError(f"training stopped by {error.sigval.name}; rerun to resume from the last checkpoint") from None
@@ -111,24 +124,27 @@ def _reason(failure: Any) -> tuple[str, str]:
     return failure.message, ""
 
 
-def run_rank(main: Callable[[], None]) -> NoReturn:
-    """Entry point of a rank. Reports a failure to the launcher only, which prints it once instead of once per rank."""
+def _forked_rank(train: Callable[..., None], *arguments: Any) -> None:
+    """Entry point of a forked rank."""
+    run_rank(lambda: train(*arguments))
+
+
+def run_rank(main: Callable[[], None]) -> None:
+    """Run `main` as a rank. Reports a failure to the launcher only, which prints it once instead of once per rank."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()
     handler.initialize()
-    # The launcher starts ranks in sessions of their own, which nothing that kills the launcher would reach.
+    # The end of the launcher, or of the server that has forked this rank, ends the rank too.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the rank at once: there is nothing to save but a checkpoint
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which ends the ranks
     try:
         main()
     except Exception as error:
         line = explain(error)
         handler.record_exception(UserError(line) if line else error)
+        if not line:
+            # Probably another rank has died, and the connection to it failed. Let the launcher see that one first.
+            time.sleep(LATER_SECONDS)
         # Not an ordinary exit: threads that wait for the other ranks could block it.
         os._exit(1)
-    # Everything is written. An ordinary exit can abort ("terminate called without an active exception") when gloo's
-    # threads run into the interpreter's shutdown, which would fail a run that is complete.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

@@ -15,7 +15,6 @@ import torch
 from trnlora.backends.mkl import settle_vector_math
 from trnlora.errors import run
 from trnlora.training import module as finetuner
-from trnlora.training.launch import run_rank
 
 main = runpy.run_path(str(Path(__file__).parents[3] / "stages" / "finetune_lora.py"))["main"]
 
@@ -71,6 +70,4 @@ if __name__ == "__main__":
     finetuner.MicroBatches = WholeRows  # type: ignore[misc]
     if "RANK" in os.environ:
         settle_vector_math()  # as the torch backend does for itself
-        run_rank(main)
-    else:
-        run(main)
+    run(main)
