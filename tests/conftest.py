@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 from support import ROOT
+from support.adapters import write_adapter
 from support.browser import Browser
 from support.evaluation import EvalWorker
 from support.models import write_llama
 from support.project import Project, copy_project, make_project
+from support.repro import Finished, run_undisturbed
 from support.results import answer, write_answers
+from support.server import Server
 from support.stages import run_stage, set_params
 
 # Many container images set it, and then each of the many processes that the tests start compiles all that it imports.
@@ -117,17 +120,14 @@ def project(tmp_path: Path, tiny_llama: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Project:
-    """The same after `dvc repro`, committed. For tests that only read it; `finished_copy` is one to change."""
-    made = make_project(tmp_path_factory.mktemp("finished") / "project", tiny_llama)
-    made.dvc("repro")
-    made.commit("A run")
-    return made
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Finished:
+    """The same after an undisturbed `dvc repro`. For tests that only read it; `finished_copy` is one to change."""
+    return run_undisturbed(tmp_path_factory.mktemp("finished") / "project", tiny_llama)
 
 
 @pytest.fixture
-def finished_copy(finished: Project, tmp_path: Path) -> Project:
-    return copy_project(finished, tmp_path / "project")
+def finished_copy(finished: Finished, tmp_path: Path) -> Project:
+    return copy_project(finished.project, tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
@@ -157,3 +157,45 @@ def run_project(project: Project) -> Project:
     ]
     write_answers(project.root, answers)
     return project
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT folder of rank 16 on q, k and v of the tiny Llama, of two files as flatten_adapter writes it."""
+    folder = write_adapter(tiny_llama, tmp_path_factory.mktemp("adapter") / "adapter")
+    (folder / "README.md").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def others(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two more, as PEFT saves them: rank 16 on q, k and v, and rank 24 on other layers."""
+    root = tmp_path_factory.mktemp("other-adapters")
+    first = write_adapter(tiny_llama, root / "first", seed=1)
+    targets = ["o_proj", "up_proj", "down_proj", "q_proj"]
+    return [first, write_adapter(tiny_llama, root / "second", r=24, targets=targets, seed=2)]
+
+
+@pytest.fixture(scope="session")
+def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run the tools in: params.yaml and artifacts/{model,adapter}. Copy it before writing to it."""
+    root = tmp_path_factory.mktemp("workdir")
+    serve = {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1, "runtime_adapters": True, "max_loras": 4}
+    scored = {"max_tokens": 16, "max_prompts": 10, "min_changed_fraction": 0.5, "max_loss_gap": 1.0e-3}
+    set_params(root, serve=serve, eval=scored, lora={"r": 16})
+    (root / "artifacts").mkdir()
+    (root / "artifacts" / "model").symlink_to(tiny_llama)
+    (root / "artifacts" / "adapter").symlink_to(adapter)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(
+    workdir: Path, adapter: Path, others: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """vLLM's server with the base model and the adapters tuned, first and second, for tests that only ask."""
+    served = zip(("tuned", "first", "second"), (adapter, *others), strict=True)
+    adapters = [f"{name}={folder}" for name, folder in served]
+    running = Server(workdir, tmp_path_factory.mktemp("serve"), "--adapters", *adapters)
+    yield running
+    running.stop()

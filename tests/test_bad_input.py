@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from support import ROOT
-from test_serving import free_port
+from support.server import free_port
 
 from trnlora.errors import run
 from trnlora.files import read_json, write_json, write_jsonl, write_sums

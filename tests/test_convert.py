@@ -134,9 +134,9 @@ def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.Monk
         check_space(tmp_path / "shards", 15 * 2**30)
 
 
-@pytest.mark.slow
-def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path) -> None:
-    """Ten kills at random moments of the stage, then a rerun: the same digests as an undisturbed run's."""
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.long)])
+def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path, kills: int) -> None:
+    """Kills at random moments of the stage, then a rerun: the same digests as an undisturbed run's."""
     (tmp_path / "artifacts").mkdir()
     make_llama(
         tmp_path / "artifacts" / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=8, head_dim=128
@@ -160,7 +160,7 @@ def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Pat
     clean = digests()
     assert len(clean) == 3
     moments = random.Random(0)
-    for _ in range(10):
+    for _ in range(kills):
         shutil.rmtree(shards, ignore_errors=True)
         process = start()
         # most of the time goes to imports: half of the kills fall into the last third

@@ -1,6 +1,5 @@
 """The pipeline as DVC sees it: its dependency lists, and all six stages run end to end on a tiny random Llama."""
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,26 +9,12 @@ import pytest
 import yaml
 from support import ROOT
 from support.project import Project
+from support.repro import ORDER, Finished, check_cache, params_read, ran
 
 from trnlora.dependencies import stage_code
-from trnlora.params import Neuron, Params
+from trnlora.params import Neuron
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))["stages"]
-ORDER = ["fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm"]
-
-# Appended to the library of a project under test: notes which stage reads which param.
-NOTE_READS = """
-import os as _os, sys as _sys
-
-def _noted(self, name):
-    if name in type(self).model_fields and _sys._getframe(1).f_code.co_filename != __file__:
-        section = type(self).__name__.lower()
-        with open(".params_read", "a") as notes:
-            notes.write(f"{_os.environ.get('DVC_STAGE')} {name if section == 'params' else section + '.' + name}\\n")
-    return BaseModel.__getattribute__(self, name)
-
-Section.__getattribute__ = _noted
-"""
 
 
 @pytest.mark.parametrize("stage", ORDER)
@@ -78,29 +63,23 @@ def outs_of(stage: dict[str, Any]) -> list[str]:
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
-def ran(output: str) -> list[str]:
-    return re.findall(r"Running stage '(\w+)'", output)
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_pipeline_end_to_end(project: Project) -> None:
-    params_py = project.root / "trnlora" / "params.py"
-    params_py.write_text(params_py.read_text("utf-8") + NOTE_READS, "utf-8")
-    project.commit("Note which params are read")
-
-    assert ran(project.dvc("repro")) == ORDER
+def test_a_run_writes_its_outputs_and_reads_the_params_it_lists(finished: Finished) -> None:
+    project = finished.project
     for stage in STAGES.values():
         for out in outs_of(stage):
             assert (project.root / out).exists(), out
     listed = {stage: set(STAGES[stage]["params"]) for stage in ORDER}
     listed["fetch_model"] -= {"model.dtype"}  # read for a GGUF alone
     listed["flatten_adapter"] -= {"convert.buffer_mib"}  # read for a merged model alone
-    on_neuron_alone = {"model.dtype", *(f"neuron.{name}" for name in Neuron.model_fields)}
-    listed["finetune_lora"] -= on_neuron_alone
+    on_nxd_alone = {"model.dtype", *(f"neuron.{name}" for name in Neuron.model_fields)}
+    listed["finetune_lora"] -= on_nxd_alone
     assert params_read(project) == listed
-    project.commit("A run")
 
+
+@pytest.mark.slow
+def test_diffs_experiments_and_the_run_cache(finished_copy: Project) -> None:
+    project = finished_copy
     again = project.dvc("repro")
     assert ran(again) == []
     assert "up to date" in again
@@ -128,26 +107,6 @@ def test_pipeline_end_to_end(project: Project) -> None:
     assert ran(project.dvc("repro", "--dry")) == ["eval_vllm"]
 
     check_cache(project)
-
-
-def params_read(project: Project) -> dict[str, set[str]]:
-    """The params that each stage read in a run."""
-    sections = set(Params.model_fields) - {"backend"}  # which is a value itself
-    reads: dict[str, set[str]] = {}
-    for line in (project.root / ".params_read").read_text("utf-8").splitlines():
-        stage, key = line.split()
-        if key not in sections:  # reading a section alone reads no value
-            reads.setdefault(stage, set()).add(key)
-    return reads
-
-
-def check_cache(project: Project) -> None:
-    """Nothing in the cache has been written to: a file's name there is its md5."""
-    files = [path for path in (project.root / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
-    assert files
-    for path in files:
-        digest = hashlib.md5(path.read_bytes()).hexdigest()
-        assert path.parent.name + path.name.removesuffix(".dir") == digest, f"{path} was changed in place"
 
 
 @pytest.mark.slow

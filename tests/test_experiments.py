@@ -6,7 +6,7 @@ import re
 import pytest
 from support import ROOT
 from support.project import Project
-from test_dvc import ran
+from support.repro import ran
 
 DOC = (ROOT / "docs/experiments.md").read_text("utf-8")
 

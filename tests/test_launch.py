@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support import ROOT
-from test_serving import free_port
+from support.server import free_port
 
 SKY = yaml.safe_load((ROOT / "launch/sky.yaml").read_text("utf-8"))
 SCRIPTS = {

@@ -18,17 +18,18 @@ import threading
 import time
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 from support import ROOT
+from support.adapters import write_adapter
 from support.evaluation import EvalWorker
+from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
 from trnlora.files import write_sums
@@ -40,8 +41,9 @@ from trnlora.serving.client import base_url
 from trnlora.serving.server import reason, relay
 from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
 
-R = 16
+R = 16  # conftest.py's `workdir`
 LORA = Lora(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=["qkv_proj"])
+SERVED = ["tuned", "first", "second"]  # conftest.py's `server`
 
 
 def params(**sections: dict[str, Any]) -> Params:
@@ -51,61 +53,9 @@ def params(**sections: dict[str, Any]) -> Params:
     return Params.model_validate(values)
 
 
-def write_adapter(model: Path, folder: Path, scale: float) -> None:
-    """A PEFT adapter on q, k and v, written by PEFT; B is normal with deviation `scale` (0: no effect)."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
-    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(17)
-        for name, weight in peft_model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=scale)
-    peft_model.save_pretrained(str(folder))
-    (folder / "README.md").unlink()
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    write_adapter(tiny_llama, folder, scale=0.5)
-    return folder
-
-
 @pytest.fixture
 def spoiled(adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "adapter"))
-
-
-@pytest.fixture(scope="module")
-def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run the tools in: params.yaml and artifacts/{model,adapter}."""
-    root = tmp_path_factory.mktemp("workdir")
-    values = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
-    values["serve"] |= {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1}
-    values["eval"] |= {"max_tokens": 16, "max_prompts": 10, "min_changed_fraction": 0.5, "max_loss_gap": 1.0e-3}
-    values["lora"] |= {"r": R}
-    (root / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
-    (root / "artifacts").mkdir()
-    (root / "artifacts" / "model").symlink_to(tiny_llama)
-    (root / "artifacts" / "adapter").symlink_to(adapter)
-    return root
-
-
-def script(name: str, *arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    clean = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
-    return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, check=False)
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
-    assert done.returncode == 1, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert all(fragment in line for fragment in fragments), line
 
 
 # The adapter folder
@@ -256,7 +206,7 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert " image:1 -m vllm.entrypoints.openai.api_server --model artifacts/model" in image.stdout
 
 
-def test_serve_on_neuron_refuses_replicas_and_other_adapters(neuron_workdir: Path) -> None:
+def test_serve_on_neuron_refuses_replicas_and_others(neuron_workdir: Path) -> None:
     done = script("tools/serve.py", "--dry-run", "--replicas", "2", cwd=neuron_workdir)
     assert_one_line(done, "backend nxd serves one replica per address")
     other = ("--adapters", f"other={neuron_workdir}/artifacts/adapter")
@@ -281,11 +231,6 @@ def test_serve_names_what_is_missing(workdir: Path, tmp_path: Path) -> None:
     assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/adapter is missing", "dvc repro")
     shutil.copytree(workdir / "artifacts" / "adapter", tmp_path / "artifacts" / "adapter")
     assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/model/config.json is missing")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def test_smoke_without_a_server_ends_in_one_line(workdir: Path) -> None:
@@ -340,54 +285,9 @@ def test_relay_shows_the_last_line_of_a_traceback_and_nothing_after_the_engine_d
 # The server for real
 
 
-class Server:
-    def __init__(self, workdir: Path, tmp: Path, *arguments: str, **secrets: str) -> None:
-        self.port = free_port()
-        self.log = tmp / "serve.log"
-        env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
-        with self.log.open("w") as log:
-            self.process = psutil.Popen(
-                [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port), *arguments],
-                cwd=workdir,
-                env=env | {"TMPDIR": str(tmp)} | secrets,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        while "ready: " not in self.log.read_text("utf-8"):
-            assert self.process.poll() is None, self.log.read_text("utf-8")
-            time.sleep(0.2)
-
-    def request(self, path: str, **body: Any) -> Any:
-        data = json.dumps(body).encode() if body else None
-        url = f"http://127.0.0.1:{self.port}{path}"
-        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
-            return json.load(reply)
-
-    def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as reply:
-            return str(reply.read().decode())
-
-    def complete(self, model: str, prompt: str, max_tokens: int = 16) -> str:
-        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        return str(self.request("/v1/completions", **body)["choices"][0]["text"])
-
-    def chat(self, model: str, question: str) -> Any:
-        messages = [{"role": "user", "content": question}]
-        return self.request("/v1/chat/completions", model=model, messages=messages, max_tokens=16, temperature=0)
-
-
-@pytest.fixture(scope="module")
-def server(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(workdir, tmp_path_factory.mktemp("serve"))
-    yield running
-    if running.process.is_running():
-        running.process.terminate()
-        running.process.wait()
-
-
 @pytest.mark.slow
 def test_both_models_answer_and_differ(server: Server) -> None:
-    assert [model["id"] for model in server.request("/v1/models")["data"]] == ["base", "tuned"]
+    assert [model["id"] for model in server.request("/v1/models")["data"]] == ["base", *SERVED]
     prompt = "### Instruction:\nName the capital of France.\n\n### Response:\n"
     completions = [server.complete(model, prompt) for model in ("base", "tuned")]
     chats = [server.chat(model, "Name the capital of France.") for model in ("base", "tuned")]
@@ -416,7 +316,6 @@ def test_smoke_prints_both_answers(server: Server, workdir: Path) -> None:
 
 
 CLIENTS = 16
-LOAD_SECONDS = float(os.environ.get("LOAD_SECONDS", "20"))
 
 
 def send(port: int, path: str, content: bytes) -> tuple[int, Any]:
@@ -507,14 +406,16 @@ BAD: dict[str, tuple[bytes, set[int]]] = {
 }
 
 
-@pytest.mark.slow
-def test_parallel_clients_good_and_bad(server: Server, workdir: Path) -> None:
-    """16 clients for LOAD_SECONDS (20; the promise is 60): no valid request fails, the others get a clean 4xx."""
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(10, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.long)]
+)
+def test_parallel_clients_good_and_bad(server: Server, workdir: Path, seconds: int) -> None:
+    """16 clients: no valid request fails, the others get a clean 4xx."""
     clients = [Load(server.port, seed) for seed in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
-        list(pool.map(lambda client: client.run(time.monotonic() + LOAD_SECONDS), clients))
+        list(pool.map(lambda client: client.run(time.monotonic() + seconds), clients))
     total = sum((client.answered for client in clients), Counter())
-    print(f"{CLIENTS} clients, {LOAD_SECONDS:.0f} s, {total.total()} requests: {dict(total)}")
+    print(f"{CLIENTS} clients, {seconds} s, {total.total()} requests: {dict(total)}")
     assert [line for client in clients for line in client.lost] == []
     assert total.keys() == {"chat", "completion", "hang up", *BAD}
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health", timeout=60) as reply:
@@ -553,7 +454,7 @@ def test_serving_load_prints_a_line_for_each_number_of_clients(server: Server, w
 
 
 @pytest.mark.slow
-def test_replicas_share_one_address(workdir: Path, tmp_path: Path) -> None:
+def test_replicas_share_one_address_and_sigterm_leaves_no_process_and_no_file(workdir: Path, tmp_path: Path) -> None:
     """Two engines: both receive requests, and both give the same answer."""
     two = Server(workdir, tmp_path, "--replicas", "2")
     try:
@@ -565,21 +466,16 @@ def test_replicas_share_one_address(workdir: Path, tmp_path: Path) -> None:
         served = {engine: sum(float(count) for of, count in done if of == engine) for engine in ("0", "1")}
         assert sum(served.values()) == 16
         assert min(served.values()) > 0
+
+        family = two.process.children(recursive=True)
+        assert len(family) >= 3  # vLLM's API server and its engines
+        two.process.send_signal(signal.SIGTERM)
+        assert two.process.wait(timeout=60) == 0
+        assert not [process for process in family if process.is_running()]
+        assert list(tmp_path.iterdir()) == [two.log]  # the chat template was in a folder next to it
+        assert two.log.read_text("utf-8").endswith("stopped\n")
     finally:
-        two.process.terminate()
-        two.process.wait()
-
-
-@pytest.mark.slow
-def test_sigterm_leaves_no_process_and_no_file(server: Server) -> None:
-    """Must be the last test that uses `server`, because it stops it."""
-    family = server.process.children(recursive=True)
-    assert len(family) >= 2  # vLLM's API server and its engine
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=60) == 0
-    assert not [process for process in family if process.is_running()]
-    assert list(server.log.parent.iterdir()) == [server.log]  # the chat template was in a folder next to it
-    assert server.log.read_text("utf-8").endswith("stopped\n")
+        two.stop()
 
 
 @pytest.mark.slow
@@ -611,12 +507,13 @@ def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
 
 
 @pytest.fixture(scope="module")
-def evaluated(workdir: Path, tiny_llama: Path, adapter: Path) -> Path:
-    """`workdir` with prepared rows of the default data set, and the losses that PEFT measures on them."""
+def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `workdir` with prepared rows of the default data set, and the losses that PEFT measures on them."""
     from transformers import AutoTokenizer
 
     from trnlora.data.templates import render_prompt, tokenize_pair
 
+    workdir = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "workdir", symlinks=True))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
     (workdir / "artifacts" / "prepared").mkdir()
@@ -700,6 +597,7 @@ def test_eval_refuses_an_adapter_without_effect(
     other = Path(shutil.copytree(copy, tmp_path / "other", symlinks=True))
     (other / "artifacts" / "adapter").unlink()
     write_adapter(tiny_llama, other / "artifacts" / "adapter", scale=0.0)
+    (other / "artifacts" / "adapter" / "README.md").unlink()
     write_sums(other / "artifacts" / "adapter", other / "artifacts" / "adapter.SHA256SUMS")
     done = eval_worker.evaluate(other)
     assert_one_line(done, "too little effect", "0.0% of the answers changed", "from that of PEFT", "rejected.jsonl")

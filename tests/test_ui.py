@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,32 +13,34 @@ import psutil
 import pytest
 from support import ROOT
 from support.browser import Browser
-from test_adapters import two, workdir  # noqa: F401 (fixtures)
-from test_serving import free_port, script
+from support.server import Server, free_port, script
 
-NAMES = ["base", "first", "second"]
+NAMES = ["base", "tuned", "first", "second"]
 
 
 class Ui:
-    def __init__(self, root: Path, adapters: list[Path], log: Path) -> None:
-        self.server_port, self.port, self.log = free_port(), free_port(), log
-        command = [sys.executable, str(ROOT / "tools/ui.py"), "--port", str(self.server_port)]
-        command += ["--ui-port", str(self.port), "--adapters", f"first={adapters[0]}", f"second={adapters[1]}"]
+    """`tools/ui.py` in the background, ready, on the server at `server_port` or one that it starts."""
+
+    def __init__(self, root: Path, log: Path, server_port: int) -> None:
+        self.port, self.log = free_port(), log
+        command = [sys.executable, str(ROOT / "tools/ui.py"), "--port", str(server_port), "--ui-port", str(self.port)]
         with log.open("w") as out:
             self.process = psutil.Popen(command, cwd=root, env=os.environ, stdout=out, stderr=subprocess.STDOUT)
-        while "open http://127.0.0.1" not in log.read_text("utf-8"):
+        while "open http://127.0.0.1" not in log.read_text("utf-8") or not self.answers():
             assert self.process.poll() is None, log.read_text("utf-8")
             time.sleep(0.2)
-        time.sleep(1)
+
+    def answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
 
-@pytest.fixture(scope="module")
-def ui(workdir: Path, two: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:  # noqa: F811
-    running = Ui(workdir, two, tmp_path_factory.mktemp("ui") / "ui.log")
+@pytest.fixture
+def ui(workdir: Path, server: Server, tmp_path: Path) -> Iterator[Ui]:
+    running = Ui(workdir, tmp_path / "ui.log", server.port)
     yield running
-    if running.process.is_running():
-        running.process.terminate()
-        running.process.wait()
+    running.process.terminate()
+    running.process.wait()
 
 
 def wait(condition: object, seconds: float = 60) -> None:
@@ -60,37 +63,40 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
         prompt = "### Instruction:\nWhich city?\n\n### Context:\nRosa lives in Nairobi.\n\n### Response:\n"
         wait(lambda: browser.find("#prompt").get_property("textContent") == prompt)  # noqa: B023
         browser.find("#ask").click()
-        wait(lambda: len([p for p in browser.find_all(".answer .soft") if "tokens/s" in p.text]) == 3)
+        wait(lambda: len([p for p in browser.find_all(".answer .soft") if "tokens/s" in p.text]) == len(NAMES))
         answers = {box.get_attribute("data-model"): box.find_element("css selector", "pre").text
                    for box in browser.find_all(".answer")}  # fmt: skip
-        assert sorted(answers) == NAMES
-        assert len(set(answers.values())) == 3
+        assert sorted(answers) == sorted(NAMES)
+        assert len(set(answers.values())) == len(NAMES)
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
-        assert len(browser.screenshot(tmp_path / f"ui-{width}.png")) > 10_000
+        assert browser.outside("#ask, #instruction, #context, #prompt, .answer, .answer pre") == []
+        picture = browser.picture("#answers", tmp_path / f"answers-{width}.png")
+        assert len(picture.getcolors(1 << 20)) > 20  # text, not an empty box
     assert browser.console() == []
 
     browser.find("#max_tokens").clear()
     browser.find("#max_tokens").send_keys("99999")
     browser.find("#ask").click()
     refused = "refused the request (400): "
-    wait(lambda: [refused in error.text for error in browser.find_all(".answer .error")] == [True] * 3)
+    wait(lambda: [refused in error.text for error in browser.find_all(".answer .error")] == [True] * len(NAMES))
 
 
 @pytest.mark.slow
-def test_chat_answers_the_lines_that_are_piped_in(ui: Ui, workdir: Path) -> None:  # noqa: F811
-    command = [sys.executable, str(ROOT / "tools/chat.py"), "--port", str(ui.server_port), "--model", "first"]
+def test_chat_answers_the_lines_that_are_piped_in(server: Server, workdir: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/chat.py"), "--port", str(server.port), "--model", "first"]
     lines = "Which city?\n/new\nWhich city?\n/model base\n/new\nWhich city?\n/model nobody\n"
     done = subprocess.run(command, cwd=workdir, input=lines, capture_output=True, text=True, check=True)
-    once, again = done.stdout.split("the server has no model 'nobody': it has base, first, second")[0], done.stderr
-    assert once.strip()
-    assert again == ""
-    missing = script("tools/chat.py", "--port", str(ui.server_port), "--model", "nobody", cwd=workdir)
-    assert missing.stderr == "error: the server has no model 'nobody': it has base, first, second\n"
+    answers, refused = done.stdout.split("the server has no model 'nobody': it has base, tuned, first, second")
+    assert answers.strip()
+    assert not refused.strip()
+    assert done.stderr == ""
+    missing = script("tools/chat.py", "--port", str(server.port), "--model", "nobody", cwd=workdir)
+    assert missing.stderr == "error: the server has no model 'nobody': it has base, tuned, first, second\n"
 
 
 @pytest.mark.slow
-def test_a_stop_leaves_no_server(ui: Ui) -> None:
-    """Must be the last test that uses `ui`, because it stops it."""
+def test_a_server_that_the_page_has_started_stops_with_it(workdir: Path, tmp_path: Path) -> None:
+    ui = Ui(workdir, tmp_path / "ui.log", free_port())
     family = ui.process.children(recursive=True)
     assert len(family) >= 2
     ui.process.send_signal(signal.SIGTERM)

@@ -1,9 +1,6 @@
 """The whole `dvc repro` on the tiny Llama: killed at random moments of every stage, and with secrets around it.
 
-One undisturbed run, in an environment full of canaries, is what the tests here look at. KILLS (default 6) is how often
-the other run is killed, SEED (0) draws the moments:
-
-    KILLS=24 SEED=1 make test ARGS="-s tests/test_whole_run.py -k killed"
+SEED in the environment (default 0) draws the moments.
 """
 
 import http.server
@@ -11,114 +8,36 @@ import os
 import random
 import re
 import signal
-import subprocess
 import threading
 import time
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from support.project import Project, make_project
+from support.repro import CANARY, ORDER, SECRETS, Finished, Repro, check_cache, ran
+from support.server import Server, free_port
 from support.stages import digests, metrics
-from test_dvc import ORDER, check_cache, ran
-from test_serving import Server, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.timeout(3600)
 
-KILLS = int(os.environ.get("KILLS", "6"))
 SEED = int(os.environ.get("SEED", "0"))
 
-CANARY = "caNary7f3a"
-SECRETS = {
-    name: f"{CANARY}-{name.lower()}"
-    for name in (
-        "HF_TOKEN",
-        "HUGGING_FACE_HUB_TOKEN",
-        "VLLM_API_KEY",
-        "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY",
-        "AWS_SESSION_TOKEN",
-    )
-}
 
-
-class Repro:
-    """`dvc repro` in the background, and when each stage began."""
-
-    def __init__(self, project: Project, *arguments: str) -> None:
-        self.project = project
-        self.log = project.root.parent / f"{project.root.name}-{time.monotonic_ns()}.log"
-        with self.log.open("w") as log:
-            self.process = psutil.Popen(
-                [".venv/bin/dvc", "repro", *arguments],
-                cwd=project.root,
-                env=project.env | {"PYTHONUNBUFFERED": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.began: dict[str, float] = {}
-
-    def printed(self) -> str:
-        return self.log.read_text("utf-8")
-
-    def alive(self) -> bool:
-        """Also notes the stages that have begun since the last call."""
-        running = self.process.poll() is None
-        for name in ran(self.printed()):
-            self.began.setdefault(name, time.monotonic())
-        return running
-
-    def processes(self) -> list[psutil.Process]:
-        """All that this run has started, in whatever session: they work in the project's folder."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.cwd() == str(self.project.root):
-                    found.append(process)
-            except psutil.Error:  # it has just ended
-                continue
-        return found
-
-    def kill(self) -> None:
-        for process in [self.process, *self.processes()]:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:  # the kernel ends a rank with its launcher
-                continue
-        self.process.wait()
-        psutil.wait_procs(self.processes(), timeout=30)
-        assert not self.processes()
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Project, dict[str, float], str]:
-    """A run that nothing disturbs: the project, the seconds of each stage, and what was printed."""
-    project = make_project(tmp_path_factory.mktemp("clean") / "project", tiny_llama)
-    project.env |= SECRETS
-    run = Repro(project)
-    while run.alive():
-        time.sleep(0.05)
-    assert run.process.returncode == 0, run.printed()
-    ends = [*list(run.began.values())[1:], time.monotonic()]
-    return project, {name: end - run.began[name] for name, end in zip(ORDER, ends, strict=True)}, run.printed()
-
-
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    clean: tuple[Project, dict[str, float], str], tmp_path: Path, tiny_llama: Path
+    finished: Finished, tmp_path: Path, tiny_llama: Path, kills: int
 ) -> None:
     """SIGKILL to dvc, the stage, torchrun and its ranks at once, and the command again, over and over."""
-    whole, seconds, _ = clean
+    whole, seconds = finished.project, finished.seconds
     project = make_project(tmp_path / "project", tiny_llama)
     moments = random.Random(SEED)
     killed: list[str] = []
     again: tuple[str, ...] = ()
-    while len(killed) < KILLS:
-        stage = ORDER[len(killed) * len(ORDER) // KILLS]
+    while len(killed) < kills:
+        stage = ORDER[len(killed) * len(ORDER) // kills]
         run = Repro(project, *again)
         # This stage, or the next where a kill came too late for this one. A stage's seconds go until the next begins:
         # those in which DVC puts the outs into its cache and writes dvc.lock are among them. A stage that is quicker
@@ -154,10 +73,10 @@ def holders(folder: Path) -> list[str]:
     return [str(file) for file in files if file.is_file() and CANARY.encode() in file.read_bytes()]
 
 
-def test_no_secret_is_written_or_printed(clean: tuple[Project, dict[str, float], str]) -> None:
-    project, _, printed = clean
-    assert CANARY not in printed
-    project.commit("A run")
+@pytest.mark.slow
+def test_no_secret_is_written_or_printed(finished: Finished, finished_copy: Project) -> None:
+    project = finished_copy
+    assert CANARY not in finished.printed
     project.run(".venv/bin/python", "tools/report.py")
     project.run(".venv/bin/python", "tools/card.py")
     assert CANARY not in project.run(".venv/bin/python", "tools/doctor.py", check=False)
@@ -184,6 +103,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [None, 401, 500])
 def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | None) -> None:
     """From the hub (None: where nobody listens) and from a package index with a password in its address."""
@@ -210,37 +130,33 @@ def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | No
     assert holders(project.root) == []
 
 
-@pytest.fixture(scope="module")
-def served(clean: tuple[Project, dict[str, float], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The run's model and adapter served with a key, and vLLM's own log shown."""
-    server = Server(clean[0].root, tmp_path_factory.mktemp("served"), **SECRETS, VLLM_LOGGING_LEVEL="INFO")
-    yield server
-    if server.process.is_running():
-        server.process.terminate()
-        server.process.wait()
+@pytest.mark.slow
+def test_the_key_opens_and_is_not_logged_and_a_dead_engine_ends_the_server(
+    finished_copy: Project, tmp_path: Path
+) -> None:
+    """A server with a key, and with vLLM's own log shown. Then its engine is killed."""
+    project = finished_copy
+    (tmp_path / "served").mkdir()
+    served = Server(project.root, tmp_path / "served", **SECRETS, VLLM_LOGGING_LEVEL="INFO")
+    try:
+        smoke = (".venv/bin/python", "tools/smoke.py", "--question", "?", "--port", str(served.port))
+        assert "tuned" in project.run(*smoke)
+        project.env["VLLM_API_KEY"] = "another"
+        assert "requires an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
+        project.env |= SECRETS
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            served.request("/v1/models")
+        assert refused.value.code == 401
 
-
-def test_the_key_opens_and_is_not_logged(served: Server, clean: tuple[Project, dict[str, float], str]) -> None:
-    project = clean[0]
-    smoke = (".venv/bin/python", "tools/smoke.py", "--question", "?", "--port", str(served.port))
-    assert "tuned" in project.run(*smoke)
-    project.env["VLLM_API_KEY"] = "another"
-    assert "requires an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
-    project.env |= SECRETS
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        served.request("/v1/models")
-    assert refused.value.code == 401
+        family = served.process.children(recursive=True)
+        (engine,) = [process for process in family if "EngineCore" in " ".join(process.cmdline())]
+        engine.send_signal(signal.SIGKILL)
+        assert served.process.wait(timeout=60) == 1
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive
+        *_, line = served.log.read_text("utf-8").splitlines()
+        assert line.startswith("error: vLLM's server ended on its own (exit code 0): its engine was killed")
+    finally:
+        served.stop()
     assert CANARY not in served.log.read_text("utf-8")
     assert holders(project.root) == []
-
-
-def test_an_engine_that_dies_ends_the_server_with_one_line(served: Server) -> None:
-    """The last test of `served`: it ends it."""
-    family = served.process.children(recursive=True)
-    (engine,) = [process for process in family if "EngineCore" in " ".join(process.cmdline())]
-    engine.send_signal(signal.SIGKILL)
-    assert served.process.wait(timeout=60) == 1
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
-    *_, line = served.log.read_text("utf-8").splitlines()
-    assert line.startswith("error: vLLM's server ended on its own (exit code 0): its engine was killed")

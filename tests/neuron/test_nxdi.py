@@ -27,6 +27,9 @@ from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
 from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.long
+
 # Loads a folder with the real LoraCheckpoint and says which of a model's modules found weights, and their norms.
 ASK = """
 import json, sys

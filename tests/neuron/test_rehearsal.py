@@ -25,7 +25,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 REHEARSAL = Path(__file__).parent / "rehearsal"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS = 10
 CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2 a KV head is on two of them

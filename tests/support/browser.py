@@ -1,6 +1,5 @@
 """Headless Chromium, driven by selenium."""
 
-import base64
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,3 @@ class Browser:
 
         path.write_bytes(self.find(selector).screenshot_as_png)
         return Image.open(path).convert("RGB")
-
-    def screenshot(self, path: Path) -> bytes:
-        """The whole page as PNG, kept in `path`."""
-        height = self.driver.execute_script("return document.documentElement.scrollHeight")
-        width = self.driver.execute_script("return window.innerWidth")
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        arguments = {"captureBeyondViewport": True, "clip": clip}
-        image = base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", arguments)["data"])
-        path.write_bytes(image)
-        return image

@@ -40,7 +40,7 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
     if environment.ranks_may_be_forked(params):
         # A server that imports what training needs and then forks a rank per request: one import for all ranks instead
         # of one each, and one copy of the libraries in memory. It starts now, beside this process's own imports.
-        multiprocessing.set_forkserver_preload(["trnlora.training.run", "trnlora.backends.torch_training"])
+        multiprocessing.set_forkserver_preload(["trnlora.training.rank_server"])
         forkserver.ensure_running()
         _launch(nodes, ranks, _forked_rank, train, *arguments)
     else:
@@ -124,6 +124,11 @@ def _reason(failure: Any) -> tuple[str, str]:
     return failure.message, ""
 
 
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _forked_rank(train: Callable[..., None], *arguments: Any) -> None:
     """Entry point of a forked rank."""
     run_rank(lambda: train(*arguments))
@@ -135,8 +140,7 @@ def run_rank(main: Callable[[], None]) -> None:
 
     handler = get_error_handler()
     handler.initialize()
-    # The end of the launcher, or of the server that has forked this rank, ends the rank too.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # the launcher, or the server that has forked this rank
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which ends the ranks
     try:
         main()

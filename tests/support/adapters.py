@@ -1,0 +1,30 @@
+"""Adapters of the tiny Llama, saved by PEFT, that change its answers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_adapter(
+    model: Path,
+    folder: Path,
+    r: int = 16,
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+    scale: float = 0.5,
+    seed: int = 17,
+    **config: Any,
+) -> Path:
+    """Write an adapter to `folder` as PEFT does; lora_B is normal with deviation `scale` (0: without effect)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM", **config)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, weight in peft_model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=scale)
+    peft_model.save_pretrained(str(folder))
+    return folder

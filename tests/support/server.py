@@ -1,0 +1,78 @@
+"""The tools as a user runs them, and vLLM's server behind `tools/serve.py`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from support import ROOT
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def script(name: str, *arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project, e.g. tools/smoke.py, in the folder `cwd`."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+    return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
+    """It has failed with one line, which holds these fragments."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(fragment in line for fragment in fragments), line
+
+
+class Server:
+    """`tools/serve.py` in the background, ready to answer. Its temporary files and its log are below `tmp`."""
+
+    def __init__(self, workdir: Path, tmp: Path, *arguments: str, **secrets: str) -> None:
+        self.port = free_port()
+        self.log = tmp / "serve.log"
+        env = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [sys.executable, str(ROOT / "tools" / "serve.py"), "--port", str(self.port), *arguments],
+                cwd=workdir,
+                env=env | {"TMPDIR": str(tmp)} | secrets,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        while "ready: " not in self.log.read_text("utf-8"):
+            assert self.process.poll() is None, self.log.read_text("utf-8")
+            time.sleep(0.2)
+
+    def request(self, path: str, **body: Any) -> Any:
+        data = json.dumps(body).encode() if body else None
+        url = f"http://127.0.0.1:{self.port}{path}"
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as reply:
+            return json.load(reply)
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as reply:
+            return str(reply.read().decode())
+
+    def complete(self, model: str, prompt: str, max_tokens: int = 16) -> str:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        return str(self.request("/v1/completions", **body)["choices"][0]["text"])
+
+    def chat(self, model: str, question: str) -> Any:
+        messages = [{"role": "user", "content": question}]
+        return self.request("/v1/chat/completions", model=model, messages=messages, max_tokens=16, temperature=0)
+
+    def stop(self) -> None:
+        if self.process.is_running():
+            self.process.terminate()
+            self.process.wait()
