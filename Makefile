@@ -68,7 +68,7 @@ test: $(READY) ## everything a change must pass; ARGS= goes to pytest, e.g. ARGS
 	@pytest -m 'not long' $(ARGS)
 
 test-long: $(READY) ## 20 kills, a minute of load, NxD's own code (NXD_SOURCE=, NXD_SITE=), speed; ARGS= goes to pytest
-	@KILLS=20 LOAD_SECONDS=60 pytest -m long $(ARGS)
+	@pytest -m long $(ARGS)
 	@$(MAKE) --no-print-directory bench
 
 lint: $(READY) ## ruff and mypy
