@@ -27,7 +27,7 @@ SERVED = $(SERVER) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test-fast test test-long lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ test: $(READY) ## everything a change must pass; ARGS= goes to pytest, e.g. ARGS
 test-long: $(READY) ## 20 kills, a minute of load, NxD's own code (NXD_SOURCE=, NXD_SITE=), speed; ARGS= goes to pytest
 	@pytest -m long $(ARGS)
 	@$(MAKE) --no-print-directory bench
+
+check-metrics: $(READY) ## the last run's metrics against those that HEAD holds, within tolerances for another processor
+	@python tools/check_metrics.py
 
 lint: $(READY) ## ruff and mypy
 	@ruff check

@@ -1,0 +1,31 @@
+"""Compare the metrics of the last run with those that a commit holds, within stated tolerances.
+
+    python tools/check_metrics.py [--against REV]      (make check-metrics; REV: default HEAD)
+
+For a check of `make repro` on another machine: processors differ in the last digits (trnlora/reporting/tolerances.py).
+Exit code 1 where a metric is further off.
+
+Reads   metrics/*.json, here and in REV
+"""
+
+from trnlora.cli import script_parser
+from trnlora.errors import UserError, run
+from trnlora.reporting.results import load_results
+from trnlora.reporting.tolerances import beyond_tolerance
+
+
+def main() -> None:
+    parser = script_parser(__doc__)
+    parser.add_argument("--against", default="HEAD", metavar="REV", help="default: %(default)s")
+    args = parser.parse_args()
+    found = load_results()
+    lines = beyond_tolerance(load_results(args.against), found)
+    for line in lines:
+        print(line)
+    if lines:
+        raise UserError(f"{len(lines)} metrics are not those of {args.against}: see above")
+    print(f"the metrics are those of {args.against}, within the tolerances for another processor")
+
+
+if __name__ == "__main__":
+    run(main)
