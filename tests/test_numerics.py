@@ -1,4 +1,4 @@
-"""First calls of MKL's vector functions from several threads at once, which without a mend are wrong now and then."""
+"""First calls of MKL's vector functions from several threads at once: without the workaround they are sometimes wrong."""
 
 import subprocess
 import sys
