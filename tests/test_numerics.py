@@ -1,4 +1,4 @@
-"""First calls of MKL's vector functions from several threads at once: without the workaround they are sometimes wrong."""
+"""First calls of MKL's vector functions from several threads: without the workaround they are sometimes wrong."""
 
 import subprocess
 import sys
