@@ -1,18 +1,17 @@
-"""How fast, and in how much memory, convert_nxd cuts a model: against a plain copy, and against loading it whole.
+"""Speed and memory of convert_nxd, compared with a plain copy and with a converter that loads the whole model.
 
     python bench/convert.py [--preset 1b|8b] [--pairs N] [--dir DIR]       (make bench runs the 1b preset)
 
-Makes a checkpoint of random bf16 weights of the preset's shape, in files of 5 GB as the hub has it, converts it at
-tp 32 with every KV head 4 times for trn2, and prints for each way of doing it the median of N runs, which alternate:
+Makes a checkpoint of random bf16 weights of the preset's shape, in files of 5 GB as on the hub. Converts it for trn2
+at tp 32 with kv_size_multiplier 4. Prints the median of N runs for each of these ways, which take turns:
 
 ours       `trnlora.weights.convert.write_shards`, fsync at the end of each file
-copy       the same output bytes, file by file with shutil.copyfile and fsync
-baseline   what NxD's converter does (scripts/checkpoint_converter.py): load everything, for each rank rebuild q, o and
-           the repeated k and v whole, clone the rank's slices, torch.save (and fsync)
+copy       a copy of the output files with shutil.copyfile and fsync
+baseline   what NxD's converter does (scripts/checkpoint_converter.py): load everything; for each rank, rebuild the full
+           q, o and repeated k and v, clone the rank's slices, torch.save (and fsync)
 
-Every run is a process of its own and finds what it reads on the disk, not in memory;
-seconds are of its work without imports, memory is the process's peak resident set.
-The baseline holds the whole model in memory, so it runs for the 1b preset alone.
+Each run is a separate process whose input is not in the page cache. The seconds do not include imports. The memory is
+the process's peak resident set. The baseline holds the whole model in memory, so it runs only for the 1b preset.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def report(preset: str, runs: dict[str, list[dict[str, float]]]) -> None:
     ours = statistics.median(run["seconds"] for run in runs["ours"])
     for way, results in runs.items():
         seconds = statistics.median(run["seconds"] for run in results)
-        # run by run, since a machine's speed drifts
+        # per run, since a machine's speed drifts
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs["ours"], results, strict=True)]
         table.add_row(
             way, f"{seconds:.1f}", f"{results[0]['gib'] / seconds:.2f}", f"{max(r['rss_gib'] for r in results):.2f}",
@@ -94,7 +93,7 @@ def report(preset: str, runs: dict[str, list[dict[str, float]]]) -> None:
 
 
 def make_checkpoint(folder: Path, config: ModelConfig) -> None:
-    """An HF folder of random bf16 weights, written in place like everything else."""
+    """Write an HF folder of random bf16 weights."""
     import numpy as np
     import torch
 
@@ -120,18 +119,18 @@ def run_one(way: str, root: Path, config: ModelConfig) -> None:
     """One run in this process; prints its figures as JSON."""
     target = root / f"{way}-out"
     shutil.rmtree(target, ignore_errors=True)
-    # A copy of files that were just written would read them from memory, a conversion of older ones from the disk.
+    # Drop the input from the page cache: otherwise a copy of files that were just written would not read the disk.
     for file in (root / ("ours-out" if way == "copy" else "model")).rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if way == "ours":
-        import trnlora.weights.storage  # noqa: F401  # torch's import is no part of the work
+        import trnlora.weights.storage  # noqa: F401  # not measured: the import of torch
         from trnlora.weights.convert import write_shards
 
         started = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):  # its progress
+        with contextlib.redirect_stdout(sys.stderr):  # progress output
             write_shards(root / "model", target, config, CONVERT)
     elif way == "copy":
         started = time.perf_counter()
@@ -165,7 +164,7 @@ def run_one(way: str, root: Path, config: ModelConfig) -> None:
 
 
 def baseline_shard(state: dict[str, Any], config: ModelConfig, rank: int) -> dict[str, Any]:
-    """One rank's tensors with the copies that NxD's converter makes on the way (its K/V order put right)."""
+    """One rank's tensors, with the copies that NxD's converter makes, but with K/V in the correct order."""
     import torch
 
     tp_size, repeat = CONVERT.tp_size, CONVERT.kv_size_multiplier

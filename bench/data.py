@@ -1,10 +1,10 @@
-"""The speed and peak memory of prepare_data on a large file: on all cores, and on one.
+"""Speed and peak memory of prepare_data on a large file, on all cores and on one.
 
-    python bench/data.py [--rows N] [--dir DIR]       (make bench: 50,000 rows; a million are about 1 GB and minutes)
+    python bench/data.py [--rows N] [--dir DIR]       (make bench: 50,000 rows; 1,000,000 are 1 GB, minutes)
 
-Makes a JSONL file of N rows of about a kilobyte, words drawn from data/tasks.jsonl, and runs the stage on it with the
-tokenizer of artifacts/model: once on all cores and once bound to one. The seconds are those that the stage reports for
-its whole run; the memory is the peak of all its processes together (proportional set size, sampled). Both runs must
+Makes a JSONL file of N rows of about 1 kB each, with words drawn from data/tasks.jsonl. Runs the stage on it with the
+tokenizer of artifacts/model, once on all cores and once on one core. The seconds are those that the stage reports for
+its whole run. The memory is the peak of the sum over its processes (proportional set size, sampled). Both runs must
 write the same bytes.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
         raise UserError("the two runs wrote different bytes")
     if len(found) > 1:
         ratio = found[1][0] / found[len(cores)][0]
-        print(f"{len(cores)} cores are {ratio:.2f} times as fast as one; the same bytes")
+        print(f"{len(cores)} cores are {ratio:.2f} times as fast as one; both wrote the same bytes")
 
 
 def make_rows(path: Path, rows: int) -> None:
@@ -80,7 +80,7 @@ def make_rows(path: Path, rows: int) -> None:
 
 
 def prepare(root: Path, cores: list[int]) -> tuple[float, float]:
-    """Run the stage on these cores; its seconds, and the peak memory of all its processes in GiB."""
+    """Run the stage on these cores. Returns its seconds and the peak memory of all its processes in GiB."""
     stage = psutil.Popen(
         [sys.executable, str(ROOT / "stages" / "prepare_data.py")],
         cwd=root,
@@ -93,7 +93,7 @@ def prepare(root: Path, cores: list[int]) -> tuple[float, float]:
             most = max(most, sum(p.memory_full_info().pss for p in (stage, *stage.children(recursive=True))))
         time.sleep(0.5)
     if stage.returncode:
-        raise UserError(f"prepare_data ended with {stage.returncode}")
+        raise UserError(f"prepare_data failed with exit code {stage.returncode}")
     return float(read_json(root / timing_file("prepare_data"))["seconds"]), most / 2**30
 
 

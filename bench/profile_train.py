@@ -3,8 +3,8 @@
     python bench/profile_train.py [--tp-size N] [--steps N]    (make profile-train: one rank)
 
 Reads artifacts/model and artifacts/prepared. Runs finetune_lora on the default profile with a profiler around its
-steps and prints the first rank's seconds by kind. With one rank nothing is communicated; what tensor parallelism costs
-on one machine is the difference.
+steps, and prints the first rank's seconds by kind. One rank communicates nothing, so the difference to several ranks is
+the cost of tensor parallelism on one machine.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Operators of aten by what they do; all others are element-wise, or copies and sums.
+# aten operators by kind. All others are element-wise operations, copies or sums.
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": (
@@ -31,7 +31,7 @@ KINDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp-size", type=int, default=1, help="ranks (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="training steps (default: %(default)s)")
     args = parser.parse_args()
 
     import yaml
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def rank_main() -> None:
-    """The stage in this rank, with a profiler from the first training step to the last."""
+    """Run the stage in this rank, with a profiler from the first training step to the last."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from trnlora.backends import torch as backend
@@ -93,13 +93,14 @@ def report(profiler: Any, seconds: float, steps: int) -> None:
     found = dict.fromkeys((*KINDS, "communication", "data", "element-wise, copies, sums"), 0.0)
     for event in profiler.key_averages():
         if event.key in ("communication", "data"):
-            found[event.key] += event.cpu_time_total  # with what it calls and waits for
+            found[event.key] += event.cpu_time_total  # includes what it calls and waits for
         elif event.key.startswith("aten::"):
             kind = next((kind for kind, keys in KINDS.items() if event.key in keys), "element-wise, copies, sums")
             found[kind] += event.self_cpu_time_total
     found = {kind: microseconds / 1e6 for kind, microseconds in found.items()}
     found["Python, autograd, the loop"] = max(0.0, seconds - sum(found.values()))
-    table = Table(title=f"{steps} steps, tp {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads a rank")
+    threads = os.environ["OMP_NUM_THREADS"]
+    table = Table(title=f"{steps} steps, tp {os.environ['WORLD_SIZE']}, {threads} threads per rank")
     for column in ("", "seconds a step", "share"):
         table.add_column(column, justify="right" if column else "left")
     for kind, spent in found.items():

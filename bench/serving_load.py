@@ -1,4 +1,4 @@
-"""What load the running server takes: throughput, time to first token and inter-token latency by number of clients.
+"""Throughput, time to first token and inter-token latency of the running server, by number of clients.
 
     make serve                                            in another terminal
     python bench/serving_load.py [--url URL] [--model NAME] [--clients 1 4 16 64] [--requests N] …

@@ -1,20 +1,20 @@
-"""How fast, and in how much memory, finetune_lora trains at tp 1: against HF's Trainer + PEFT on the same rows.
+"""Speed and memory of finetune_lora at tp 1, compared with HF's Trainer + PEFT on the same rows.
 
     python bench/train.py [--pairs N] [--steps N] [--memory] [--dir DIR]    reads artifacts/model, artifacts/prepared
 
-Trains on the packed rows that finetune_lora reads, a row a step, in the same order and from the same lora_A, and prints
-for each way of doing it the median of N runs, which alternate, and the loss of the last step, which must agree:
+Trains on the packed rows that finetune_lora reads, one row per step, in the same order and from the same lora_A. The
+ways below take turns. Prints the median of N runs and the loss of the last step, which must agree:
 
-ours       the stage itself at tp 1: a packed row, attention inside each document
+ours       the stage itself at tp 1: a packed row, attention within each document
 hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
-hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents one after the other, nothing padded
+hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents concatenated, no padding
 
-HF's q, k and v share one lora_A, as NxD has it (see trnlora/model/lora.py); dropout is 0, so that all three compute the
-same. Tokens are real ones, padding does not count; seconds are those of the optimizer steps. Beside them stands the
-processor's peak: float32 products of the model's own shapes alone, and what share of it a step of ours reaches,
-counting just the products that LoRA needs of real tokens.
+HF's q, k and v share one lora_A, as in NxD (see trnlora/model/lora.py). Dropout is 0, so that all three compute the
+same. Padding does not count as tokens. The seconds are those of the optimizer steps. Also measures the processor's
+peak, which is float32 matrix products of the model's shapes in isolation, and prints which share of it a step of ours
+reaches, counting only the products that LoRA needs for real tokens.
 
---memory   peak resident memory of ours and hf for one document of 256 … 4096 tokens, all of them labelled, instead
+--memory   instead: peak resident memory of ours and hf for one document of 256 … 4096 tokens, all of them labelled
 """
 
 import argparse
@@ -42,8 +42,8 @@ LENGTHS = [256, 512, 1024, 2048, 4096]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="runs of each way (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of a run (default: %(default)s)")
-    parser.add_argument("--memory", action="store_true", help="the memory over sequence lengths instead")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--memory", action="store_true", help="measure memory by sequence length instead")
     parser.add_argument("--dir", type=Path, help="where the runs write (default: the temporary folder)")
     parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> None:
         result = {"ours": run_ours, "peak": gemm_peak}.get(way, lambda: run_hf(packed=way == "hf-packed"))()
         print(json.dumps(result))
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the same for all
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the same for all ways
     with tempfile.TemporaryDirectory(dir=args.dir, prefix="bench-train-") as name:
         folder = Path(name)
         (folder / "artifacts").mkdir()
@@ -71,7 +71,7 @@ def run(way: str, folder: Path) -> dict[str, Any]:
 
 
 def set_up(folder: Path, **train: Any) -> None:
-    """The default profile's params with one rank and no dropout, and its shard."""
+    """Write the default profile's params with one rank and no dropout, and convert the model."""
     import yaml
 
     params = yaml.safe_load((ROOT / "profiles" / "smollm2-135m-cpu.yaml").read_text("utf-8"))
@@ -103,12 +103,12 @@ def speed(folder: Path, pairs: int, steps: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{steps} steps, a packed row each, {os.environ['OMP_NUM_THREADS']} threads, float32")
+    table = Table(title=f"{steps} steps of one packed row, {os.environ['OMP_NUM_THREADS']} threads, float32")
     for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "last loss"):
         table.add_column(column, justify="right" if column else "left")
     for way in WAYS:
         speeds = [run["tokens"] / run["seconds"] for run in runs[way]]
-        # run by run, since a machine's speed drifts
+        # per run, since a machine's speed drifts
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs[way], strict=True)]
         table.add_row(
             way, f"{statistics.median(speeds):.0f}", f"{statistics.median(ratios):.2f}",
@@ -120,7 +120,7 @@ def speed(folder: Path, pairs: int, steps: int) -> None:
     ]
     peak = statistics.median(run["flops"] for run in runs["peak"])
     share = f"{statistics.median(shares):.0%}"
-    print(f"products of the model's shapes alone: {peak / 1e9:.0f} GFLOP/s; a step of ours reaches {share} of that")
+    print(f"matrix products in isolation: {peak / 1e9:.0f} GFLOP/s; a step of ours reaches {share} of that")
 
 
 def memory(folder: Path) -> None:
@@ -128,7 +128,7 @@ def memory(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="peak RSS in GiB, one document of so many tokens, all labelled")
+    table = Table(title="peak RSS in GiB, one document, all tokens labelled")
     for column in ("tokens", "ours", "ours, activation_checkpointing", "hf", "hf / ours"):
         table.add_column(column, justify="right")
     for length in LENGTHS:
@@ -143,7 +143,7 @@ def memory(folder: Path) -> None:
 
 
 def one_document(prepared: Path, length: int) -> None:
-    """A prepared folder whose rows are one document of `length` random tokens, and short ones to validate on."""
+    """Write a prepared folder: a training row of one document of `length` random tokens, and short validation rows."""
     import torch
 
     from trnlora.data.packing import write_parquet
@@ -161,7 +161,7 @@ def one_document(prepared: Path, length: int) -> None:
 
 
 def run_ours() -> dict[str, Any]:
-    """The stage, in the current folder."""
+    """Run the stage in the current folder."""
     from trnlora.files import read_json
 
     subprocess.run([sys.executable, ROOT / "stages" / "finetune_lora.py"], stdout=subprocess.DEVNULL, check=True)
@@ -178,7 +178,7 @@ def run_ours() -> dict[str, Any]:
 
 
 def documents() -> list[list[dict[str, list[int]]]]:
-    """The documents (input_ids, labels) of each packed row that training reads, in its order."""
+    """The documents (input_ids, labels) of each packed row, in the order of training."""
     from trnlora.training.batches import epoch_order, read_packed_rows
 
     train = load_params().train
@@ -199,10 +199,11 @@ def documents() -> list[list[dict[str, list[int]]]]:
 
 
 def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, int, int]]:
-    """(m, k, n, how often) of the matrix products that LoRA needs for these steps' real tokens.
+    """(m, k, n, count) of the matrix products that LoRA needs for these steps' real tokens.
 
-    Forward and the gradient of the input for each frozen weight, that of the lowest layer's q, k and v excepted: there
-    is no adapter below. A, B and their gradients besides. The head at labelled tokens alone. No attention.
+    For each frozen weight: the forward product and the gradient of its input. The lowest layer's q, k and v need no
+    such gradient, since no adapter is below them. Also A, B and their gradients. The head only at labelled tokens.
+    Without attention.
     """
     from trnlora.model.config import ModelConfig
 
@@ -213,9 +214,9 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     for step in steps:
         tokens = sum(len(document["input_ids"]) for document in step)
         labelled = sum(label != -100 for document in step for label in document["labels"][1:])
-        for n in (q, kv, kv):  # (tokens, hidden) @ (hidden, n), and back
+        for n in (q, kv, kv):  # (tokens, hidden) @ (hidden, n), and its backward
             found += [(tokens, hidden, n, layers), (tokens, n, hidden, layers - 1)]
-            found += [(tokens, r, n, layers), (tokens, n, r, layers), (n, tokens, r, layers)]  # B, its input's, its own
+            found += [(tokens, r, n, layers), (tokens, n, r, layers), (n, tokens, r, layers)]  # B, and its gradients
         found += [(tokens, hidden, r, layers), (r, tokens, hidden, layers), (tokens, r, hidden, layers - 1)]  # A
         for k, n in ((q, hidden), (hidden, 2 * config.intermediate_size), (config.intermediate_size, hidden)):
             found += [(tokens, k, n, layers), (tokens, n, k, layers)]
@@ -224,7 +225,7 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
 
 
 def gemm_peak() -> dict[str, Any]:
-    """FLOP/s of the model's products one after the other with nothing between, each at its best of several runs."""
+    """FLOP/s of the model's matrix products with nothing between them; the best of several runs for each."""
     import torch
 
     flops = seconds = 0.0
@@ -262,7 +263,7 @@ def hf_model(params: Params) -> Any:
 
 
 def run_hf(packed: bool) -> dict[str, Any]:
-    """HF Trainer + PEFT on the rows in the current folder."""
+    """Run HF Trainer + PEFT on the rows in the current folder."""
     from torch.utils.data import SequentialSampler
     from transformers import (
         AutoTokenizer,

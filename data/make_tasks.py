@@ -3,10 +3,10 @@
     python data/make_tasks.py               # writes data/tasks.jsonl, the same bytes every time
     python data/make_tasks.py --out FILE
 
-Six categories, five of them with one right answer. Train and test rows share the tasks and their wordings but no
-name, item, city, device, date, number or message: each pool below has a train and a test half, and
-tests/test_tasks.py holds every row to it. The pools are ordinary words, most of them one token long for SmolLM2,
-since the default training must fit in a few minutes on two CPU cores.
+There are six categories; five of them have exactly one correct answer. Train and test rows share the tasks and their
+wordings, but no name, item, city, device, date, number or message: each pool below has a train and a test half, and
+tests/test_tasks.py checks every row. The pools are ordinary words, most of them one token long for SmolLM2, since the
+default training must fit in a few minutes on two CPU cores.
 """
 
 import argparse
@@ -70,7 +70,7 @@ WORDS = {
         "Golden|Maple|Desert|Winter|Eagle|Lake",
     ),
     "building": ("Museum|Theater|Gallery|Library|Zoo|Tower|Aquarium", "Stadium|Palace|Opera|Market"),
-    # Messages to a help desk: a subject and what is wrong with it, by label.
+    # Messages to a help desk: a subject and a problem, by label.
     "billing subject": (
         "My invoice|The last bill|Your charge|The monthly fee|The payment|The refund",
         "My receipt|The tax|The price",
@@ -120,7 +120,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One row, and the entities that it was made of as {kind: value}: what must not be shared between the splits."""
+    """One row, and the entities it is made of, as {kind: value}. The splits must not share entities."""
 
     instruction: str
     context: str
@@ -140,13 +140,13 @@ class Task:
 
 
 class Pools:
-    """The words and numbers of one split. A kind is dealt like a pack of cards: every word once before any again."""
+    """The words and numbers of one split. Each kind is dealt like a pack of cards: all words before any repeats."""
 
     def __init__(self, split: str, rng: random.Random) -> None:
         half = ("train", "test").index(split)
         self.rng = rng
         self.values = {kind: _words(halves[half]) for kind, halves in WORDS.items()}
-        # 6, 7, 14, 15, 22, 23, … are test numbers: both splits then have small and large, odd and even ones.
+        # 6, 7, 14, 15, 22, 23, … are test numbers, so both splits have small and large, odd and even ones.
         mine = [n for n in range(2, 2025) if (n // 2 % 4 == 3) == (split == "test")]
         self.values["quantity"] = [str(n) for n in mine if n < 100]
         self.values["seconds"] = [str(n) for n in mine if n <= 60]
@@ -245,7 +245,7 @@ def procedure(pools: Pools) -> Drawn:
 
 
 def creative_writing(pools: Pools) -> Drawn:
-    """The one open category: any of several answers is right, so exact match says little here."""
+    """The only open category: several answers are correct, so exact match means little here."""
     name, gift = pools.deal("first name"), pools.deal("gift")
     instruction = pools.rng.choice(
         [f"Thank {name} for the {gift}.", f"Write a thank-you note to {name} for the {gift}."]
@@ -271,7 +271,7 @@ DRAW: dict[str, Callable[[Pools], Drawn]] = {
 
 
 def generate() -> list[Task]:
-    """All rows in the order of the file, with their entities. No two rows have the same instruction and context."""
+    """All rows with their entities, in the order of the file. No two rows have the same instruction and context."""
     rng = random.Random(SEED)
     tasks = []
     for half, split in enumerate(("train", "test")):
@@ -280,7 +280,7 @@ def generate() -> list[Task]:
             seen: set[Any] = set()
             while len(seen) < SIZES[category][half]:
                 instruction, context, response, entities = draw(pools)
-                # The order of labels in an instruction does not make a message new: compare what the row is made of.
+                # Another order of the labels in the instruction does not make a new message, so compare the entities.
                 key = tuple(entities.values()) if category == "classification" else (instruction, context)
                 if key not in seen:
                     seen.add(key)

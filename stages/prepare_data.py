@@ -1,4 +1,4 @@
-"""Turn the rows of a data set into packed, tokenized training rows with labels on the responses alone.
+"""Turn the rows of a data set into packed, tokenized training rows with labels only on the responses.
 
     python stages/prepare_data.py [--params FILE]
     python stages/prepare_data.py --show 3      # print examples, the masked part dimmed; writes nothing

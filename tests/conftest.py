@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. What they are made of is in tests/support."""
+"""Fixtures that several test files share. Their parts are in tests/support."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from support.results import answer, write_answers
 from support.server import Server
 from support.stages import run_stage, set_params
 
-# Many container images set it, and then each of the many processes that the tests start compiles all that it imports.
+# Many container images set it. Then each of the many processes that the tests start would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
@@ -64,7 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 
 
 class Runs:
-    """Folders in which stages have run, made once per session for each set of params, and copied for each test."""
+    """Folders in which stages have run: made once per session for each set of params, copied for each test."""
 
     def __init__(self, prepared: Path, cache: Path) -> None:
         self._prepared = prepared
@@ -84,7 +84,7 @@ class Runs:
         return folder
 
     def _cached(self, stage: str, before: Path, sections: dict[str, dict[str, Any]]) -> Path:
-        """A copy of the folder `before` in which `stage` has run with these params."""
+        """A copy of the folder `before`, after running `stage` in it with these params."""
         folder = self._cache / f"{stage} {json.dumps(sections, sort_keys=True)}".replace("/", "_")
         if not folder.exists():
             partial = self._cache / "partial"
@@ -103,7 +103,7 @@ def runs(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def converted(runs: Runs, tmp_path: Path) -> Callable[..., Path]:
-    """converted(name, **sections): a folder below tmp_path with these params, its model converted."""
+    """converted(name, **sections): a folder in tmp_path with these params and its model converted."""
     return lambda name, **sections: runs.converted(tmp_path / name, **sections)
 
 
@@ -121,7 +121,7 @@ def project(tmp_path: Path, tiny_llama: Path) -> Project:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Finished:
-    """The same after an undisturbed `dvc repro`. For tests that only read it; `finished_copy` is one to change."""
+    """The same after an undisturbed `dvc repro`. Only for reading: use `finished_copy` in tests that change it."""
     return run_undisturbed(tmp_path_factory.mktemp("finished") / "project", tiny_llama)
 
 
@@ -137,7 +137,7 @@ def eval_worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (folder / "artifacts" / "model").symlink_to(tiny_llama)
     set_params(folder, serve={"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1})
     worker = EvalWorker(folder)
-    with worker.process:  # closes its stdin, which ends it, and waits
+    with worker.process:  # closes its stdin, so that it ends, and waits for it
         yield worker
 
 
@@ -161,7 +161,7 @@ def run_project(project: Project) -> Project:
 
 @pytest.fixture(scope="session")
 def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PEFT folder of rank 16 on q, k and v of the tiny Llama, of two files as flatten_adapter writes it."""
+    """A PEFT folder of rank 16 on q, k and v of the tiny Llama: two files, as flatten_adapter writes them."""
     folder = write_adapter(tiny_llama, tmp_path_factory.mktemp("adapter") / "adapter")
     (folder / "README.md").unlink()
     return folder
@@ -169,7 +169,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def others(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two more, as PEFT saves them: rank 16 on q, k and v, and rank 24 on other layers."""
+    """Two more adapters, as PEFT saves them: rank 16 on q, k and v, and rank 24 on other layers."""
     root = tmp_path_factory.mktemp("other-adapters")
     first = write_adapter(tiny_llama, root / "first", seed=1)
     targets = ["o_proj", "up_proj", "down_proj", "q_proj"]
@@ -193,7 +193,7 @@ def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
 def server(
     workdir: Path, adapter: Path, others: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """vLLM's server with the base model and the adapters tuned, first and second, for tests that only ask."""
+    """vLLM's server with the base model and the adapters tuned, first and second, for tests that only send requests."""
     served = zip(("tuned", "first", "second"), (adapter, *others), strict=True)
     adapters = [f"{name}={folder}" for name, folder in served]
     running = Server(workdir, tmp_path_factory.mktemp("serve"), "--adapters", *adapters)

@@ -1,4 +1,4 @@
-"""Adapter shards: what load_adapter_shards refuses, and PEFT's folder from what it accepts."""
+"""Adapter shards: load_adapter_shards refuses broken ones; correct ones become a PEFT folder."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ QKV = "model.layers.1.self_attn.qkv_proj"
 
 
 def write_shards(folder: Path, convert: Convert) -> None:
-    """Shards whose lora_B rows tell their head: value = 100 · projection + head."""
+    """Write shards whose lora_B rows identify their head: value = 100 · projection + head."""
     generator = torch.Generator().manual_seed(0)
     shared_a = [torch.randn(LORA.r, CONFIG.hidden_size, generator=generator) for _ in range(CONFIG.num_hidden_layers)]
     for rank in range(convert.tp_size):

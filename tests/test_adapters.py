@@ -1,4 +1,4 @@
-"""Several adapters in one server, with other ranks and layers, and the evaluation of an adapter from elsewhere."""
+"""Several adapters with different ranks and layers in one server, and the evaluation of an adapter from elsewhere."""
 
 import json
 import os
@@ -51,32 +51,32 @@ def test_serve_checks_every_adapter_before_it_starts(workdir: Path, others: list
 
 @pytest.mark.slow
 def test_base_and_adapters_answer_by_name_at_the_same_time(server: Server, workdir: Path, others: list[Path]) -> None:
-    """Each answers as if it were asked alone, and all differ. Then one is added, and those without room are refused."""
+    """Each answers as without parallel requests, and all differ. Adding one works; one too many is refused."""
     names = ["base", "first", "second"]
     prompt = "### Instruction:\nName a river.\n\n### Response:\n"
-    alone = [server.complete(name, prompt, 24) for name in names]
-    assert len(set(alone)) == 3
+    expected = [server.complete(name, prompt, 24) for name in names]
+    assert len(set(expected)) == 3
     with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(lambda name: server.complete(name, prompt, 24), names * 2)) == alone * 2
+        assert list(pool.map(lambda name: server.complete(name, prompt, 24), names * 2)) == expected * 2
 
     load = ("tools/load_adapter.py", "--port", str(server.port))
     assert "to which the running server applies no adapter" in script(*load, f"x={others[1]}", cwd=workdir).stderr
     done = script(*load, f"third={others[0]}", cwd=workdir)
     assert done.stdout == f"third is served from {others[0]}\n", done.stderr
-    assert server.complete("third", prompt, 24) == alone[1]
-    assert [server.complete(name, prompt, 24) for name in names] == alone
+    assert server.complete("third", prompt, 24) == expected[1]
+    assert [server.complete(name, prompt, 24) for name in names] == expected
     assert "serve.max_loras is 4" in script(*load, f"fourth={others[0]}", cwd=workdir).stderr
     url = f"http://127.0.0.1:{server.port}"
     client.request(url, "/v1/unload_lora_adapter", {"lora_name": "third"})
-    with pytest.raises(UserError, match=r"refused the request \(404\): The model `nobody` does not exist"):
-        client.request(url, "/v1/completions", {"model": "nobody", "prompt": "x"})
+    with pytest.raises(UserError, match=r"refused the request \(404\): The model `unknown` does not exist"):
+        client.request(url, "/v1/completions", {"model": "unknown", "prompt": "x"})
 
 
 @pytest.mark.slow
 def test_an_adapter_from_elsewhere_is_scored(
     workdir: Path, others: list[Path], eval_worker: EvalWorker, tmp_path: Path
 ) -> None:
-    """Without a trained adapter and without the losses measured in training."""
+    """Needs no trained adapter and no losses from training."""
     workdir = Path(shutil.copytree(workdir, tmp_path / "workdir", symlinks=True))
     values = yaml.safe_load((workdir / "params.yaml").read_text("utf-8"))
     values["eval"] |= {"adapter": f"path://{others[1]}", "max_prompts": 6, "max_tokens": 8}

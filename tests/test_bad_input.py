@@ -1,6 +1,6 @@
-"""Bad input, a table of it: exit 1, one line that names the thing, no traceback, no partial out, within 10 s.
+"""Tables of bad input: exit code 1, one line that names the problem, no traceback, no partial output, within 10 s.
 
-The stages' own `main` runs in this process, as `python stages/….py` would run it, but without the imports' seconds.
+The stages' `main` runs in this process, as with `python stages/….py`, but without the time for imports.
 """
 
 import json
@@ -23,7 +23,7 @@ from trnlora.model.config import ModelConfig
 
 
 class Bench:
-    """A folder with params.yaml for the tiny Llama, in which a case spoils something and a stage is run."""
+    """A folder with params.yaml for the tiny Llama. A test breaks something in it and runs a stage."""
 
     def __init__(self, root: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
@@ -54,7 +54,7 @@ class Bench:
         Path("params.yaml").write_text(yaml.safe_dump(self.params), "utf-8")
 
     def refused(self, script: str, *arguments: str) -> str:
-        """The line that the script ends on."""
+        """The error line with which the script ends."""
         outs = {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/**/*")}
         main = runpy.run_path(str(ROOT / script))["main"]
         self._monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -135,7 +135,7 @@ def test_params_file(bench: Bench, content: bytes, message: str) -> None:
     assert message in bench.refused("stages/fetch_model.py")
 
 
-# Models: files of an HF folder that fetch_model is to bring
+# Models: the files of an HF folder that fetch_model reads
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -150,7 +150,7 @@ def truncate(model: Path) -> None:
     (model / "model.safetensors").write_bytes(content[:-100])
 
 
-def spoil_weights(model: Path) -> None:
+def break_weights(model: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(model / "model.safetensors")
@@ -184,7 +184,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda model: (model / "model.safetensors").write_bytes(b"PK"),
         "no readable safetensors header",
     ),
-    "NaN weights": (spoil_weights, "model.norm.weight holds NaN or Inf"),
+    "NaN weights": (break_weights, "model.norm.weight holds NaN or Inf"),
     "missing shard": (name_a_missing_shard, "lacks model-00001-of-00002.safetensors"),
     "wrong architecture": (edit_config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
     "quantized": (edit_config(quantization_config={"quant_method": "awq"}), "quantized"),
@@ -200,13 +200,13 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_models(bench: Bench, case: str) -> None:
-    spoil, message = MODELS[case]
-    spoil(bench.llama)
+    break_it, message = MODELS[case]
+    break_it(bench.llama)
     bench.write_params()
     assert message in bench.refused("stages/fetch_model.py")
 
 
-# Data: prepare_data on rows of its own
+# Data: prepare_data on rows of this test
 
 GOOD = json.dumps({"instruction": "Say it.", "context": "", "response": "it", "category": "talk"}).encode() + b"\n"
 
@@ -259,11 +259,11 @@ def test_data_params(bench: Bench, changes: dict[str, Any], message: str) -> Non
     assert message in bench.refused("stages/prepare_data.py")
 
 
-# What one stage left for the next: damaged, missing or of another run
+# Outputs of earlier stages: damaged, missing or of another run
 
 
 def adapter_of(bench: Bench) -> list[Path]:
-    """The shards of an adapter for the tiny Llama, tp 3."""
+    """Write the shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
     from trnlora.model.targets import adapter_tensors, nxd_adapter_config
@@ -312,11 +312,11 @@ ADAPTERS: dict[str, tuple[Callable[[list[Path]], Any], str]] = {
 
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters(bench: Bench, case: str) -> None:
-    spoil, message = ADAPTERS[case]
+    break_it, message = ADAPTERS[case]
     bench.install_model()
     bench.write_params()
-    spoil(adapter_of(bench))
-    write_sums(Path("artifacts/lora_adapter"))  # wrong from the start, not damaged since
+    break_it(adapter_of(bench))
+    write_sums(Path("artifacts/lora_adapter"))  # with correct checksums: wrong, but not damaged
     Path("metrics").mkdir()
     Path("metrics/finetune_lora.json").write_text('{"validation_loss": 1.0}')
     Path("artifacts/prepared").mkdir()
@@ -336,7 +336,7 @@ def flip_a_byte(path: Path) -> None:
     [
         ("prepare_data", "model/tokenizer.json"),
         ("convert_nxd", "model/model.safetensors"),
-        # tests/test_finetune.py has finetune_lora's
+        # finetune_lora: see tests/test_finetune.py
         ("flatten_adapter", "model/model.safetensors"),
         ("flatten_adapter", "prepared/validation.jsonl"),
         ("flatten_adapter", "lora_adapter/lora/model/dp_rank_00_tp_rank_01_pp_rank_00.pt"),
@@ -404,7 +404,7 @@ def test_port_in_use(bench: Bench) -> None:
         assert "in use" in bench.refused("tools/serve.py", "--port", port)
 
 
-def test_other_machines_without_a_key(bench: Bench) -> None:
+def test_listening_for_other_machines_needs_a_key(bench: Bench) -> None:
     bench.write_params()
     assert "set VLLM_API_KEY" in bench.refused("tools/serve.py", "--host", "0.0.0.0")
 
@@ -415,7 +415,7 @@ def test_a_directory_where_a_file_is_expected(bench: Bench) -> None:
 
 
 def test_no_space_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/dev/full refuses every byte with ENOSPC, as a full disk does."""
+    """Every write to /dev/full fails with ENOSPC, as on a full disk."""
     bench.write_params()
     Path("metrics").mkdir()
     Path("metrics/.fetch_model.json.partial").symlink_to("/dev/full")

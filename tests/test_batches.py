@@ -1,4 +1,4 @@
-"""Global batches: every row once an epoch, and each labelled token of a step with the same weight."""
+"""Global batches: every row once per epoch; all labelled tokens of a step have the same weight."""
 
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from trnlora.training.module import linear_schedule
     rows=st.integers(1, 40), micro=st.integers(1, 3), dp_size=st.integers(1, 3), accumulate=st.integers(1, 3),
     seed=st.integers(0, 9),
 )  # fmt: skip
-def test_replicas_and_micro_batches_together_are_the_global_batch(
+def test_replicas_and_micro_batches_add_up_to_the_global_batch(
     rows: int, micro: int, dp_size: int, accumulate: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -50,27 +50,27 @@ def test_replicas_and_micro_batches_together_are_the_global_batch(
     assert sorted(seen) == list(range(rows))
 
 
-def test_padding_that_ends_all_rows_is_cut_off_where_shapes_may_change() -> None:
+def test_padding_that_ends_all_rows_is_cut_off_unless_shapes_are_static() -> None:
     documents = torch.tensor([[1, 1, 2, 0, 0], [1, 0, 0, 0, 0], [1, 2, 2, 2, 0]])
     table = {name: documents.clone() for name in COLUMNS}
     batches = partial(MicroBatches, table, torch.arange(3), global_batch_size=2, micro_batch_size=2)
-    cut, whole = batches(), batches(static_shapes=True)
+    cut, full = batches(), batches(static_shapes=True)
     assert [batch["input_ids"].tolist() for batch in (cut[0], cut[1])] == [
         [[1, 1, 2], [1, 0, 0]],
         [[1, 2, 2, 2], [1, 1, 2, 0]],
     ]
-    assert cut[1]["document_ids"].tolist() == [[1, 2, 2, 2], [0, 0, 0, 0]]  # the second is an empty row
-    assert {column.shape for column in (whole[0][name] for name in COLUMNS)} == {(2, 5)}
+    assert cut[1]["document_ids"].tolist() == [[1, 2, 2, 2], [0, 0, 0, 0]]  # the second row is empty
+    assert {column.shape for column in (full[0][name] for name in COLUMNS)} == {(2, 5)}
 
 
-def test_epochs_have_orders_of_their_own_that_repeat() -> None:
+def test_each_epoch_has_its_own_reproducible_order() -> None:
     assert epoch_order(50, 0, 17).tolist() == epoch_order(50, 0, 17).tolist()
     assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 1, 17).tolist()
     assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 0, 18).tolist()
 
 
 def test_the_learning_rate_is_never_zero_while_training() -> None:
-    """The usual recipe's schedule over −1 steps is 0 from the end of warm-up on."""
+    """The schedule of the usual recipe, over −1 steps, is 0 as soon as warm-up ends."""
     factors = [linear_schedule(step, total_steps=10, warmup_steps=4) for step in range(10)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
@@ -84,7 +84,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes) -> None:
         read_packed_rows(path)
 
 
-def test_rows_come_back_as_written(tmp_path: Path) -> None:
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     values = [[1, 2, 3], [4, 5, -100]]
     pq.write_table(pa.table({name: pa.array(values, pa.list_(pa.int32())) for name in COLUMNS}), path)

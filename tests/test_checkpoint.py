@@ -1,4 +1,4 @@
-"""Checkpoint files: slices, both forms of an HF folder, and broken files named."""
+"""Checkpoint files: slices, both forms of an HF folder, and errors that name broken files."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from trnlora.weights.storage import HFCheckpoint, load_rank, save_rank
 
 
 def sharded(folder: Path) -> Path:
-    """Cut a folder's model.safetensors in two files with an index, as the hub has large models."""
+    """Split a folder's model.safetensors into two files with an index, as for large models on the hub."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
@@ -65,7 +65,7 @@ def test_a_missing_tensor_is_named(llama_folder: Path) -> None:
         source["lm_head.weight"]
 
 
-def test_rank_files_are_whole_or_refused(tmp_path: Path) -> None:
+def test_rank_files_are_complete_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
     with pytest.raises(UserError, match="is missing"):
         load_rank(path)
@@ -74,7 +74,7 @@ def test_rank_files_are_whole_or_refused(tmp_path: Path) -> None:
     loaded = load_rank(path)
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"dp_rank_00_tp_rank_00_pp_rank_00\.pt cannot be read"):
         load_rank(path)

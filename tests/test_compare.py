@@ -1,4 +1,4 @@
-"""make compare and make card: what they print of a run, and what they refuse."""
+"""make compare and make card: what they print about a run, and what they refuse."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from support.results import answer, write_answers
 from trnlora.reporting.card import card
 from trnlora.reporting.results import load_results
 
-pytestmark = pytest.mark.slow  # each in a DVC project of its own, some in a browser
+pytestmark = pytest.mark.slow  # each test has its own DVC project; some use a browser
 
 
 def tool(project: Project, name: str, *arguments: str, check: bool = True) -> str:
@@ -50,7 +50,7 @@ def test_changed_answers_are_counted_and_flips_come_first(run_project: Project) 
     """Both commits' answers are in DVC's cache, as eval_vllm's are."""
     project = run_project
     project.run("git", "rm", "-q", "--cached", "dvc.yaml")
-    (project.root / "dvc.yaml").unlink()  # it says that answers.jsonl is a stage's output
+    (project.root / "dvc.yaml").unlink()  # it lists answers.jsonl as the output of a stage
     (project.root / ".gitignore").write_text("", "utf-8")
 
     def commit(tag: str, texts: list[str]) -> None:
@@ -82,7 +82,7 @@ def test_card_is_refused_without_an_evaluated_adapter(project: Project) -> None:
 
 @pytest.mark.parametrize("base", ["HuggingFaceTB/SmolLM2-135M-Instruct", None])
 def test_card_has_the_runs_numbers(base: str | None, run_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text alone; tests/test_experiments.py writes the folder after a real run."""
+    """Only the text. tests/test_experiments.py writes the folder after a real run."""
     from huggingface_hub import ModelCard
 
     monkeypatch.chdir(run_project.root)

@@ -1,4 +1,4 @@
-"""The conversion stage's files: golden digests through real files, the way back, dtypes, kills, no space."""
+"""The files of the conversion stage: golden digests, reverse conversion, dtypes, kills, a full disk."""
 
 import hashlib
 import json
@@ -65,8 +65,8 @@ def test_golden_digests_in_files(case: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("convert", LAYOUTS, ids=layout_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_way_back_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path) -> None:
-    """From every layout, in every dtype, tied embeddings: the HF folder's own bytes."""
+def test_reverse_conversion_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama: Path, tmp_path: Path) -> None:
+    """From every layout and dtype, with tied embeddings: gives the bytes of the HF folder again."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(model / "model.safetensors").items()}
@@ -82,7 +82,7 @@ def test_the_way_back_is_exact(convert: Convert, dtype: torch.dtype, tiny_llama:
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
-def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
+def test_an_indexed_folder_is_written_and_gives_the_same_shards(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, convert = ModelConfig.from_folder(tiny_llama), conversion(3, 1)
@@ -98,7 +98,7 @@ def test_an_indexed_folder_gives_the_same_shards_and_comes_back_indexed(
 
 
 def test_shards_of_the_stock_converter_for_trn2_are_recognised(tiny_llama: Path, tmp_path: Path) -> None:
-    """Queries in order beside K and V in rounds: what NxD's converter writes for trn2 with a multiplier."""
+    """NxD's converter writes these for trn2 with a multiplier: queries in order, but K and V in rounds."""
     config, convert = ModelConfig.from_folder(tiny_llama), conversion(6, 2)
     for hw_backend in ("trn1", "trn2"):
         write_shards(tiny_llama, tmp_path / hw_backend, config, conversion(6, 2, hw_backend))
@@ -127,7 +127,7 @@ def test_copies_that_differ_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
     with pytest.raises(UserError, match=r"needs 15\.0 GiB and its disk has 1\.0 GiB free"):
@@ -136,7 +136,7 @@ def test_a_full_disk_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.long)])
 def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path, kills: int) -> None:
-    """Kills at random moments of the stage, then a rerun: the same digests as an undisturbed run's."""
+    """Kill the stage at random moments, then rerun it: the digests are those of an undisturbed run."""
     (tmp_path / "artifacts").mkdir()
     make_llama(
         tmp_path / "artifacts" / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=8, head_dim=128
@@ -154,20 +154,20 @@ def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Pat
     def digests() -> dict[str, str]:
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(shards.rglob("*.pt"))}
 
-    begun = time.monotonic()
+    started = time.monotonic()
     assert start().wait(timeout=120) == 0
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     clean = digests()
     assert len(clean) == 3
     moments = random.Random(0)
     for _ in range(kills):
         shutil.rmtree(shards, ignore_errors=True)
         process = start()
-        # most of the time goes to imports: half of the kills fall into the last third
+        # imports take most of the time, so half of the kills are in the last third
         time.sleep(seconds * moments.choice([moments.uniform(0.1, 1.0), moments.uniform(0.66, 1.0)]))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
-        assert digests() in ({}, clean)  # nothing under a final name, or everything
+        assert digests() in ({}, clean)  # all final names or none
     assert start().wait(timeout=120) == 0
     assert digests() == clean
     assert not list((tmp_path / "artifacts").glob(".*.partial"))

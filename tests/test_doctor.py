@@ -1,4 +1,4 @@
-"""make doctor: what it finds on this machine, and what it says is missing."""
+"""make doctor: what it finds on this machine, and what it reports as missing."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def doctor(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.Complete
 
 
 def profile(name: str, **sections: dict[str, Any]) -> Params:
-    """A profile with some keys of its sections changed."""
+    """A profile with some of its keys changed."""
     params = load_profile(name, ROOT / "profiles")
     changed = {section: getattr(params, section).model_copy(update=values) for section, values in sections.items()}
     return params.model_copy(update=changed)
@@ -67,7 +67,7 @@ def broken(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_names_all_that_is_wrong(broken: Path) -> None:
+def test_names_every_problem(broken: Path) -> None:
     """One line for each failed check, and exit code 1."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -103,7 +103,7 @@ def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
 
 
 def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This Python stands in for a Neuron environment without AWS's packages."""
+    """This Python is used as a Neuron environment without AWS's packages."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_USE_BF16", "1")
     with pytest.raises(UserError) as lacking:
@@ -134,7 +134,7 @@ def test_counts_the_logical_cores_of_the_run(
 
 
 def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights twice per replica, and 1 GiB per process: 2 · 0.5 · 100 + 300."""
+    """Twice the weights per replica, and 1 GiB per process: 2 · 0.5 · 100 + 300."""
     monkeypatch.chdir(tmp_path)
     params = profile("smollm2-135m-cpu", train={"dp_size": 100})
     Path("metrics").mkdir()
@@ -158,7 +158,7 @@ def test_port_in_use() -> None:
 
 
 def test_preflight_does_not_import_torch() -> None:
-    """`make repro` calls doctor each time, and importing torch takes seconds."""
+    """`make repro` always runs doctor first, and importing torch takes seconds."""
     code = (
         "import sys; from trnlora.preflight import describe, doctor, precompile; "
         "print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""The pipeline as DVC sees it: its dependency lists, and all six stages run end to end on a tiny random Llama."""
+"""The pipeline in DVC: its dependency lists, and all six stages run end to end on a tiny random Llama."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text("utf-8"))[
 
 
 @pytest.mark.parametrize("stage", ORDER)
-def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
+def test_code_deps_are_the_imports_of_the_stage(stage: str) -> None:
     listed = [dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")]
     assert listed == stage_code(stage, ROOT), "run `make deps`"
 
@@ -43,13 +43,13 @@ def test_a_change_reruns_what_it_can_affect() -> None:
     assert {"convert_nxd", "finetune_lora"} <= reruns_after_a_change_of("trnlora/weights/nxd_layout.py")
 
 
-def test_stages_stand_in_flow_order() -> None:
+def test_stages_are_in_flow_order() -> None:
     assert list(STAGES) == ORDER
     made: set[str] = set()
     for stage in STAGES.values():
         for dep in stage["deps"]:
             if dep.startswith(("artifacts/", "metrics/")):
-                assert any(dep == out or dep.startswith(f"{out}/") for out in made), f"{dep} is made later or nowhere"
+                assert any(dep == out or dep.startswith(f"{out}/") for out in made), f"{dep} is not made earlier"
         made |= set(outs_of(stage))
 
 
@@ -70,10 +70,10 @@ def test_a_run_writes_its_outputs_and_reads_the_params_it_lists(finished: Finish
         for out in outs_of(stage):
             assert (project.root / out).exists(), out
     listed = {stage: set(STAGES[stage]["params"]) for stage in ORDER}
-    listed["fetch_model"] -= {"model.dtype"}  # read for a GGUF alone
-    listed["flatten_adapter"] -= {"convert.buffer_mib"}  # read for a merged model alone
-    on_nxd_alone = {"model.dtype", *(f"neuron.{name}" for name in Neuron.model_fields)}
-    listed["finetune_lora"] -= on_nxd_alone
+    listed["fetch_model"] -= {"model.dtype"}  # read only for a GGUF
+    listed["flatten_adapter"] -= {"convert.buffer_mib"}  # read only for a merged model
+    only_on_nxd = {"model.dtype", *(f"neuron.{name}" for name in Neuron.model_fields)}
+    listed["finetune_lora"] -= only_on_nxd
     assert params_read(project) == listed
 
 
@@ -84,7 +84,7 @@ def test_diffs_experiments_and_the_run_cache(finished_copy: Project) -> None:
     assert ran(again) == []
     assert "up to date" in again
 
-    # Another learning rate: training and what follows. -S wants the dot, as params.yaml says.
+    # Another learning rate: training and later stages run. -S needs the dot, as params.yaml says.
     changed = project.dvc("exp", "run", "-S", "train.lr=1.0e-4")
     assert ran(changed) == ["finetune_lora", "flatten_adapter", "eval_vllm"]
     project.commit("A lower learning rate")
@@ -96,7 +96,7 @@ def test_diffs_experiments_and_the_run_cache(finished_copy: Project) -> None:
     for title in ("Loss", "Exact match by category", "plots/training/plots/metrics/train/lr.tsv"):
         assert f'"text": "{title}"' in page, title
 
-    # Back again: the run cache knows all that this needs.
+    # Back to the first rate: the run cache has all results.
     project.run("git", "checkout", "-q", "HEAD~1", "--", "params.yaml")
     back = project.dvc("repro")
     assert ran(back) == []
@@ -111,7 +111,7 @@ def test_diffs_experiments_and_the_run_cache(finished_copy: Project) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_out_is_restored_from_the_cache(project: Project) -> None:
-    """Damaged in place, as the stage left it and as a checkout brought it back: it must not be the cache itself."""
+    """Damaged in place twice: as the stage left it, and as a checkout restored it. Neither may be the cached file."""
     project.dvc("repro", "fetch_model")
     weights = project.root / "artifacts/model/model.safetensors"
     whole = weights.read_bytes()
@@ -128,7 +128,7 @@ def test_a_damaged_out_is_restored_from_the_cache(project: Project) -> None:
 def test_a_rewritten_out_leaves_the_cache_alone(
     project: Project, tmp_path: Path, make_llama: Callable[..., Path], cache_type: str
 ) -> None:
-    """A stage run by hand changes its out, not the cached copy, even where the two are one file (a setting)."""
+    """A stage run by hand changes its out but not the cached copy, even if cache.type makes them the same file."""
     project.dvc("config", "cache.type", cache_type)
     project.dvc("repro", "fetch_model")
     weights = project.root / "artifacts/model/model.safetensors"

@@ -49,7 +49,7 @@ def test_overlong_rows(tokenizer: Any, prompt: int, response: int, seq_len: int)
         assert len(cut[0]) == min(seq_len, len(whole))
         assert cut[0].prompt_ids == whole.prompt_ids
         assert cut[0].response_ids == whole.response_ids[: seq_len - len(whole.prompt_ids)]
-        assert cut[0].row == one  # the reference stays whole
+        assert cut[0].row == one  # the reference is not truncated
     else:
         assert cut == []
 

@@ -1,4 +1,4 @@
-"""The environment and what makes it: lock file and Makefile. Nothing here installs a package."""
+"""The environment: lock file and Makefile. No test installs a package."""
 
 import ast
 import http.server
@@ -33,7 +33,7 @@ def make(tmp_path: Path) -> "Make":
 
 
 class Make:
-    """`make` on this Makefile in a folder of its own, with nothing of the caller's make in its environment."""
+    """`make` with this Makefile in a separate folder, without the variables of a calling make."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -58,14 +58,14 @@ def test_the_lock_pins_every_requirement_with_a_hash() -> None:
     locked = requirements.locked()
     for name, specifier in requirements.group("dev").items():
         assert SpecifierSet(specifier).contains(locked[name]), f"{name}{specifier} is locked as {locked[name]}"
-    assert not re.search(r"^torch==", lock, re.M)  # installed on its own
+    assert not re.search(r"^torch==", lock, re.M)  # installed separately
     for block in re.split(r"^(?=\S)", lock, flags=re.M)[1:]:
         assert "--hash=sha256:" in block, block
     assert not re.search(r"^(nvidia-cu|torchvision|torchaudio|torchcodec)", lock, re.M)
 
 
 def test_what_the_code_imports_is_required() -> None:
-    """In the groups themselves, and not only because another package wants it too."""
+    """In the groups themselves, not only as a dependency of another package."""
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = [name for name in listed.stdout.split() if not name.startswith("tests/neuron/")]
     imported = set()
@@ -82,15 +82,15 @@ def test_what_the_code_imports_is_required() -> None:
     assert not {name: by for name, by in found.items() if by and not by & required}
 
 
-def test_the_neuron_environment_gets_the_locks_versions() -> None:
-    """`uv pip install --group neuron` in AWS's environment: what this project is tested with, to the version."""
+def test_the_neuron_environment_gets_the_locked_versions() -> None:
+    """`uv pip install --group neuron` in AWS's environment installs the versions that this project is tested with."""
     locked = requirements.locked()
     neuron = requirements.group("neuron")
     assert neuron == {name: f"=={locked[name]}" for name in neuron}
     assert not {"torch", *requirements.left_out()} & neuron.keys()
 
 
-def test_nothing_of_the_cuda_build_is_installed() -> None:
+def test_no_package_of_the_cuda_build_is_installed() -> None:
     installed = {found.name.lower(): found.version for found in distributions()}
     assert requirements.left_out() == ["torchvision", "torchaudio", "torchcodec"]
     assert not set(requirements.left_out()) & installed.keys()
@@ -107,7 +107,7 @@ def test_help_names_every_target(make: Make) -> None:
 
 def test_profile_is_written(make: Make) -> None:
     (make.root / ".venv").symlink_to(sys.prefix)
-    made = "--old-file=.venv/.ready"  # or it would be made again, for the copies of what it depends on are newer
+    made = "--old-file=.venv/.ready"  # do not make it again, although the copies of its prerequisites are newer
     done = make.run(made, "profile", "NAME=llama3-8b-trn2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("params.yaml is now profiles/llama3-8b-trn2.yaml; 'git diff params.yaml' shows")
@@ -130,8 +130,8 @@ def test_a_wrong_python_is_named(make: Make) -> None:
 
 
 @pytest.mark.slow
-def test_a_setup_that_fails_is_not_taken_for_done(make: Make) -> None:
-    """An installer that cannot be had: one line says so, and the next call starts over."""
+def test_a_failed_setup_starts_over_next_time(make: Make) -> None:
+    """The installer cannot be downloaded: one line reports it, and the next call starts over."""
     (make.root / "requirements.lock").write_text(f"uv==0.0.1 \\\n    --hash=sha256:{'0' * 64}\n", "utf-8")
     for _ in range(2):
         done = make.run("setup", f"PYTHON={sys.executable}", PIP_NO_INDEX="1", PIP_FIND_LINKS="/nowhere")
@@ -141,7 +141,7 @@ def test_a_setup_that_fails_is_not_taken_for_done(make: Make) -> None:
 
 
 class Osv(http.server.BaseHTTPRequestHandler):
-    """OSV's query, with one vulnerability that it knows."""
+    """OSV's query API, with one known vulnerability."""
 
     asked: ClassVar[list[str]] = []
 
@@ -174,7 +174,7 @@ def test_audit_asks_for_all_that_is_installed_and_names_what_it_finds() -> None:
     assert done.stderr.startswith("error: Found 1 known vulnerability in 1 package: raise")
     assert sorted(Osv.asked) == sorted([*requirements.locked(), "vllm"])
 
-    done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True)  # nobody listens any more
+    done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True)  # the server is closed now
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: no audit without {url}")

@@ -1,4 +1,4 @@
-"""The evaluation's gates, its choice of rows, and the metrics and answers it writes, without vLLM."""
+"""The evaluation without vLLM: its gates, its choice of rows, and the metrics and answers that it writes."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ BASE = Scored(2.0, [Completion("no", 2, "stop"), Completion("no\n", 3, "stop"), 
 TUNED = Scored(1.0, [Completion("yes", 2, "stop"), Completion("no", 2, "stop"), Completion("one", 2, "stop")], 3.0)
 
 
-def test_metrics_of_a_model_nest_the_categories() -> None:
+def test_metrics_of_a_model_contain_the_categories() -> None:
     metrics = BASE.metrics(ROWS)
     assert metrics["loss"] == 2.0
     assert metrics["exact_match"] == pytest.approx(1 / 3)

@@ -17,13 +17,13 @@ def make(project: Project, *arguments: str, check: bool = True) -> str:
 
 
 def documented(command: str) -> list[str]:
-    """The lines of output that the document shows below a command."""
+    """The output that the document shows below a command, as lines."""
     (output,) = re.findall(rf"^\$ {re.escape(command)}\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
     return forms(output)
 
 
 def forms(output: str) -> list[str]:
-    """Lines without what differs between processors and commits: numbers, hashes, rules, the width of cells."""
+    """The lines without the parts that differ between processors and commits: numbers, hashes, rules, cell widths."""
     lines = [re.sub(r"\b[0-9a-f]{7}\b|[+-]?\d[\d.]*(e[+-]\d+)?|[─━]+", " ", line) for line in output.splitlines()]
     return [" ".join(line.split()) for line in lines if line.split()]
 
@@ -35,7 +35,7 @@ def test_document_matches_what_is_printed(project: Project) -> None:
     project.commit("A run")
 
     sweep = make(project, "sweep", "SET=train.lr=1.0e-2,3.0e-3,1.0e-3", "NAME=lr")
-    # lr-1 has the commit's own rate, whose results are cached. Nothing is fetched, prepared or converted again.
+    # lr-1 has the commit's rate, so its results are cached. No experiment fetches, prepares or converts again.
     assert re.findall(r"Reproducing experiment '(.*)'", sweep) == ["lr-1", "lr-2", "lr-3"]
     assert ran(sweep) == 2 * ["finetune_lora", "flatten_adapter", "eval_vllm"]
     shown = documented('make sweep SET="train.lr=1.0e-2,3.0e-3,1.0e-3" NAME=lr')

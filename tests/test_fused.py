@@ -1,4 +1,4 @@
-"""The hand-written gradients against what autograd makes of the plain formulas, and against finite differences."""
+"""The hand-written gradients, compared with autograd on the plain formulas and with finite differences."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -62,8 +62,8 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(swiglu, x)
 
 
-def both_ways(function: Any, x: Tensor, grad: Tensor, *rest: Any) -> Tensor:
-    """An autograd.Function's output and its gradient of x."""
+def forward_and_backward(function: Any, x: Tensor, grad: Tensor, *rest: Any) -> Tensor:
+    """An autograd.Function's output and its gradient with respect to x."""
     saved: list[Tensor] = []
     y = function.forward(SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors)), x, *rest)
     dx = function.backward(SimpleNamespace(saved_tensors=saved), grad)
@@ -71,12 +71,12 @@ def both_ways(function: Any, x: Tensor, grad: Tensor, *rest: Any) -> Tensor:
 
 
 def test_writes_into_views_survive_functionalization() -> None:
-    """What torch_xla does to a program before it compiles it: no tensor is written in place."""
+    """torch_xla does this to a program before compiling it: it replaces in-place writes."""
     wide, narrow, tables = noise(2, 5, 16), noise(2, 5, 8), noise(2, 5, 8)
     for call, arguments in (
-        (partial(both_ways, fused._RMSNorm), (wide, wide, wide[0, 0], 1e-5)),
-        (partial(both_ways, fused._Rotary), (wide, wide, tables.cos(), tables.sin())),
-        (partial(both_ways, fused._SwiGLU), (wide, narrow)),
+        (partial(forward_and_backward, fused._RMSNorm), (wide, wide, wide[0, 0], 1e-5)),
+        (partial(forward_and_backward, fused._Rotary), (wide, wide, tables.cos(), tables.sin())),
+        (partial(forward_and_backward, fused._SwiGLU), (wide, narrow)),
     ):
         assert torch.equal(functionalize(call)(*arguments), call(*arguments))
 

@@ -1,4 +1,4 @@
-"""Any content of a params file or a file of rows gives a value, or one line that says what is wrong with it."""
+"""Any content of a params file or a rows file gives a value, or an error of one line that names the problem."""
 
 import json
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from trnlora.errors import UserError
 from trnlora.files import read_json, read_jsonl
 from trnlora.params import Params, load_params
 
-EXAMPLES = 300  # per test; a second or two
+EXAMPLES = 300  # per test; takes a second or two
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PARAMS = (ROOT / "profiles/smollm2-135m-cpu.yaml").read_bytes()
 ROWS = b"".join((ROOT / "data/tasks.jsonl").read_bytes().splitlines(keepends=True)[:3])
 
-# What a parser has branches for, besides text of any kind.
+# Parts that parsers treat specially. The tests mix them with random text.
 PIECES = [
     *("{", "}", "[", "]", '"', "'", ":", ": ", ",", "- ", "\n", "\n  ", "\t", "\0", "#", "|", ">", "&a ", "*a", "? "),
     *("!!bool x", "!!timestamp x", "!!int x", "!!binary x", "!!set {a}", "!!python/name:os.system ", "<<: *a", "---\n"),
@@ -39,16 +39,16 @@ VALUES = st.recursive(
 
 
 @st.composite
-def spoiled(draw: st.DrawFn, whole: bytes) -> bytes:
-    """`whole` with a part of it replaced by something else."""
-    begin = draw(st.integers(0, len(whole)))
-    end = draw(st.integers(begin, min(len(whole), begin + 40)))
-    return whole[:begin] + draw(SOUP) + whole[end:]
+def broken(draw: st.DrawFn, content: bytes) -> bytes:
+    """`content` with a part of it replaced."""
+    begin = draw(st.integers(0, len(content)))
+    end = draw(st.integers(begin, min(len(content), begin + 40)))
+    return content[:begin] + draw(SOUP) + content[end:]
 
 
 @st.composite
 def changed_params(draw: st.DrawFn) -> bytes:
-    """Valid YAML with the right keys, one of them with any value."""
+    """Valid YAML with the right keys, one of them with an arbitrary value."""
     params = yaml.safe_load(PARAMS)
     section = draw(st.sampled_from(sorted(params)))
     if isinstance(params[section], dict) and draw(st.booleans()):
@@ -60,7 +60,7 @@ def changed_params(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def changed_rows(draw: st.DrawFn) -> bytes:
-    """Lines of valid JSON, one of them with any value in any column."""
+    """Lines of valid JSON, one of them with an arbitrary value in some column."""
     rows: list[Any] = [json.loads(line) for line in ROWS.splitlines()]
     column = draw(st.sampled_from([*rows[1], "other"]))
     rows[1] = draw(VALUES) if draw(st.booleans()) else rows[1] | {column: draw(VALUES)}
@@ -68,7 +68,7 @@ def changed_rows(draw: st.DrawFn) -> bytes:
 
 
 def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> Any:
-    """The value that `read` returns for the content; None after a UserError of one line that names the file."""
+    """The value that `read` returns for the content, or None after a UserError of one line that names the file."""
     path.write_bytes(content)
     try:
         return read(path)
@@ -84,7 +84,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @fuzz
-@given(content=SOUP | spoiled(PARAMS) | changed_params())
+@given(content=SOUP | broken(PARAMS) | changed_params())
 @example(content=b"[" * 5000)
 @example(content=b"a: &a [*a]\nb: *a")
 @example(content=PARAMS.replace(b"epochs: 2", b"epochs: -0x" + b"f" * 5000))
@@ -95,7 +95,7 @@ def test_params(path: Path, content: bytes) -> None:
 
 
 @fuzz
-@given(content=SOUP | spoiled(ROWS) | changed_rows())
+@given(content=SOUP | broken(ROWS) | changed_rows())
 @example(content=b'{"instruction": ' + b"9" * 5000 + b"}")
 @example(content=b"[" * 5000)
 @example(content=b'{"instruction": ' + b"[" * 900 + b"]" * 900 + b"}")
@@ -105,7 +105,7 @@ def test_rows(path: Path, content: bytes) -> None:
 
 
 @fuzz
-@given(content=SOUP | spoiled(ROWS) | changed_rows())
+@given(content=SOUP | broken(ROWS) | changed_rows())
 @example(content=b"9" * 5000)
 @example(content=b"[" * 5000)
 def test_what_stages_leave(path: Path, content: bytes) -> None:

@@ -1,6 +1,6 @@
-"""The launch files: their shell against shellcheck, and that they start what they say. No cluster is needed or asked.
+"""The launch files: shellcheck on their scripts, and a check of the commands that they run. No cluster is needed.
 
-SkyPilot's own schema was run by hand on launch/sky.yaml (its package wants a hundred others): see docs/scale.md.
+launch/sky.yaml was checked by hand with SkyPilot's own schema (its package needs a hundred others): see docs/scale.md.
 """
 
 import http.server
@@ -27,14 +27,14 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_shellcheck_has_nothing_to_say(name: str) -> None:
+def test_shellcheck_finds_no_problem(name: str) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, "-"], input=SCRIPTS[name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 def run_script(tmp_path: Path, script: str, *arguments: str, **env: str) -> list[str]:
-    """Run it where `dvc` and `python` only print what they were called with, and with which rendezvous."""
+    """Run it with a `dvc` and `python` that only print their arguments and the rendezvous."""
     binaries = tmp_path / ".venv/bin"
     binaries.mkdir(parents=True)
     for name in ("dvc", "python"):
@@ -75,28 +75,28 @@ class Upstream(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_the_front_spreads_requests_and_leaves_out_a_dead_server(tmp_path: Path) -> None:
+def test_the_proxy_spreads_requests_and_skips_a_dead_server(tmp_path: Path) -> None:
     nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin")
     if nginx is None:
         pytest.skip("no nginx here: apt-get install nginx-light")
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream) for _ in range(2)]
     for server in servers:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    config, front = (ROOT / "launch/nginx.conf").read_text("utf-8"), free_port()
-    for written, used in (("8000", servers[0].server_port), ("8001", servers[1].server_port), ("8080", front)):
+    config, proxy = (ROOT / "launch/nginx.conf").read_text("utf-8"), free_port()
+    for written, used in (("8000", servers[0].server_port), ("8001", servers[1].server_port), ("8080", proxy)):
         assert f"127.0.0.1:{written}" in config
         config = config.replace(f"127.0.0.1:{written}", f"127.0.0.1:{used}")
     (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\n{config}", "utf-8")
     running = subprocess.Popen([nginx, "-c", tmp_path / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.DEVNULL)
 
     def ask() -> int:
-        with urllib.request.urlopen(f"http://127.0.0.1:{front}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{proxy}/health", timeout=5) as answer:
             return int(answer.read())
 
     try:
         for _ in range(100):
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", front)) == 0:
+                if probe.connect_ex(("127.0.0.1", proxy)) == 0:
                     break
             time.sleep(0.05)
         assert {ask() for _ in range(10)} == {server.server_port for server in servers}

@@ -1,4 +1,4 @@
-"""The library's layers: imports go one way, read from the source."""
+"""The library's layers: imports go in one direction, as read from the source."""
 
 import ast
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 @pytest.mark.parametrize("script", sorted((ROOT / "stages").glob("*.py")) + sorted((ROOT / "tools").glob("*.py")))
 def test_scripts_import_the_library_and_not_each_other(script: Path) -> None:
-    """Nor through sys.path or runpy: what two scripts share is in the library."""
+    """Not through sys.path or runpy either: code that scripts share belongs in the library."""
     siblings = {path.stem for folder in ("stages", "tools", "bench") for path in (ROOT / folder).glob("*.py")}
     modules = set()
     for node in ast.walk(ast.parse(script.read_text("utf-8"))):
@@ -70,7 +70,7 @@ def test_scripts_import_the_library_and_not_each_other(script: Path) -> None:
 
 @pytest.mark.parametrize("package", sorted((ROOT / "trnlora").rglob("__init__.py")), ids=str)
 def test_a_package_init_holds_no_code(package: Path) -> None:
-    """dvc.yaml does not list them, so nothing in them may matter; trnlora/__init__.py has the version too."""
+    """dvc.yaml does not list them, so they must not affect results. trnlora/__init__.py also has the version."""
     docstring, *rest = ast.parse(package.read_text("utf-8")).body
     assert isinstance(docstring, ast.Expr)
     assert [ast.unparse(node).partition(" = ")[0] for node in rest] in ([], ["__version__"])

@@ -1,4 +1,4 @@
-"""Layouts: the golden digests of NxD's right shards, the rules, and the heads' arithmetic."""
+"""Layouts: golden digests of correct NxD shards, the rules, and the assignment of heads to ranks."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from trnlora.params import Convert
 from trnlora.weights.nxd_layout import Slice, check_divisible, heads_of_rank, kv_replica_groups, shard_slices
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
-# NxD's LoRA cannot train the layouts that hold q, k and v in one tensor, and nothing here makes them.
+# Without layouts that hold q, k and v in one tensor: NxD's LoRA cannot train them, and the library never writes them.
 CASES = [case for case in GOLDEN["cases"] if not case["fuse_qkv"]]
 
 
@@ -97,7 +97,7 @@ def test_golden_digests(case: dict) -> None:
             assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["tensors"][name]["sha256"], name
 
 
-def test_llama3_8b_on_trn2_holds_each_kv_head_on_four_neighbours() -> None:
+def test_llama3_8b_on_trn2_has_each_kv_head_on_four_consecutive_ranks() -> None:
     convert = conversion(32, 4)
     for rank in range(32):
         heads = heads_of_rank(LLAMA3_8B, convert, rank)
@@ -140,7 +140,7 @@ def test_every_query_head_meets_its_own_kv_head(
     assert sorted(head for rank in ranks for head in rank.q) == list(range(heads))
     assert sorted(head for rank in ranks for head in rank.kv) == sorted(list(range(kv_heads)) * multiplier)
     for rank in ranks:
-        group = len(rank.q) // len(rank.kv)  # attention pairs query i of a rank with its KV head i // group
+        group = len(rank.q) // len(rank.kv)  # attention uses KV head i // group of a rank for its query i
         assert [rank.kv[i // group] for i in range(len(rank.q))] == [head // queries_per_kv for head in rank.q]
 
 
@@ -155,7 +155,7 @@ def test_every_query_head_meets_its_own_kv_head(
         (6, 1, "trn2", "intermediate_size % tp_size"),
     ],
 )
-def test_a_broken_rule_is_named_with_what_fits(tp: int, multiplier: int, hw_backend: str, rule: str) -> None:
+def test_a_violated_rule_is_named_with_values_that_fit(tp: int, multiplier: int, hw_backend: str, rule: str) -> None:
     with pytest.raises(UserError) as error:
         check_divisible(LLAMA3_8B, conversion(tp, multiplier, hw_backend))
     assert rule in str(error.value)

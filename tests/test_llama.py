@@ -1,4 +1,4 @@
-"""The one Llama over parallel layers: logits, losses and gradients equal HF's and PEFT's, whatever the cut."""
+"""The Llama over parallel layers: logits, losses and gradients equal HF's and PEFT's for every sharding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ from trnlora.params import Convert, Lora
 from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_slices
 from trnlora.weights.peft_export import peft_adapter
 
-CUTS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # of the tiny Llama: 3 KV heads
+SHARDINGS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # 3 KV heads
 
 
 def shards_of(folder: Path, config: ModelConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
@@ -56,7 +56,7 @@ def hf_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 @st.composite
 def sized_conversions(draw: st.DrawFn) -> tuple[dict, Convert]:
-    """Sizes of a small Llama and a conversion that fits it."""
+    """The sizes of a small Llama, and a conversion that fits it."""
     hw_backend = draw(st.sampled_from(["trn1", "trn2"]))
     multiplier = draw(st.integers(1, 4))
     kv_heads = draw(st.sampled_from([1, 2, 3, 4]))
@@ -98,7 +98,7 @@ def test_sharded_logits_equal_hf(
 
 
 def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K and V repeated as K0,K1,K2,K0,K1,K2 beside queries in order: what NxD's converter writes for trn2."""
+    """NxD's converter writes this for trn2: K and V repeated as K0,K1,K2,K0,K1,K2, but queries in order."""
     convert = conversion(6, 2)
     ids = torch.randint(1536, (1, 16), generator=torch.Generator().manual_seed(0))
     right = sharded_logits(tiny_llama, convert, ids)
@@ -153,8 +153,11 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
 def sharded_gradients(
     folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor], recompute: bool = False
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """Loss, and every rank's adapter and its gradients, of one packed row. B is random, else A has no gradient;
-    both are small, since attention that a large adapter saturates has gradients of rounding errors."""
+    """The loss of one packed row, and every rank's adapter and gradients.
+
+    B is random, otherwise A has no gradient. Both are small: a large adapter saturates attention, and then the
+    gradients are mostly rounding errors.
+    """
     config = ModelConfig.from_folder(folder)
     shards = shards_of(folder, config, convert)
     generator = torch.Generator().manual_seed(5)
@@ -209,17 +212,17 @@ def test_recomputed_layers_have_the_same_gradients(tiny_llama: Path) -> None:
 
 
 def assert_same_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for float32's rounding, measured against the whole tensor: single entries are sums that cancel."""
+    """Equal up to float32 rounding, relative to the whole tensor, since single entries are sums that may cancel."""
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
-def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> None:
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=lambda s: f"{s[2]}-tp{s[0]}x{s[1]}")
+def test_gradients_equal_peft(tiny_llama: Path, sharding: tuple[int, int, str]) -> None:
     """lora_A's gradient is whole on every rank, copies of lora_B's agree, and both equal HF + PEFT's."""
-    convert = conversion(*cut)
+    convert = conversion(*sharding)
     lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
     row = packed([20, 28], 48, 1536)
-    row = {name: column[:, :20] for name, column in row.items()}  # one document: HF needs no mask
+    row = {name: column[:, :20] for name, column in row.items()}  # one document, so HF needs no mask
     config = ModelConfig.from_folder(tiny_llama)
     loss, adapters, gradients = sharded_gradients(tiny_llama, convert, lora, row)
 
@@ -244,7 +247,7 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
                 expected[f"{attention}.{name}_proj.lora_B.default.weight"],
             )
             shared_a = shared_a + expected[f"{attention}.{name}_proj.lora_A.default.weight"]
-        for rank in gradients:  # one A serves q, k and v: its gradient is the sum of PEFT's three
+        for rank in gradients:  # q, k and v share one A: its gradient is the sum of PEFT's three
             assert_same_gradient(rank[f"model.layers.{index}.self_attn.qkv_proj.lora_A.weight"], shared_a)
     for group in kv_replica_groups(config, convert):
         for name in gradients[0]:
@@ -253,7 +256,7 @@ def test_gradients_equal_peft(tiny_llama: Path, cut: tuple[int, int, str]) -> No
                     torch.testing.assert_close(gradients[other][name], gradients[group[0]][name], atol=0, rtol=0)
 
 
-def test_a_shard_with_a_tensor_of_another_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_shard_with_a_wrong_tensor_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "llama")
     config = ModelConfig.from_folder(folder)
     (shard,) = shards_of(folder, config, conversion(1, 1))

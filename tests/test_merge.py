@@ -29,7 +29,7 @@ def test_merged_logits_equal_pefts_merge(tiny_llama: Path, tmp_path: Path, dtype
     (tmp_path / "merged").mkdir()
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     lora = Lora(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["qkv_proj"])
-    write_merged(model, tmp_path / "merged", adapter, lora, buffer_bytes=20_000)  # several blocks a tensor
+    write_merged(model, tmp_path / "merged", adapter, lora, buffer_bytes=20_000)  # several blocks per tensor
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()

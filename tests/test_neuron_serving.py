@@ -1,4 +1,4 @@
-"""vLLM's server on Trainium: its kind by the installed versions, and the exact command and files of each kind."""
+"""vLLM's server on Trainium: the kind that the installed versions imply, and each kind's exact command and files."""
 
 import json
 from pathlib import Path

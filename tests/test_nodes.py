@@ -1,6 +1,6 @@
-"""Training on several nodes: hosts as network namespaces of this machine, each with a folder of its own.
+"""Training on several nodes: the hosts are network namespaces of this machine, each with its own folder.
 
-The tests with hosts show that the numbers are right, not how fast it is: all hosts share this machine's cores.
+The tests with hosts check the numbers, not the speed: all hosts share this machine's cores.
 """
 
 import os
@@ -31,12 +31,12 @@ def no_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-def test_one_node_where_the_environment_says_nothing() -> None:
+def test_one_node_without_environment_variables() -> None:
     assert from_environment() == Nodes(1, 0, "127.0.0.1", 0)
     assert srun_command(["python"]) is None
 
 
-def test_torchruns_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PET_NNODES": "4", "PET_NODE_RANK": "3", "PET_MASTER_ADDR": "10.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     assert from_environment() == Nodes(4, 3, "10.0.0.1", 29500)
@@ -48,8 +48,8 @@ def test_torchruns_names(monkeypatch: pytest.MonkeyPatch) -> None:
         from_environment()
 
 
-def test_slurms_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sbatch sets them in the batch script, and srun in each of its tasks (Slurm's manual pages of both)."""
+def test_variables_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As set by sbatch in the batch script and by srun in each task (see the manual pages of both)."""
     job = {
         "SLURM_JOB_ID": "1234567",
         "SLURM_JOB_NUM_NODES": "4",
@@ -69,21 +69,21 @@ def test_slurms_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert from_environment() == Nodes(4, 2, "trn05", 24567)
 
 
-def test_replicas_stay_whole() -> None:
+def test_a_replica_is_not_split_over_nodes() -> None:
     assert processes_per_node(2, tp_size=32, dp_size=4) == 64
     with pytest.raises(UserError, match=r"dp_size 3 replicas do not spread over 2 nodes"):
         processes_per_node(2, tp_size=4, dp_size=3)
 
 
 class Host:
-    """A network namespace with one interface, on a bridge of the machine's."""
+    """A network namespace with one interface, connected to a bridge of the machine."""
 
     def __init__(self, name: str, address: str):
         self.name = name
         self.address = address
 
     def start(self, folder: Path, *command: str, **env: str) -> "psutil.Popen":
-        """Start a command there, in `folder`."""
+        """Start a command on the host, in `folder`."""
         return psutil.Popen(
             ["ip", "netns", "exec", self.name, *command],
             cwd=folder,
@@ -94,7 +94,7 @@ class Host:
         )
 
     def cut_off(self) -> None:
-        """Pull its cable: what others send it is lost, and nobody is told."""
+        """Disconnect its network: packets to it are lost, without any error to the sender."""
         subprocess.run(["ip", "link", "set", f"{self.name}v", "down"], check=True)
 
     def connect(self) -> None:
@@ -103,7 +103,7 @@ class Host:
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Four of them, in a network of their own."""
+    """Four hosts in a separate network."""
     run = uuid.uuid4().hex[:6]
     bridge, made = f"br{run}", [Host(f"h{run}{number}", f"10.213.7.{number + 1}") for number in range(4)]
 
@@ -127,7 +127,7 @@ def hosts() -> Iterator[list[Host]]:
     except FileNotFoundError:
         pytest.skip("no `ip` here: apt-get install iproute2")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespaces here ({error.stderr.strip()}): run as root, in no unprivileged container")
+        pytest.skip(f"no network namespaces here ({error.stderr.strip()}): use root, not an unprivileged container")
     finally:
         if shutil.which("ip"):
             for host in made:
@@ -137,7 +137,7 @@ def hosts() -> Iterator[list[Host]]:
 
 @pytest.fixture
 def job(prepared: Path, tmp_path: Path) -> Callable[..., list[Path]]:
-    """job(name, nodes, **sections): the folders of so many nodes, each with the model, rows and shards."""
+    """job(name, nodes, **sections): one folder per node, each with the model, rows and shards."""
 
     def make(name: str, nodes: int, **sections: dict[str, Any]) -> list[Path]:
         first = tmp_path / name / "0"
@@ -153,7 +153,7 @@ def job(prepared: Path, tmp_path: Path) -> Callable[..., list[Path]]:
 
 
 def stage_everywhere(hosts: list[Host], folders: list[Path]) -> list["psutil.Popen"]:
-    """finetune_lora on each host, with torchrun's variables."""
+    """Start finetune_lora on each host, with torchrun's variables."""
     return [
         host.start(
             folder, sys.executable, str(ROOT / "stages/finetune_lora.py"),
@@ -164,7 +164,7 @@ def stage_everywhere(hosts: list[Host], folders: list[Path]) -> list["psutil.Pop
 
 
 def torchrun_everywhere(hosts: list[Host], folders: list[Path], processes: int) -> list["psutil.Popen"]:
-    """The same through torchrun, which meets by c10d; is_host, since these hosts share the machine's name."""
+    """Start it with torchrun and a c10d rendezvous. is_host is needed because these hosts share the machine's name."""
     return [
         host.start(
             folder, sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}",
@@ -184,9 +184,9 @@ def ended(runs: list["psutil.Popen"]) -> list[str]:
 
 def assert_same_losses(one: Path, other: Path) -> None:
     for name in ("train/loss", "validation/loss"):
-        wanted, found = curve(one, name), curve(other, name)
-        assert [row["step"] for row in wanted] == [row["step"] for row in found]
-        for left, right in zip(wanted, found, strict=True):
+        expected, found = curve(one, name), curve(other, name)
+        assert [row["step"] for row in expected] == [row["step"] for row in found]
+        for left, right in zip(expected, found, strict=True):
             column = name.split("/")[1]
             assert float(left[column]) == pytest.approx(float(right[column]), abs=1e-5), (name, left["step"])
     assert metrics(one, "finetune_lora")["train_tokens"] == metrics(other, "finetune_lora")["train_tokens"]
@@ -194,29 +194,29 @@ def assert_same_losses(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_hosts_train_as_one(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
-    """Two hosts of tp 3 and four of tp 1, against one process: losses to 1e-5, with dropout."""
-    (alone,) = job("alone", 1, convert={"tp_size": 1}, train=TRAIN)
-    run_stage("finetune_lora", alone)
+    """Two hosts with tp 3 and four with tp 1 have the losses of one process to 1e-5, with dropout."""
+    (single,) = job("single", 1, convert={"tp_size": 1}, train=TRAIN)
+    run_stage("finetune_lora", single)
 
     two = job("two", 2, convert={"tp_size": 3}, train={**TRAIN, "dp_size": 2})
     ended(stage_everywhere(hosts, two))
-    assert_same_losses(alone, two[0])
-    # The first node alone has written.
+    assert_same_losses(single, two[0])
+    # Only the first node has written outputs.
     assert digests(two[0] / "artifacts/lora_adapter")
     for name in ("artifacts/lora_adapter", "metrics/finetune_lora.json", "plots", ".scratch"):
         assert not (two[1] / name).exists(), name
 
     four = job("four", 4, convert={"tp_size": 1}, train={**TRAIN, "dp_size": 4})
     ended(torchrun_everywhere(hosts, four, processes=1))
-    assert_same_losses(alone, four[0])
+    assert_same_losses(single, four[0])
 
 
 @pytest.mark.slow
-def test_a_host_cut_off_ends_the_run_and_others_go_on(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
-    """Two hosts; the second is cut off. The rerun on four hosts goes on and ends with the losses of a whole run."""
+def test_losing_a_host_ends_the_run_and_a_rerun_resumes(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
+    """One of two hosts loses its network. A rerun on four resumes and ends with the losses of an uninterrupted run."""
     sections: dict[str, Any] = {"convert": {"tp_size": 1}, "train": {**TRAIN, "epochs": 2}}
-    (alone,) = job("alone", 1, **sections)
-    run_stage("finetune_lora", alone)
+    (single,) = job("single", 1, **sections)
+    run_stage("finetune_lora", single)
 
     sections["train"]["dp_size"] = 2
     folders = job("cut", 4, **sections)
@@ -239,15 +239,15 @@ def test_a_host_cut_off_ends_the_run_and_others_go_on(hosts: list[Host], job: Ca
     printed = ended(stage_everywhere(hosts, folders))
     assert "resuming from step" in printed[0]
     assert "that checkpoint was made with 2 replicas" in printed[0]
-    assert_same_losses(alone, folders[0])
+    assert_same_losses(single, folders[0])
 
 
 @pytest.mark.slow
-def test_nodes_with_other_inputs_are_refused(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
+def test_nodes_with_different_inputs_are_refused(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
     folders = job("job", 2, convert={"tp_size": 1}, train={**TRAIN, "dp_size": 2})
     set_params(folders[1], train={"lr": 2.0e-3})
     runs = stage_everywhere(hosts, folders)
     printed = [run.communicate(timeout=120)[0] for run in runs]
-    for run, said in zip(runs, printed, strict=True):
+    for run, output in zip(runs, printed, strict=True):
         assert run.returncode == 1
-        assert f"params.yaml on node {hosts[1].address} differs from that on the first node" in said
+        assert f"params.yaml on node {hosts[1].address} differs from that on the first node" in output

@@ -1,12 +1,16 @@
+<<<<<<< HEAD
 """First calls of MKL's vector functions from several threads: without the workaround they are sometimes wrong."""
+=======
+"""Concurrent first calls of MKL's vector functions, which are sometimes wrong without our workaround."""
+>>>>>>> d29da43981b62ff63208f4f7bc70d738cadb21be
 
 import subprocess
 import sys
 
 import pytest
 
-# Each child is a process of its own to MKL: the first call of `cos` in it comes from three threads at once. Of 1,500
-# such children, 1 to 4 are wrong by 1e-4 when nothing is done (torch 2.10 to 2.13 with MKL 2024.2).
+# For MKL, each child is a new process, in which three threads make the first call of `cos` at the same time. Without
+# the workaround, 1 to 4 of 1,500 such children have errors of 1e-4 (torch 2.10 to 2.13 with MKL 2024.2).
 CHILDREN = """
 import os, threading
 import numpy as np
@@ -35,7 +39,7 @@ print(wrong)
 
 
 @pytest.mark.slow
-def test_first_calls_from_threads_at_once_are_as_exact_as_later_ones() -> None:
+def test_concurrent_first_calls_are_as_exact_as_later_ones() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHILDREN], env={"SETTLE": "1"}, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Packing documents into rows, and the file that they wait in."""
+"""Packing documents into rows, and the temporary file that holds the documents."""
 
 import random
 from collections.abc import Iterator
@@ -42,12 +42,12 @@ def example(tokens: Iterator[int], prompt: int, response: int) -> Example:
 def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, int]]], packing: bool, seed: int) -> None:
     seq_len, lengths = sizes
     pad = 0
-    tokens = iter(range(1, 10_000))  # every token occurs once, so a document is known by any of its tokens
+    tokens = iter(range(1, 10_000))  # every token occurs once, so any token identifies its document
     examples = [example(tokens, prompt, response) for prompt, response in lengths]
     found = []
     packed = packed_rows(examples, seq_len, pad, packing, seed)
-    for whole in packed:
-        one = dict(whole)
+    for row in packed:
+        one = dict(row)
         assert list(one) == ["input_ids", "labels", "position_ids", "document_ids", "row_ids"]
         assert len(one.pop("row_ids")) == max(one["document_ids"])
         assert all(len(values) == seq_len for values in one.values())
@@ -65,7 +65,7 @@ def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, in
         assert all(column == (pad, IGNORED, 0, 0) for column in columns if column[3] == 0)
     assert sorted(found) == [e.prompt_ids[0] for e in examples]
     if packing:
-        # Best fit opens a row only for what no open row takes, so no two rows would fit into one.
+        # Best fit starts a row only for a document that fits no open row, so no two rows would fit into one.
         free = sorted(one["document_ids"].count(0) for one in packed)
         assert len(free) == 1 or free[-1] + free[-2] < seq_len
         assert packed == packed_rows(examples, seq_len, pad, packing, seed)
@@ -74,7 +74,7 @@ def test_packing_keeps_every_document_whole(sizes: tuple[int, list[tuple[int, in
 
 
 def test_packed_rows_mix_documents_of_all_lengths() -> None:
-    """Sorted by length, all rows but one would hold a single length; in the seeded order most hold both."""
+    """If sorted by length, all rows but one would hold a single length. In the seeded order, most hold both."""
     lengths = [10] * 100 + [50] * 100
     packed = assign(lengths, 300, 17)
     assert sum(len({lengths[document] for document in documents}) == 2 for documents in packed) > len(packed) / 2
@@ -82,7 +82,7 @@ def test_packed_rows_mix_documents_of_all_lengths() -> None:
 
 
 def test_assign_is_best_fit() -> None:
-    """`assign` gives what the algorithm of its docstring gives, written down plainly."""
+    """`assign` gives the same as a direct implementation of the algorithm in its docstring."""
     lengths = random.Random(3).choices(range(1, 65), k=400)
     rows: list[list[int]] = []
     for document in random.Random(17).sample(range(400), 400):

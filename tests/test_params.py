@@ -1,4 +1,4 @@
-"""params.yaml: valid, and refused in one line where it is not."""
+"""params.yaml is valid. Invalid ones are refused in one line."""
 
 import subprocess
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_trn2_profile_divides_llama3_8b() -> None:
 @pytest.mark.parametrize(
     ("section", "change", "line"),
     [
-        # tests/test_bad_input.py has the bounds of single keys, through a stage.
+        # The bounds of single keys are in tests/test_bad_input.py.
         (
             "train",
             {"global_batch_size": 3, "micro_batch_size": 2},

@@ -31,7 +31,7 @@ def profile(name: str) -> tuple[Params, ModelConfig]:
 
 
 def chosen(name: str) -> tuple[str, ...]:
-    """The arguments of a tool that choose a profile."""
+    """The arguments with which a tool selects a profile."""
     return "--profile", name
 
 
@@ -41,12 +41,12 @@ def test_profiles_fit_their_models(name: str) -> None:
     check_divisible(config, params.convert)
     groups = kv_replica_groups(config, params.convert)
     assert sorted(rank for group in groups for rank in group) == list(range(params.convert.tp_size))
-    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # a 48xlarge with cores joined in pairs, a 32xlarge
+    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # a 48xlarge with cores in pairs, and a 32xlarge
     assert params.train.dp_size * params.convert.tp_size == cores
 
 
 def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """On the default profile, against a model that torch has built."""
+    """For the default profile, compared with a model built in torch."""
     from trnlora.backends.torch import thread_backends
     from trnlora.model.decoder import DecoderLM
     from trnlora.model.lora import add_lora
@@ -64,7 +64,7 @@ def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
-    """The planned bytes against the tensors that a forward pass on the torch backend saves for the backward pass."""
+    """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward."""
     from trnlora.backends import torch as torch_backend
     from trnlora.model.decoder import DecoderLM
     from trnlora.model.lora import add_lora, init_lora_a
@@ -98,7 +98,7 @@ def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recomp
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = model(ids, torch.arange(tokens)[None], torch.ones_like(ids))
     planned = make_plan(params, config, None).activation_bytes
-    if recompute:  # without the layer that the backward pass recomputes
+    if recompute:  # subtract the layer that the backward pass recomputes
         planned = (6 + 1) * tokens * config.hidden_size * 4
     assert hidden.requires_grad
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
@@ -110,17 +110,17 @@ def planned(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_llama3_8b_on_trn2() -> None:
-    """The plan's numbers against the arithmetic by hand."""
+    """The plan's numbers, compared with a calculation by hand."""
     params, config = profile("llama3-8b-trn2")
     plan = make_plan(params, config, packed_rows=721)
     assert (plan.ranks, plan.shards) == (64, 32)
     # embedding and lm_head; per layer: q and o, gate, up and down, k and v, two norms; the last norm
     layer = 4096 * (2 * 4096 + 3 * 14336 + 2 * 1024) + 2 * 4096
     assert plan.parameters == 2 * 128256 * 4096 + 32 * layer + 4096
-    # The same, divided by tp 32, but for norms, which are whole, and k and v, which are on four ranks each.
+    # The same divided by tp 32, except norms, which are on every rank, and k and v, which are on four ranks each.
     shard = 4096 * (2 * 4096 + 3 * 14336 + 4 * 2 * 1024) // 32 + 2 * 4096
     assert plan.shard_bytes == 2 * (2 * 128256 * 4096 // 32 + 32 * shard + 4096)
-    # A is whole on every rank, B has the rows of one query head, one key head and one value head.
+    # Every rank has all of A, and B's rows for one query head, one key head and one value head.
     assert plan.trainable_per_rank == 32 * 16 * (4096 + 3 * 128)
     assert plan.trainable == 32 * 16 * (4096 + 4096 + 2 * 1024)
     assert plan.adapter_bytes == 4 * 4 * plan.trainable_per_rank
@@ -128,7 +128,7 @@ def test_llama3_8b_on_trn2() -> None:
     assert plan.tokens_per_step == 16 * 4096
     # Per layer and 4096 tokens: two residuals (4096/32 × 4096 × 2 bytes each), q of one head and k and v of one KV head
     # (3 × 128 × 2), gate and up (2 × 14336/32 × 2), lora_A's input and mask (4096/32 × 4096 × 5), 16 × 4. The last norm
-    # keeps one residual more.
+    # keeps one more residual.
     activations = 32 * 4096 * (2 * 128 * 2 + 3 * 128 * 2 + 2 * 448 * 2 + 128 * 5 + 16 * 4) + 128 * 4096 * 2
     assert plan.activation_bytes == activations
     assert plan.logit_bytes == 4096 * 128256 // 32 * 4 * 2
@@ -137,7 +137,7 @@ def test_llama3_8b_on_trn2() -> None:
     # bytes; LoRA's of 4096 × 16 × 4.
     assert plan.tp_bytes_per_step == 8 * ((4 * 32 + 2) * 4096 * 4096 * 2 + 32 * 4096 * 16 * 4)
     assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
-    matrices = plan.parameters - 128256 * 4096  # without the embedding; with the norms, which hardly count
+    matrices = plan.parameters - 128256 * 4096  # without the embedding; includes the norms, which are negligible
     assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
 
 
@@ -162,7 +162,7 @@ def test_several_nodes_keep_the_global_batch() -> None:
     [("llama3-8b-trn2", "trn2.48xlarge", 2, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
 )
 def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
-    """It fits there, and at half the tp_size it does not."""
+    """The model fits there, but not with half the tp_size."""
     params, config = profile(name)
     fit = smallest_fit(params, config)
     assert fit is not None
@@ -177,7 +177,7 @@ def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: i
 
 
 def test_trn1_needs_a_kv_head_per_rank() -> None:
-    """1B needs 3 GiB at tp 4, but NxD on trn1 wants num_key_value_heads × kv_size_multiplier ranks."""
+    """1B needs 3 GiB at tp 4, but NxD on trn1 needs num_key_value_heads × kv_size_multiplier ranks."""
     params, config = profile("llama3.2-1b-trn1")
     fit = smallest_fit(params, config)
     assert fit is not None

@@ -1,4 +1,4 @@
-"""The stage prepare_data, with the tokenizer of a tiny model."""
+"""The prepare_data stage, with the tokenizer of a tiny model."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def stage_root(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 
 def write_params(path: Path, **changes: Any) -> None:
-    """The project's params, with a data section that does not depend on the current profile."""
+    """Write the project's params with a data section that does not depend on the current profile."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text("utf-8"))
     params["data"] = {
         "source": "path://data/tasks.jsonl",
@@ -63,9 +63,9 @@ def write_params(path: Path, **changes: Any) -> None:
 
 
 def run_stage(root: Path, *args: str) -> tuple[str, str | int | None]:
-    """Run the stage in `root`: what it printed, and its exit code (None: success; a string: its error line).
+    """Run the stage in `root`. Returns its output and its exit code (None: success; a string: its error line).
 
-    In this process, because a new one would spend most of its time on importing torch again.
+    Runs in this process, because a new one would spend most of its time importing torch.
     """
     printed = io.StringIO()
     with (
@@ -156,7 +156,7 @@ def test_another_process_writes_the_same_bytes(stage_root: Path, prepared: dict[
 def test_many_chunks_on_all_cores_give_the_same_bytes(
     stage_root: Path, prepared: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data set in chunks of 20 kB: several processes, and packed rows with documents of several chunks."""
+    """Chunks of 20 kB: several processes work, and packed rows have documents from several chunks."""
     root = tmp_path / "run"
     shutil.copytree(stage_root, root)
     monkeypatch.setattr(rows, "CHUNK_BYTES", 20_000)

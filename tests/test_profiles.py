@@ -1,4 +1,4 @@
-"""The profiles: each resolves to valid params, is written whole with comments, and is refused in one line."""
+"""The profiles: each resolves to valid params and is written in full, with comments. Errors are one line."""
 
 import shutil
 import subprocess
@@ -38,17 +38,17 @@ def comments(text: str) -> dict[str, str]:
 
 
 def whole_lines(text: str) -> list[str]:
-    """The comments on lines of their own, without the first, which names the profile."""
+    """The comments that fill a line, without the first one, which names the profile."""
     return [line for line in text.splitlines() if line.lstrip().startswith("#")][1:]
 
 
-def test_all_are_here() -> None:
+def test_all_profiles_exist() -> None:
     assert DEFAULT in NAMES
     assert len(NAMES) == 6
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_profile_resolves_and_is_written_whole(name: str, tmp_path: Path) -> None:
+def test_a_profile_resolves_and_is_written_in_full(name: str, tmp_path: Path) -> None:
     params = load_profile(name, ROOT / "profiles")
     parse_source(params.model.source)
     parse_source(params.data.source)
@@ -63,13 +63,13 @@ def test_a_profile_resolves_and_is_written_whole(name: str, tmp_path: Path) -> N
     default = (ROOT / "profiles" / f"{DEFAULT}.yaml").read_text("utf-8")
     assert comments(default).keys() <= comments(written).keys()
     assert whole_lines(default) == whole_lines(written)
-    assert written.splitlines().count("") == default.splitlines().count("")  # sections stay apart
+    assert written.splitlines().count("") == default.splitlines().count("")  # blank lines between sections are kept
     write_profile(name, target, ROOT / "profiles")
     assert target.read_text("utf-8") == written
     assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
-def test_the_default_profile_is_written_as_it_is() -> None:
+def test_the_default_profile_is_written_unchanged() -> None:
     text = (ROOT / "profiles" / f"{DEFAULT}.yaml").read_text("utf-8")
     assert profile_text(DEFAULT, ROOT / "profiles") == text
 
@@ -82,7 +82,7 @@ def test_comments_of_the_nearest_profile_win() -> None:
     assert trn1["convert.kv_size_multiplier"] == trn2["convert.kv_size_multiplier"]  # trn1 extends trn2
     assert trn1["convert.tp_size"].endswith("all 32 cores of the instance")
     assert trn1["train.dp_size"] == default["train.dp_size"]
-    assert "gated" in trn2["model.source"]  # where the default has none
+    assert "gated" in trn2["model.source"]  # the default has no comment there
 
 
 def test_a_new_key_needs_no_edit_of_an_overlay(folder: Path) -> None:
@@ -96,8 +96,8 @@ def test_a_new_key_needs_no_edit_of_an_overlay(folder: Path) -> None:
         assert yaml.safe_load(written)["extra"] == {"answer": 42}
 
 
-def test_values_of_any_form_are_written(folder: Path) -> None:
-    """Lists in block form, quotes that matter, and a profile that does not say what it extends."""
+def test_values_in_any_yaml_form_are_written(folder: Path) -> None:
+    """Block lists, significant quotes, and a profile without `extends`."""
     (folder / "mine.yaml").write_text(
         "data:\n  categories:  # two\n    - open_qa\n    - 'yes'\nserve:\n  host: '0'\neval:\n  adapter: path:///a\n"
         "neuron:\n  cc_flags: --model-type=transformer  # fewer\n",
@@ -114,7 +114,7 @@ def test_values_of_any_form_are_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("extends: nobody\n", "mine.yaml: extends 'nobody', which is not a profile: use one of llama3-70b-trn2 "),
+        ("extends: unknown\n", "mine.yaml: extends 'unknown', which is not a profile: use one of llama3-70b-trn2 "),
         ("extends: [a]\n", "mine.yaml: extends ['a'], which is not a profile"),
         ("extends: mine\n", "`extends` goes in a circle: mine → mine"),
         ("extends: other\n", "`extends` goes in a circle: mine → other → mine"),
@@ -141,8 +141,8 @@ def test_a_wrong_profile_is_refused_in_one_line(folder: Path, text: str, line: s
 
 
 def test_an_unknown_profile_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no profile 'nobody': use one of llama3-70b-trn2 .* smollm2-135m-cpu"):
-        load_profile("nobody", ROOT / "profiles")
+    with pytest.raises(UserError, match=r"no profile 'unknown': use one of llama3-70b-trn2 .* smollm2-135m-cpu"):
+        load_profile("unknown", ROOT / "profiles")
     with pytest.raises(UserError, match="holds no profiles: run from the project's root"):
         load_profile(DEFAULT, tmp_path)
 

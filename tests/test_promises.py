@@ -1,4 +1,4 @@
-"""docs/promises.md names tests that exist, and the promises that one reading of the code can hold."""
+"""docs/promises.md names tests that exist. Also the promises that can be checked by reading the source."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def test_every_promise_names_a_test() -> None:
 
 
 def calls() -> Iterator[tuple[Path, str, dict[str, ast.expr]]]:
-    """Every call in the project's code: its file, its function's text, and its keyword arguments."""
+    """Every call in the project's code: its file, the text of the called function, and its keyword arguments."""
     for folder in ("trnlora", "stages", "tools", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text("utf-8"))):

@@ -1,4 +1,4 @@
-"""The report as people see it: in a browser without network, on a desktop and on a phone, light and dark."""
+"""The report in a browser without network: on a desktop and on a phone, light and dark."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SECTIONS = {
     "all": "All values",
 }
 
-pytestmark = pytest.mark.slow  # each in a DVC project of its own, some in a browser
+pytestmark = pytest.mark.slow  # each test has its own DVC project; some use a browser
 
 
 def report(project: Project, *arguments: str) -> str:
@@ -39,12 +39,12 @@ def open_report(project: Project, browser: Browser, width: int, scheme: str = "l
 def metrics_shown_by_dvc(project: Project) -> dict[str, Any]:
     """`dvc metrics show` of the working tree, by file and dotted key."""
     files = json.loads(project.dvc("metrics", "show", "--json").splitlines()[-1])[""]["data"]
-    found = {file: shown["data"] for file, shown in files.items() if "data" in shown}  # the others have not run
+    found = {file: shown["data"] for file, shown in files.items() if "data" in shown}  # the other stages have not run
     return {f"{file}:{key}": value for file, values in found.items() for key, value in flat(values)}
 
 
 def shares(image: Image.Image, *colors: str) -> list[float]:
-    """How much of an image is drawn in each color (#rrggbb), antialiasing left out."""
+    """The share of an image in each color (#rrggbb), without antialiased pixels."""
     pixels = image.width * image.height
     counts = {color: count for count, color in image.getcolors(pixels) or []}
     return [counts.get(tuple(bytes.fromhex(color[1:])), 0) / pixels for color in colors]
@@ -58,7 +58,7 @@ def brightness(image: Image.Image) -> float:
 
 
 def test_every_section_is_visible_offline(run_project: Project, browser: Browser, tmp_path: Path) -> None:
-    """On a desktop and on a phone: headings, numbers and curves are there, and nothing is wider than the page."""
+    """On a desktop and on a phone: headings, numbers and curves are visible, and no element is wider than the page."""
     assert "report in reports/report.html" in report(run_project, "--compare", "HEAD")
     page = (run_project.root / "reports/report.html").read_text("utf-8")
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
@@ -95,7 +95,7 @@ def test_every_section_is_visible_offline(run_project: Project, browser: Browser
 
 
 def test_numbers_are_those_of_dvc(run_project: Project, browser: Browser) -> None:
-    """Every metric of the working tree is on the page, with dvc's value; those of the other commit are the commit's."""
+    """Every metric of the working tree is on the page with dvc's value. So are those of the other commit."""
     path = run_project.root / "metrics/eval_vllm.json"
     metrics = json.loads(path.read_text("utf-8"))
     metrics["tuned"]["exact_match"] = 0.25  # so that the commit and the working tree differ
@@ -150,7 +150,7 @@ def test_answers_are_filtered_and_differences_marked(run_project: Project, brows
 
 
 def test_summary_lists_changes(run_project: Project) -> None:
-    """With another commit, params and scores that changed; without, answers that became right."""
+    """With another commit: changed params and scores. Without one: answers that became correct."""
     run_project.run("git", "tag", "before")
     run_project.set_params(train={"lr": 5.0e-3})
     report(run_project, "--compare", "before")

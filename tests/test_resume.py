@@ -1,4 +1,4 @@
-"""An interrupted training resumes, whatever stopped it, and ends in the same bytes as an uninterrupted one."""
+"""Training resumes after any interruption and ends with the same bytes as an uninterrupted run."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from support.stages import digests, metrics, run_stage, set_params, stage
 pytestmark = pytest.mark.slow
 
 TRAIN = {"epochs": 2, "checkpoint_every_steps": 3}
-ONE_RANK = {"tp_size": 1}  # where the cut does not matter
+ONE_RANK = {"tp_size": 1}  # for tests in which sharding does not matter
 DEAD_SECONDS = 30  # docs/promises.md
 
 
@@ -38,25 +38,25 @@ class Training:
         )
 
     def wait_for_step(self, step: int) -> None:
-        """Until a checkpoint of this step or a later one is there."""
+        """Wait until there is a checkpoint of this step or a later one."""
         while not any(saved >= step for saved in checkpoints(self.folder)):
             assert self.process.poll() is None, self.process.stdout.read()
             time.sleep(0.01)
 
     def ranks(self) -> list[psutil.Process]:
-        """Forks of the server that has imported their libraries, which is a child of the launcher."""
+        """The ranks: forks of the server that has imported their libraries, which is a child of the launcher."""
         (server,) = [child for child in self.process.children() if "multiprocessing.forkserver" in str(child.cmdline())]
         return server.children()
 
     def ended(self, ranks: list[psutil.Process]) -> str:
-        """What it printed, once it and its ranks have ended, which must be within DEAD_SECONDS."""
+        """Its output. Waits until it and its ranks have ended, for at most DEAD_SECONDS."""
         printed, _ = self.process.communicate(timeout=DEAD_SECONDS)
         _, alive = psutil.wait_procs(ranks, timeout=DEAD_SECONDS)
         assert not alive
         return printed
 
     def stopped_at(self, step: int) -> None:
-        """Kill the launcher once a checkpoint of this step is there, and wait for the ranks to end."""
+        """Kill the launcher as soon as there is a checkpoint of this step, and wait until the ranks have ended."""
         self.wait_for_step(step)
         ranks = self.ranks()
         self.process.kill()
@@ -75,7 +75,7 @@ def curve(folder: Path, name: str) -> list[dict[str, str]]:
 def assert_same_run(one: Path, other: Path) -> None:
     assert digests(one / "artifacts/lora_adapter") == digests(other / "artifacts/lora_adapter")
     assert metrics(one, "finetune_lora") == metrics(other, "finetune_lora")
-    for name in ("train/loss", "train/lr", "train/grad_norm", "validation/loss"):  # no step lost, none twice
+    for name in ("train/loss", "train/lr", "train/grad_norm", "validation/loss"):  # no step is lost or repeated
         assert curve(one, name) == curve(other, name)
 
 
@@ -85,7 +85,7 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
     """tp 3: a rank is killed in the first epoch, the launcher in the second."""
     whole, broken = trained("whole", train=TRAIN), converted("broken", train=TRAIN)
     steps = metrics(whole, "finetune_lora")["steps"]
-    assert not list(whole.glob(".scratch/checkpoints/*"))  # a complete run leaves none
+    assert not list(whole.glob(".scratch/checkpoints/*"))  # a complete run leaves no checkpoints
 
     training = Training(broken)
     training.wait_for_step(6)
@@ -98,7 +98,7 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
     assert "rank 1 failed: Signal 9 (SIGKILL)" in line
     assert "rerun to resume" in line
     assert "Traceback" not in printed
-    assert not list((broken / "artifacts").glob(".*"))  # nor part of an adapter
+    assert not list((broken / "artifacts").glob(".*"))  # no part of an adapter either
     assert not (broken / "artifacts/lora_adapter").exists()
     assert len(checkpoints(broken)) == 2  # train.checkpoints_kept
 
@@ -120,7 +120,7 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
 def test_sigterm_and_the_same_bytes(
     trained: Callable[..., Path], converted: Callable[..., Path], tp_size: int, dp_size: int
 ) -> None:
-    """With accumulated micro-batches, and a validation at a step that does not end an epoch."""
+    """With accumulated micro-batches and a validation in the middle of an epoch."""
     sections: dict[str, Any] = {
         "convert": {"tp_size": tp_size},
         "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 17},
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_not_used(converted: Calla
 
 
 def test_an_edit_of_the_code(converted: Callable[..., Path], tmp_path: Path) -> None:
-    """An error message and comments are not part of a run's identity; what computes its numbers is, and is named."""
+    """Error messages and comments are not part of a run's identity. Code that computes its numbers is, and is named."""
     shutil.copytree(ROOT / "trnlora", tmp_path / "code/trnlora", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "stages", tmp_path / "code/stages")
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "code/dvc.yaml")
@@ -213,7 +213,7 @@ def test_a_checkpoint_to_resume_from_is_checked(converted: Callable[..., Path]) 
 
 
 def test_a_value_that_is_not_finite_stops_with_step_rows_and_checkpoint(trained: Callable[..., Path]) -> None:
-    """A learning rate that no float32 survives: the loss is NaN as soon as it has been applied."""
+    """With this learning rate, float32 overflows: the loss is NaN after the first update."""
     folder = trained("run", train={"max_steps": 1}, convert=ONE_RANK)
     before = digests(folder / "artifacts/lora_adapter")
     set_params(folder, train={"max_steps": None, "lr": 1.0e36, "checkpoint_every_steps": 1})
@@ -235,7 +235,7 @@ def test_two_trainings_do_not_write_the_same_output(converted: Callable[..., Pat
     training = Training(folder)
     training.wait_for_step(3)
     ranks = training.ranks()
-    for rank in ranks:  # it would be done before the second has imported what it needs
+    for rank in ranks:  # otherwise it would end before the second one has finished its imports
         rank.suspend()
     second = stage("finetune_lora", folder)
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""Reading rows: what a bad line ends in, and sources on disk and on the hub."""
+"""Reading rows: errors for bad lines, and sources on disk and on the hub."""
 
 import http.server
 import json
@@ -21,7 +21,7 @@ from trnlora.files import sha256, write_jsonl
 
 
 def line(**changes: Any) -> bytes:
-    """A good row as JSON with some columns changed; 'absent' removes a column."""
+    """A valid row as JSON with some columns changed; 'absent' removes a column."""
     values = {"instruction": "Say it.", "context": "", "response": "it", "category": "talk", **changes}
     return json.dumps({key: value for key, value in values.items() if value != "absent"}).encode()
 
@@ -87,7 +87,7 @@ def test_path_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub() -> Iterator[http.server.ThreadingHTTPServer]:
-    """A Hugging Face Hub that answers the three requests of a download; every data set on it has `.files`.
+    """A Hugging Face Hub that answers the three requests of a download. Every data set on it has `.files`.
 
     org/gated requires the token `let-me-in`, as gated repositories do.
     """
@@ -130,7 +130,7 @@ def hub() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 def fetch_in_a_process(source: str, port: int, home: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """fetch_rows_file with the hub's address in the environment, where huggingface_hub reads it when imported."""
+    """Run fetch_rows_file in a process of its own, since huggingface_hub reads the hub's address when imported."""
     code = (
         "import sys\nfrom trnlora.data.rows import fetch_rows_file\nfrom trnlora.errors import run\n"
         "run(lambda: print(fetch_rows_file(sys.argv[1], None)))"
@@ -182,7 +182,7 @@ def test_a_hub_data_set_of_several_files(tmp_path: Path, hub: Any) -> None:
 
 def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        port = server.server_port  # free again after the block, and so refusing connections
+        port = server.server_port  # closed after the block, so it refuses connections
     done = fetch_in_a_process("hf://org/name@v1", port, tmp_path)
     assert done.returncode == 1
     assert re.fullmatch(r"error: cannot reach the hub at .*\n", done.stderr), done.stderr
@@ -192,7 +192,7 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100, 10_000])
-def test_chunks_are_the_whole_file_in_whole_lines(tmp_path: Path, size: int) -> None:
+def test_chunks_are_the_whole_file_in_complete_lines(tmp_path: Path, size: int) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(line(instruction=f"Say {number}.") for number in range(20)))  # no newline at the end
     found = chunks(path, size)

@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand."""
+"""Scores, compared with values calculated by hand."""
 
 import subprocess
 import sys

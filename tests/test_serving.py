@@ -1,4 +1,4 @@
-"""What is checked before vLLM starts, then vLLM for real: the server with its signals, and the evaluation stage."""
+"""The checks before vLLM starts, then the real vLLM: the server, its signals, and the evaluation stage."""
 
 import contextlib
 import http.client
@@ -54,7 +54,7 @@ def params(**sections: dict[str, Any]) -> Params:
 
 
 @pytest.fixture
-def spoiled(adapter: Path, tmp_path: Path) -> Path:
+def broken(adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "adapter"))
 
 
@@ -92,7 +92,7 @@ def rename(new: str) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("break_it", "message"),
     [
         (shutil.rmtree, "is missing: run `dvc repro flatten_adapter`"),
         (
@@ -114,11 +114,11 @@ def rename(new: str) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_an_adapter_that_vllm_would_not_apply_is_refused(
-    spoil: Callable[[Path], None], message: str, spoiled: Path, tiny_llama: Path
+    break_it: Callable[[Path], None], message: str, broken: Path, tiny_llama: Path
 ) -> None:
-    spoil(spoiled)
+    break_it(broken)
     with pytest.raises(UserError, match=message) as caught:
-        check_own_adapter(spoiled, tiny_llama, LORA, "tuned")
+        check_own_adapter(broken, tiny_llama, LORA, "tuned")
     assert "\n" not in str(caught.value)
 
 
@@ -206,7 +206,7 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert " image:1 -m vllm.entrypoints.openai.api_server --model artifacts/model" in image.stdout
 
 
-def test_serve_on_neuron_refuses_replicas_and_others(neuron_workdir: Path) -> None:
+def test_serve_on_neuron_refuses_replicas_and_other_adapters(neuron_workdir: Path) -> None:
     done = script("tools/serve.py", "--dry-run", "--replicas", "2", cwd=neuron_workdir)
     assert_one_line(done, "backend nxd serves one replica per address")
     other = ("--adapters", f"other={neuron_workdir}/artifacts/adapter")
@@ -282,7 +282,7 @@ def test_relay_shows_the_last_line_of_a_traceback_and_nothing_after_the_engine_d
     assert reason([*kept]).startswith("its engine was killed")
 
 
-# The server for real
+# The real server
 
 
 @pytest.mark.slow
@@ -292,19 +292,19 @@ def test_both_models_answer_and_differ(server: Server) -> None:
     completions = [server.complete(model, prompt) for model in ("base", "tuned")]
     chats = [server.chat(model, "Name the capital of France.") for model in ("base", "tuned")]
     assert completions[0] != completions[1]
-    # The dolly template makes this prompt of that question, so the chat endpoint must give the same answers.
+    # The dolly template makes the prompt above from this question, so the chat endpoint must give the same answers.
     assert [chat["choices"][0]["message"]["content"] for chat in chats] == completions
 
 
 @pytest.mark.slow
-def test_the_base_answers_the_same_beside_requests_for_the_adapter(server: Server) -> None:
+def test_the_base_answers_the_same_while_the_adapter_is_used(server: Server) -> None:
     prompts = [f"### Instruction:\nCount to {n}.\n\n### Response:\n" for n in range(8)]
-    alone = [server.complete("base", prompt, 64) for prompt in prompts]
+    expected = [server.complete("base", prompt, 64) for prompt in prompts]
     with ThreadPoolExecutor(16) as pool:
         tuned = [pool.submit(server.complete, "tuned", prompt, 64) for prompt in prompts]
         base = [pool.submit(server.complete, "base", prompt, 64) for prompt in prompts]
-        assert [future.result() for future in base] == alone
-        assert all(future.result() != text for future, text in zip(tuned, alone, strict=True))
+        assert [future.result() for future in base] == expected
+        assert all(future.result() != text for future, text in zip(tuned, expected, strict=True))
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def send(port: int, path: str, content: bytes) -> tuple[int, Any]:
 
 
 def hang_up(port: int, content: bytes, after: str) -> None:
-    """A streaming request whose connection is reset: half sent, just after sending, or after the first tokens."""
+    """Reset the connection of a streaming request when it is half sent, just sent, or after the first tokens."""
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     )
@@ -342,7 +342,7 @@ def hang_up(port: int, content: bytes, after: str) -> None:
 
 
 class Load:
-    """One client: random requests, one after another, and their results."""
+    """One client that sends random requests one after another, and their results."""
 
     def __init__(self, port: int, seed: int) -> None:
         self.port = port
@@ -377,10 +377,10 @@ class Load:
         assert reply["choices"][0]["finish_reason"] in ("stop", "length")
 
     def refused(self, kind: str) -> None:
-        content, wanted = BAD[kind]
+        content, allowed = BAD[kind]
         status, reply = send(self.port, "/v1/completions", content)
-        assert status in wanted, (status, reply)
-        assert reply["error"]["message"] if "error" in reply else reply["detail"]  # vLLM's form, or FastAPI's
+        assert status in allowed, (status, reply)
+        assert reply["error"]["message"] if "error" in reply else reply["detail"]  # in vLLM's format or FastAPI's
         assert "Traceback" not in json.dumps(reply)
 
     def hang_up(self) -> None:
@@ -396,7 +396,7 @@ BAD: dict[str, tuple[bytes, set[int]]] = {
     "over-long prompt": (completion(prompt="word " * 3000), {400}),
     "over-long answer": (completion(max_tokens=100_000), {400}),
     "token outside the vocabulary": (completion(prompt=[999_999]), {400}),
-    "unknown model": (completion(model="nobody"), {404}),
+    "unknown model": (completion(model="unknown"), {404}),
     "bad JSON": (completion()[:-1], {400, 422}),
     "not JSON": (b"\xff\xfe\x00", {400, 422}),
     "no prompt": (b'{"model": "tuned"}', {400, 422}),
@@ -410,7 +410,7 @@ BAD: dict[str, tuple[bytes, set[int]]] = {
     "seconds", [pytest.param(10, marks=pytest.mark.slow), pytest.param(60, marks=pytest.mark.long)]
 )
 def test_parallel_clients_good_and_bad(server: Server, workdir: Path, seconds: int) -> None:
-    """16 clients: no valid request fails, the others get a clean 4xx."""
+    """16 clients: no valid request fails; the others get a proper 4xx."""
     clients = [Load(server.port, seed) for seed in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(lambda client: client.run(time.monotonic() + seconds), clients))
@@ -426,7 +426,7 @@ def test_parallel_clients_good_and_bad(server: Server, workdir: Path, seconds: i
 
 @pytest.mark.slow
 def test_the_server_exports_what_the_dashboard_queries(server: Server) -> None:
-    """launch/grafana-vllm.json: /metrics has every metric and label of its queries after a few requests."""
+    """After a few requests, /metrics has every metric and label that launch/grafana-vllm.json queries."""
     exported = server.metrics()
     dashboard = json.loads((ROOT / "launch/grafana-vllm.json").read_text("utf-8"))
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
@@ -455,7 +455,7 @@ def test_serving_load_prints_a_line_for_each_number_of_clients(server: Server, w
 
 @pytest.mark.slow
 def test_replicas_share_one_address_and_sigterm_leaves_no_process_and_no_file(workdir: Path, tmp_path: Path) -> None:
-    """Two engines: both receive requests, and both give the same answer."""
+    """Two engines: both receive requests and give the same answer."""
     two = Server(workdir, tmp_path, "--replicas", "2")
     try:
         prompt = "### Instruction:\nName the capital of France.\n\n### Response:\n"
@@ -472,7 +472,7 @@ def test_replicas_share_one_address_and_sigterm_leaves_no_process_and_no_file(wo
         two.process.send_signal(signal.SIGTERM)
         assert two.process.wait(timeout=60) == 0
         assert not [process for process in family if process.is_running()]
-        assert list(tmp_path.iterdir()) == [two.log]  # the chat template was in a folder next to it
+        assert list(tmp_path.iterdir()) == [two.log]  # the folder of the chat template is gone
         assert two.log.read_text("utf-8").endswith("stopped\n")
     finally:
         two.stop()
@@ -486,7 +486,7 @@ def test_a_server_that_cannot_start_ends_in_one_line(workdir: Path, tmp_path: Pa
     assert_one_line(done, "vLLM did not start", "max_model_len (9999) is greater than the derived max_model_len")
 
 
-# The evaluation stage for real
+# The real evaluation stage
 
 
 def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
@@ -508,7 +508,7 @@ def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
 
 @pytest.fixture(scope="module")
 def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `workdir` with prepared rows of the default data set, and the losses that PEFT measures on them."""
+    """A copy of `workdir` with prepared rows of the default data set and PEFT's losses on them."""
     from transformers import AutoTokenizer
 
     from trnlora.data.templates import render_prompt, tokenize_pair
@@ -546,7 +546,7 @@ def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_p
 @pytest.mark.slow
 def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
     (evaluated / "artifacts" / "answers.rejected.jsonl").write_text("of an earlier run\n")
-    # with a terminal for its progress bars
+    # with a terminal, for its progress bars
     terminal, inside = pty.openpty()
     termios.tcsetwinsize(inside, (40, 120))
     command = [sys.executable, str(ROOT / "stages" / "eval_vllm.py")]
@@ -563,7 +563,7 @@ def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
     assert b"Warning" not in shown
     metrics = json.loads((evaluated / "metrics" / "eval_vllm.json").read_text("utf-8"))
     assert metrics["prompts"] == 10
-    assert metrics["loss_gap_peft"] < 1e-4  # fp32: the same loss to rounding
+    assert metrics["loss_gap_peft"] < 1e-4  # fp32: the same loss up to rounding
     assert metrics["changed_fraction"] >= 0.5
     assert abs(metrics["base"]["loss"] - metrics["tuned"]["loss"]) > 1e-3
     answers = [json.loads(line) for line in (evaluated / "artifacts" / "answers.jsonl").read_text("utf-8").splitlines()]
@@ -587,7 +587,7 @@ def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
 def test_eval_refuses_an_adapter_without_effect(
     evaluated: Path, eval_worker: EvalWorker, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """In an engine that has just evaluated an adapter with effect, also called `tuned`."""
+    """In an engine that has just evaluated an adapter that has an effect and is also called `tuned`."""
     copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
     done = eval_worker.evaluate(copy)
     assert done.returncode == 0, done.stderr
@@ -608,7 +608,7 @@ def test_eval_refuses_an_adapter_without_effect(
 
 @pytest.mark.slow
 def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, eval_worker: EvalWorker, tmp_path: Path) -> None:
-    """In the middle of the evaluation, with the engine running: a prompt longer than serve.max_model_len."""
+    """A prompt longer than serve.max_model_len, in the middle of the evaluation."""
     copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
     path = copy / "artifacts" / "prepared" / "test.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

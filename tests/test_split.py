@@ -1,4 +1,4 @@
-"""Choosing rows by category and dividing them into splits."""
+"""Selecting rows by category and dividing them into splits."""
 
 import random
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ def test_a_drawn_split(prompts: list[int], seed: int, shuffled: random.Random) -
     # Each row once, in the order of the file.
     assert sorted(member.line for members in splits.values() for member in members) == list(range(len(rows)))
     assert all(members == sorted(members, key=lambda member: member.line) for members in splits.values())
-    # No prompt is in two splits, and the fractions are those of distinct prompts.
+    # No prompt is in two splits. The fractions refer to distinct prompts.
     prompts_of = {name: {prompts[member.line] for member in members} for name, members in splits.items()}
     assert not prompts_of["train"] & prompts_of["test"]
     assert not prompts_of["train"] & prompts_of["validation"]

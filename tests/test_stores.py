@@ -1,4 +1,4 @@
-"""The DVC remote on an S3-compatible server: what one machine has made, another has without making it again."""
+"""A DVC remote on an S3-compatible server: what one machine has made, another one need not make again."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from support.stages import digests
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of moto's server with a bucket `store`; credentials as anybody's, in the environment."""
+    """The address of moto's server with a bucket `store`. Credentials are in the environment, as usual."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -62,11 +62,11 @@ def test_a_run_is_pushed_cloned_pulled_and_up_to_date(finished_copy: Project, s3
     assert not (elsewhere.root / "artifacts/shards").exists()  # push: false
     assert ran(elsewhere.dvc("repro", "--allow-missing", "flatten_adapter")) == []
 
-    # Another learning rate needs the shards: they are made again, alike, and no other stage before the training runs.
+    # A new learning rate needs the shards. They are made again with the same bytes; no other earlier stage runs.
     elsewhere.set_params(train={"lr": 5.0e-3})
     assert ran(elsewhere.dvc("repro", "flatten_adapter")) == ["convert_nxd", "finetune_lora", "flatten_adapter"]
     assert digests(elsewhere.root / "artifacts/shards") == made["shards"]
     elsewhere.commit("Another learning rate")
-    shutil.rmtree(elsewhere.root / ".dvc/cache")  # what comes now comes from the store
+    shutil.rmtree(elsewhere.root / ".dvc/cache")  # so that the next command reads from the store
     elsewhere.dvc("get", "--rev", "HEAD~1", "--out", "reports/first", ".", "artifacts/adapter")
     assert digests(elsewhere.root / "reports/first") == made["adapter"]

@@ -1,4 +1,4 @@
-"""The default data set: the checked-in file is the generator's output, and the splits share no entity."""
+"""The default data set: the committed file is the generator's output, and the splits share no entity."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def make_tasks() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_tasks"] = module  # dataclasses look their module up
+    sys.modules["make_tasks"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -33,7 +33,7 @@ def rows() -> list[dict[str, str]]:
 
 
 def entities(make_tasks: ModuleType, split: str) -> dict[str, set[str]]:
-    """{kind: values} of a split."""
+    """The entities of a split as {kind: values}."""
     found: dict[str, set[str]] = {}
     for task in make_tasks.generate():
         if task.split == split:
@@ -47,7 +47,7 @@ def text(row: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
-def test_generator_rewrites_the_checked_in_file_byte_for_byte(tmp_path: Path, hash_seed: str) -> None:
+def test_generator_writes_the_committed_file_byte_for_byte(tmp_path: Path, hash_seed: str) -> None:
     out = tmp_path / "tasks.jsonl"
     subprocess.run(
         [sys.executable, str(DATA / "make_tasks.py"), "--out", str(out)], check=True, env={"PYTHONHASHSEED": hash_seed}
@@ -55,7 +55,7 @@ def test_generator_rewrites_the_checked_in_file_byte_for_byte(tmp_path: Path, ha
     assert out.read_bytes() == (DATA / "tasks.jsonl").read_bytes()
 
 
-def test_rows_are_as_many_as_documented(make_tasks: ModuleType, rows: list[dict[str, str]]) -> None:
+def test_numbers_of_rows(make_tasks: ModuleType, rows: list[dict[str, str]]) -> None:
     assert len(rows) == 800
     counts = Counter((row["category"], row["split"]) for row in rows)
     assert counts == {
@@ -67,13 +67,13 @@ def test_rows_are_as_many_as_documented(make_tasks: ModuleType, rows: list[dict[
 
 
 def test_train_rows_keep_within_the_training_budget(rows: list[dict[str, str]]) -> None:
-    # SmolLM2 makes 26 404 tokens of the 53 180 characters here and dolly's headings; 27 000 is what two epochs of
-    # the default training on two CPU cores have time for.
+    # For SmolLM2, these 53 180 characters and dolly's headings are 26 404 tokens. The default training, two epochs on
+    # two CPU cores, has time for 27 000.
     assert sum(len(text(row)) - 2 for row in rows if row["split"] == "train") < 54_000
 
 
 def test_entities_are_what_the_rows_are_made_of(make_tasks: ModuleType) -> None:
-    """The metadata that the next tests rely on is true: each value stands in its row, and what is left is shared."""
+    """The next tests rely on this: each entity is in its row, and the rest of the row is shared by the splits."""
     frames: dict[str, set[str]] = {"train": set(), "test": set()}
     for task in make_tasks.generate():
         bare = text(task.row())
@@ -82,14 +82,14 @@ def test_entities_are_what_the_rows_are_made_of(make_tasks: ModuleType) -> None:
         for value in sorted(task.entities.values(), key=len, reverse=True):
             bare = bare.replace(value, "_")
         if task.category == "rewriting":
-            # In the question a date has its month by name and its day, in the answer to a name there is an initial.
+            # The question has a date's day and month name; the answer to a name has an initial.
             bare = re.sub(r"\b(" + "|".join(m + "|" + m[:3] for m in make_tasks.MONTHS) + r")\b", "month", bare)
             bare = re.sub(r"\b\d{1,2}\b", "day", bare)
             bare = re.sub(r"_, [A-Z]\.", "_, initial", bare)
         if task.category == "classification":
             bare = re.sub(r"\w+, \w+, \w+ or \w+", "labels", bare)
         frames[task.split].add(bare)
-    # 6 categories with a handful of wordings each, and no test row has a wording that train rows lack.
+    # 6 categories with a few wordings each. No test row has a wording that is not in train rows.
     assert len(frames["train"]) < 70
     assert frames["test"] <= frames["train"]
 
@@ -103,7 +103,7 @@ def test_no_entity_is_shared_between_the_splits(make_tasks: ModuleType) -> None:
 
 
 def test_no_test_word_occurs_in_any_train_row(make_tasks: ModuleType, rows: list[dict[str, str]]) -> None:
-    """Across kinds and inflections too: a test device is no train item, neither in the plural nor in lower case."""
+    """Also across kinds and inflections: a test device is not a train item, not even in plural or lower case."""
     stem = PorterStemmer().stem
 
     def stems(of: str) -> str:
@@ -113,12 +113,12 @@ def test_no_test_word_occurs_in_any_train_row(make_tasks: ModuleType, rows: list
     for kind, values in entities(make_tasks, "test").items():
         for value in values:
             phrase = stems(value)
-            if phrase.strip():  # numbers mean something else in each kind; the test above compares them kind by kind
+            if phrase.strip():  # not numbers, which the test above compares per kind
                 assert not [row for row in train if phrase in row], (kind, value)
 
 
-def test_every_test_row_holds_words_that_training_never_showed(rows: list[dict[str, str]]) -> None:
-    """The same from the file alone, without the generator's word for it."""
+def test_every_test_row_has_words_that_no_train_row_has(rows: list[dict[str, str]]) -> None:
+    """The same check using only the file, without the generator's metadata."""
 
     def words(of: str) -> set[str]:
         return set(re.findall(r"\w+", of.lower()))
@@ -127,14 +127,14 @@ def test_every_test_row_holds_words_that_training_never_showed(rows: list[dict[s
     trained = {row["response"] for row in rows if row["split"] == "train"}
     for row in rows:
         if row["split"] == "test":
-            if row["category"] == "rewriting":  # 2022-03-14 is made of known numbers, but is a date never seen
+            if row["category"] == "rewriting":  # the parts of 2022-03-14 may be known, but not the date
                 assert row["response"] not in trained
             else:
                 assert words(text(row)) - known, row
 
 
 def test_answers_follow_from_the_rows(rows: list[dict[str, str]]) -> None:
-    """The checkable categories are right by rules of their own, not by the generator's."""
+    """The answers of the checkable categories are correct by rules that do not use the generator."""
     checked = Counter[str]()
     for row in rows:
         instruction, context, response = row["instruction"], row["context"], row["response"]

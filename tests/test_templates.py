@@ -1,4 +1,4 @@
-"""The prompt templates: their exact text, and the same prompts from the server."""
+"""The prompt templates: their exact text, and that the server builds the same prompts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_prompt_text(tokenizer: Any, name: str, context: str, prompt: str) -> No
 
 
 @pytest.mark.parametrize("name", ["alpaca", "dolly"])
-def test_jinja_syntax_in_a_row_is_left_alone(tokenizer: Any, name: str) -> None:
+def test_jinja_syntax_in_a_row_is_not_interpreted(tokenizer: Any, name: str) -> None:
     text = "{{ 7 * 7 }} {% if x %} \\n 'quoted' \"twice\" — 한국어"
     assert f"### Instruction:\n{text}\n\n" in templates.render_prompt(tokenizer, name, text, "")
 
@@ -86,7 +86,7 @@ def test_a_tokenizer_needs_eos(tokenizer: Any) -> None:
 def test_prompt_tokens_do_not_depend_on_the_response(tokenizer: Any) -> None:
     prompt_ids = tokenizer("1. Un", add_special_tokens=False)["input_ids"]
     joint_ids = tokenizer("1. Unplug it.", add_special_tokens=False)["input_ids"]
-    assert joint_ids[: len(prompt_ids)] != prompt_ids  # in one string, the two merge into the token `Unplug`
+    assert joint_ids[: len(prompt_ids)] != prompt_ids  # in one string, both would merge into the token `Unplug`
     [(prompt, response)] = templates.tokenize_pair(tokenizer, ["1. Un"], ["plug it."])
     assert prompt == prompt_ids
     assert tokenizer.decode(response) == "plug it.<|im_end|>"
@@ -106,7 +106,7 @@ def renderer(tiny_llama: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
     renderer.shutdown()
 
 
-@pytest.mark.slow  # the first import of vllm takes 15 s and more
+@pytest.mark.slow  # the first import of vllm takes 15 s or more
 def test_vllms_chat_endpoint_builds_the_same_prompt(tmp_path: Path, tokenizer: Any, renderer: Any) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.renderers.chat_utils import load_chat_template
@@ -114,7 +114,7 @@ def test_vllms_chat_endpoint_builds_the_same_prompt(tmp_path: Path, tokenizer: A
     for name in templates.NAMES:
         file = tmp_path / f"{name}.jinja"
         file.write_text(templates.chat_template(name, tokenizer), "utf-8")
-        for given in (str(file), templates.chat_template(name, tokenizer)):  # what `--chat-template` may be
+        for given in (str(file), templates.chat_template(name, tokenizer)):  # both forms that `--chat-template` accepts
             for context in ("", "5 lamps for Mia, Oslo.\n\nToday — 한국어, {{ braces }}"):
                 message = {"role": "user", "content": templates.user_message(name, "Order to JSON.", context)}
                 request = ChatCompletionRequest.model_validate({"model": "adapter", "messages": [message]})

@@ -1,4 +1,4 @@
-"""The comparison of a run's metrics with the committed ones."""
+"""Comparing a run's metrics with the committed ones."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The side-by-side page in a real browser, with a real vLLM server that the tool starts with two adapters."""
+"""The side-by-side page in a real browser, with a real vLLM server and its adapters."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ NAMES = ["base", "tuned", "first", "second"]
 
 
 class Ui:
-    """`tools/ui.py` in the background, ready, on the server at `server_port` or one that it starts."""
+    """`tools/ui.py` in the background, ready, using the server at `server_port` or one that it starts."""
 
     def __init__(self, root: Path, log: Path, server_port: int) -> None:
         self.port, self.log = free_port(), log
@@ -82,16 +82,16 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
 
 
 @pytest.mark.slow
-def test_chat_answers_the_lines_that_are_piped_in(server: Server, workdir: Path) -> None:
+def test_chat_answers_lines_from_a_pipe(server: Server, workdir: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/chat.py"), "--port", str(server.port), "--model", "first"]
-    lines = "Which city?\n/new\nWhich city?\n/model base\n/new\nWhich city?\n/model nobody\n"
+    lines = "Which city?\n/new\nWhich city?\n/model base\n/new\nWhich city?\n/model unknown\n"
     done = subprocess.run(command, cwd=workdir, input=lines, capture_output=True, text=True, check=True)
-    answers, refused = done.stdout.split("the server has no model 'nobody': it has base, tuned, first, second")
+    answers, refused = done.stdout.split("the server has no model 'unknown': it has base, tuned, first, second")
     assert answers.strip()
     assert not refused.strip()
     assert done.stderr == ""
-    missing = script("tools/chat.py", "--port", str(server.port), "--model", "nobody", cwd=workdir)
-    assert missing.stderr == "error: the server has no model 'nobody': it has base, tuned, first, second\n"
+    missing = script("tools/chat.py", "--port", str(server.port), "--model", "unknown", cwd=workdir)
+    assert missing.stderr == "error: the server has no model 'unknown': it has base, tuned, first, second\n"
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""The whole `dvc repro` on the tiny Llama: killed at random moments of every stage, and with secrets around it.
+"""The whole `dvc repro` on the tiny Llama: killed at random moments of every stage, and with secrets present.
 
-SEED in the environment (default 0) draws the moments.
+SEED in the environment (default 0) determines the moments.
 """
 
 import http.server
@@ -30,8 +30,8 @@ SEED = int(os.environ.get("SEED", "0"))
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     finished: Finished, tmp_path: Path, tiny_llama: Path, kills: int
 ) -> None:
-    """SIGKILL to dvc, the stage, torchrun and its ranks at once, and the command again, over and over."""
-    whole, seconds = finished.project, finished.seconds
+    """Repeatedly run the command and send SIGKILL to dvc, the stage, torchrun and its ranks together."""
+    undisturbed, seconds = finished.project, finished.seconds
     project = make_project(tmp_path / "project", tiny_llama)
     moments = random.Random(SEED)
     killed: list[str] = []
@@ -39,9 +39,9 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     while len(killed) < kills:
         stage = ORDER[len(killed) * len(ORDER) // kills]
         run = Repro(project, *again)
-        # This stage, or the next where a kill came too late for this one. A stage's seconds go until the next begins:
-        # those in which DVC puts the outs into its cache and writes dvc.lock are among them. A stage that is quicker
-        # now is killed at its very end.
+        # Kill this stage, or the next one if it is too late for this one. A stage's seconds last until the next stage
+        # starts, so they include those in which DVC caches its outs and writes dvc.lock. A stage that is faster this
+        # time is killed at its end.
         while run.alive() and not [name for name in run.began if ORDER.index(name) >= ORDER.index(stage)]:
             time.sleep(0.02)
         if run.began:
@@ -53,22 +53,22 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
             run.kill()
             killed.append(list(run.began)[-1])
             again = ()
-        else:  # all is done before all kills are: the last stage once more
+        else:  # the run is complete, but kills are left: run the last stage again
             assert run.process.returncode == 0, run.printed()
             again = ("--force", "--single-item", ORDER[-1])
     print(f"killed {len(killed)} times: {', '.join(f'{stage} {killed.count(stage)}' for stage in ORDER)}")
 
     project.dvc("repro")
     assert ran(project.dvc("repro")) == []
-    assert digests(project.root / "artifacts") == digests(whole.root / "artifacts")
-    assert [metrics(project.root, stage) for stage in ORDER] == [metrics(whole.root, stage) for stage in ORDER]
+    assert digests(project.root / "artifacts") == digests(undisturbed.root / "artifacts")
+    assert [metrics(project.root, stage) for stage in ORDER] == [metrics(undisturbed.root, stage) for stage in ORDER]
     check_cache(project)
     assert not list((project.root / ".scratch/checkpoints").iterdir())
     assert not list((project.root / "artifacts").glob(".*"))
 
 
 def holders(folder: Path) -> list[str]:
-    """Files below `folder` that hold a canary."""
+    """Files in `folder` that contain a canary."""
     files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
     return [str(file) for file in files if file.is_file() and CANARY.encode() in file.read_bytes()]
 
@@ -90,12 +90,12 @@ class Refusing(http.server.BaseHTTPRequestHandler):
     status: int
 
     def do_GET(self) -> None:
-        said = (self.headers.get("Authorization") or "").encode()
+        token = (self.headers.get("Authorization") or "").encode()
         self.send_response(self.status)
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(token)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(said)
+            self.wfile.write(token)
 
     do_HEAD = do_GET
 
@@ -106,7 +106,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [None, 401, 500])
 def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | None) -> None:
-    """From the hub (None: where nobody listens) and from a package index with a password in its address."""
+    """From the hub (None: an unreachable one) and from a package index with a password in its address."""
     project.env |= SECRETS
     refusing = type("Hub", (Refusing,), {"status": status})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), refusing) as server:
@@ -134,7 +134,7 @@ def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | No
 def test_the_key_opens_and_is_not_logged_and_a_dead_engine_ends_the_server(
     finished_copy: Project, tmp_path: Path
 ) -> None:
-    """A server with a key, and with vLLM's own log shown. Then its engine is killed."""
+    """A server with a key, with vLLM's own log visible. Then its engine is killed."""
     project = finished_copy
     (tmp_path / "served").mkdir()
     served = Server(project.root, tmp_path / "served", **SECRETS, VLLM_LOGGING_LEVEL="INFO")

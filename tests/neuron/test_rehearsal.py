@@ -1,6 +1,6 @@
-"""The trainer's own code path on both backends from the same shards: `cpu`, and `nxd` with the real NxD on a CPU.
+"""The trainer on both backends from the same shards: `cpu`, and `nxd` with the real NxD on a CPU.
 
-NxD is neither in requirements.lock nor in this project; without it these tests are skipped. To run them:
+NxD is not in requirements.lock. Without it, these tests are skipped. To run them:
 
     git clone https://github.com/aws-neuron/neuronx-distributed nxd              (fbac349, Neuron SDK 2.29, was used)
     pip install --no-deps --target nxd-site boto3 botocore s3transfer jmespath tenacity \\
@@ -28,12 +28,12 @@ REHEARSAL = Path(__file__).parent / "rehearsal"
 pytestmark = pytest.mark.long
 
 STEPS = 10
-CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2 a KV head is on two of them
+CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2, each KV head is on two
 
 
 @pytest.fixture(scope="session")
 def nxd_environment() -> dict[str, str]:
-    """Environment variables with which a process imports the real NxD, on a CPU."""
+    """Environment variables with which a process imports the real NxD on a CPU."""
     source, site = os.environ.get("NXD_SOURCE"), os.environ.get("NXD_SITE")
     if not source or not site:
         pytest.skip(f"needs NxD's source: NXD_SOURCE=<clone>/src NXD_SITE=<its packages>, see {Path(__file__).name}")
@@ -66,7 +66,7 @@ def write_params(folder: Path, **sections: dict[str, Any] | str) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, make_llama: Callable[..., Path]) -> Callable[[int], Path]:
-    """prepared(kv_heads): a folder with a model of 8 heads and as many KV heads, and rows."""
+    """prepared(kv_heads): a folder with rows and a model of 8 heads and this number of KV heads."""
     folders: dict[int, Path] = {}
 
     def make(kv_heads: int) -> Path:
@@ -111,7 +111,7 @@ def train(
         )
         run_stage("convert_nxd", folder)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        # record.py changes modules in its own process: on cpu the stage would fork its ranks from another one.
+        # record.py changes modules in its own process, but on cpu the stage would fork its ranks from another process.
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "4"]
         if backend == "nxd":
             env |= nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend}
@@ -143,7 +143,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """The same logits, and of every step the loss, gradients, their norm and the learning rate; the same adapter."""
+    """Both runs have the same logits, adapter and, for every step, loss, gradients, gradient norm and learning rate."""
     print()
     worst = {"logits": 0.0, "weights": 0.0, "lora_A": 0.0, "lora_B": 0.0}
     for one, other in zip(records(found), records(expected), strict=True):
@@ -158,11 +158,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
                     kind = "lora_A" if ".lora_A." in name else "lora_B"
                     worst[kind] = max(worst[kind], difference / largest)
                 else:
-                    assert difference == 0, f"{name} has no gradient before lora_B is other than 0"
+                    assert difference == 0, f"{name} has no gradient while lora_B is 0"
     print(f"logits differ by {worst['logits']:.1e}")
     print(f"gradients differ by {worst['lora_A']:.1e} (A), {worst['lora_B']:.1e} (B) of the largest in their tensor")
     print(f"adapters during the run differ by {worst['weights']:.1e}")
-    assert worst["logits"] < 1e-4  # of logits up to 15
+    assert worst["logits"] < 1e-4  # the logits are up to 15
     assert worst["lora_A"] < 1e-4
     assert worst["lora_B"] < 1e-4
     assert worst["weights"] < 1e-5
@@ -193,26 +193,26 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def test_ten_steps_equal_the_torch_backend(train: Callable[..., Path], hw_backend: str, multiplier: int) -> None:
     found = train("nxd", hw_backend, multiplier)
     assert_same_run(found, train("cpu", hw_backend, multiplier))
-    run_stage("flatten_adapter", found)  # HF + PEFT give the loss that the nxd backend measured
+    run_stage("flatten_adapter", found)  # HF + PEFT have the loss that the nxd backend measured
 
 
 def test_sequence_parallelism_and_recomputed_attention_change_nothing(train: Callable[..., Path]) -> None:
-    """NxD's own LoRA leaves out adding up lora_A's gradient over the ranks here: each rank would train another A."""
+    """NxD's own LoRA does not sum lora_A's gradient over the ranks here, so each rank would train a different A."""
     found = train("nxd", "trn2", 2, neuron={"sequence_parallel": True, "selective_checkpointing": True})
     assert_same_run(found, train("cpu", "trn2", 2))
     plain = train("nxd", "trn2", 2)
     for recomputed, once in zip(records(found), records(plain), strict=True):
-        assert recomputed["attentions"] - once["attentions"] == STEPS * 2 * 2  # micro-batches a step, layers
+        assert recomputed["attentions"] - once["attentions"] == STEPS * 2 * 2  # micro-batches per step, layers
 
 
 def test_two_replicas_with_dropout(train: Callable[..., Path]) -> None:
-    """dp 2 × tp 2, a KV head on both ranks of a replica. Both backends draw the same dropout, each replica its own."""
+    """dp 2 × tp 2, each KV head on both ranks. Both backends draw the same dropout; replicas draw different ones."""
     dropout = {"lora_dropout": 0.05}
     assert_same_run(train("nxd", "trn2", 2, 2, lora=dropout), train("cpu", "trn2", 2, 2, lora=dropout))
 
 
 def test_the_profiles_shape(train: Callable[..., Path]) -> None:
-    """All at once, as in profiles/llama3-8b-trn2.yaml: replicas, copied KV heads, sequence parallelism, recompute."""
+    """As in profiles/llama3-8b-trn2.yaml: replicas, KV head copies, sequence parallelism and recomputation together."""
     both = {"sequence_parallel": True, "selective_checkpointing": True}
     assert_same_run(train("nxd", "trn2", 2, 2, neuron=both), train("cpu", "trn2", 2, 2))
 

@@ -1,4 +1,4 @@
-"""Adapters of the tiny Llama, saved by PEFT, that change its answers."""
+"""Adapters for the tiny Llama, saved by PEFT, that change its answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def write_adapter(
     seed: int = 17,
     **config: Any,
 ) -> Path:
-    """Write an adapter to `folder` as PEFT does; lora_B is normal with deviation `scale` (0: without effect)."""
+    """Write an adapter to `folder` as PEFT does. lora_B is normal with standard deviation `scale` (0: no effect)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Browser:
-    """Headless Chromium that can reach this machine alone."""
+    """Headless Chromium that can reach only this machine."""
 
     def __init__(self) -> None:
         from selenium import webdriver
@@ -24,12 +24,12 @@ class Browser:
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
 
     def resize(self, width: int, height: int = 900) -> None:
-        """The page's size in CSS pixels; a narrow one is a phone's."""
+        """Set the page's size in CSS pixels; a narrow page is that of a phone."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def console(self) -> list[str]:
-        """What pages have written to the console since the last call: messages, errors, requests that failed."""
+        """Console messages since the last call: output of pages, errors, failed requests."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def find(self, selector: str) -> Any:
@@ -39,12 +39,12 @@ class Browser:
         return self.driver.find_elements("css selector", selector)
 
     def color_scheme(self, scheme: str) -> None:
-        """What pages see as prefers-color-scheme: light or dark."""
+        """Set prefers-color-scheme to light or dark."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def outside(self, selector: str) -> list[str]:
-        """Elements that are shown and whose box is empty or not within the page's width."""
+        """Visible elements whose box is empty or extends beyond the page's width."""
         script = """
             const width = document.documentElement.clientWidth;
             return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).filter(e => {
@@ -56,7 +56,7 @@ class Browser:
         return outside
 
     def picture(self, selector: str, path: Path) -> Any:
-        """The first element that matches, as a PIL image, kept in `path`."""
+        """Screenshot of the first matching element, saved to `path`, as a PIL image."""
         from PIL import Image
 
         path.write_bytes(self.find(selector).screenshot_as_png)

@@ -1,9 +1,9 @@
-"""Evaluate one folder after another with one vLLM engine. conftest.py starts it as a process of its own.
+"""Evaluate several folders, one after another, with one vLLM engine. conftest.py starts this as a separate process.
 
     python tests/support/eval_worker.py      in a folder with params.yaml and artifacts/model
 
-Each line of stdin is JSON, [folder, name of its params file]. After each evaluation a line of stdout follows that is
-JSON as well: the line that stages/eval_vllm.py would have ended with, or null.
+Each line of stdin is JSON: [folder, name of its params file]. After each evaluation, prints a line of JSON: the error
+line with which stages/eval_vllm.py would have ended, or null.
 """
 
 import functools

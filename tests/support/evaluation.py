@@ -24,7 +24,7 @@ class EvalWorker:
         )
 
     def evaluate(self, folder: Path, params: str = "params.yaml") -> subprocess.CompletedProcess[str]:
-        """As if stages/eval_vllm.py had run in `folder`."""
+        """The result as if stages/eval_vllm.py had run in `folder`."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps([str(folder), params]) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 from support import ROOT
 from trnlora.files import write_sums
 
-# <|im_start|> opens a turn and <|im_end|> closes it and is EOS, as in SmolLM2's ChatML.
+# As in SmolLM2's ChatML: <|im_start|> opens a turn, <|im_end|> closes it and is EOS.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 def write_llama(folder: Path, **config: Any) -> Path:
     """Write a random Llama and its tokenizer to `folder`; `config` overrides the default sizes.
 
-    The default divides by tp 1, 3 (multiplier 1), 2 and 6 (multiplier 2): 6 heads, 3 KV heads, vocabulary 1536.
+    The default fits tp 1 and 3 (multiplier 1), and 2 and 6 (multiplier 2): 6 heads, 3 KV heads, vocabulary 1536.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -41,14 +41,14 @@ def write_llama(folder: Path, **config: Any) -> Path:
     )
     sizes: dict[str, Any] = {
         "vocab_size": 1536,
-        "hidden_size": 192,  # head size 32: the smallest that vLLM's attention on the CPU takes
+        "hidden_size": 192,  # head size 32: the smallest that vLLM's CPU attention supports
         "intermediate_size": 384,
         "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 3,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
-        # Ten times the usual: with 0.02 a tiny model's attention is so flat that swapped heads change little.
+        # Ten times the usual value: with 0.02, a tiny model's attention is so flat that swapped heads change little.
         "initializer_range": 0.2,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -59,5 +59,5 @@ def write_llama(folder: Path, **config: Any) -> Path:
         model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_sums(folder)  # as fetch_model does, for the tests that begin with a later stage
+    write_sums(folder)  # as fetch_model does, for tests that start with a later stage
     return folder

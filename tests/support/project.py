@@ -1,4 +1,4 @@
-"""Copies of the project as Git and DVC repositories of their own."""
+"""Copies of the project as separate Git and DVC repositories."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ from support import ROOT
 
 
 class Project:
-    """A copy of the project's files in a Git and DVC repository of its own.
+    """A copy of the project's files in its own Git and DVC repository.
 
-    Its .venv is this environment, which is not on PATH: commands are called as by a user who has activated nothing.
+    Its .venv is this environment, which is not on PATH: commands run as for a user who has not activated it.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,7 +33,7 @@ class Project:
             self.env.pop(name, None)
 
     def run(self, *command: str | Path, check: bool = True) -> str:
-        """Run a command in the project and return what it printed, errors included."""
+        """Run a command in the project and return its output, including stderr."""
         done = subprocess.run(
             command,
             cwd=self.root,
@@ -44,7 +44,7 @@ class Project:
             text=True,
             check=False,
         )
-        assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+        assert not check or done.returncode == 0, f"{command} failed with exit code {done.returncode}:\n{done.stdout}"
         return done.stdout
 
     def dvc(self, *arguments: str) -> str:
@@ -65,7 +65,7 @@ class Project:
 
 
 def make_project(root: Path, model: Path) -> Project:
-    """The working tree's files (without results) as a fresh repository in `root`, with params for the tiny Llama."""
+    """Make a fresh repository in `root`: the working tree's files without results, and params for the tiny Llama."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -90,13 +90,13 @@ def make_project(root: Path, model: Path) -> Project:
     (copy.root / ".venv").symlink_to(sys.prefix)
     copy.run("git", "init", "-q")
     with (copy.root / ".git" / "info" / "exclude").open("a") as exclude:
-        exclude.write("/.venv\n")  # .gitignore's /.venv/ is a folder, not a link
+        exclude.write("/.venv\n")  # .gitignore's /.venv/ matches a folder, not a link
     copy.commit("The project")
     return copy
 
 
 def copy_project(project: Project, root: Path) -> Project:
-    """A copy of a project with its results, DVC's cache and its history, in `root`."""
+    """Copy a project with its results, DVC cache and history to `root`."""
     shutil.copytree(project.root, root, symlinks=True)
     copy = Project(root)
     copy.env = dict(project.env)

@@ -1,4 +1,4 @@
-"""`dvc repro` in a project of its own: in the background, killed, and once per session undisturbed."""
+"""`dvc repro` in a copy of the project: in the background, killed, and once per session undisturbed."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ SECRETS = {
     )
 }
 
-# Appended to the library of a project under test: notes which stage reads which param.
+# Appended to params.py of a project under test: records which stage reads which param.
 NOTE_READS = """
 import os as _os, sys as _sys
 
@@ -48,17 +48,17 @@ def ran(output: str) -> list[str]:
 
 def params_read(project: Project) -> dict[str, set[str]]:
     """The params that each stage read in a run."""
-    sections = set(Params.model_fields) - {"backend"}  # which is a value itself
+    sections = set(Params.model_fields) - {"backend"}  # not a section but a value
     reads: dict[str, set[str]] = {}
     for line in (project.root / ".params_read").read_text("utf-8").splitlines():
         stage, key = line.split()
-        if key not in sections:  # reading a section alone reads no value
+        if key not in sections:  # reading a section does not read a value
             reads.setdefault(stage, set()).add(key)
     return reads
 
 
 def check_cache(project: Project) -> None:
-    """Nothing in the cache has been written to: a file's name there is its md5."""
+    """Check that no file in the cache was changed: its name there is its md5."""
     files = [path for path in (project.root / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -67,7 +67,7 @@ def check_cache(project: Project) -> None:
 
 
 class Repro:
-    """`dvc repro` in the background, and when each stage began."""
+    """`dvc repro` in the background. Records when each stage started."""
 
     def __init__(self, project: Project, *arguments: str) -> None:
         self.project = project
@@ -88,14 +88,14 @@ class Repro:
         return self.log.read_text("utf-8")
 
     def alive(self) -> bool:
-        """Also notes the stages that have begun since the last call."""
+        """Whether it is running. Also records the stages that have started since the last call."""
         running = self.process.poll() is None
         for name in ran(self.printed()):
             self.began.setdefault(name, time.monotonic())
         return running
 
     def processes(self) -> list[psutil.Process]:
-        """All that this run has started, in whatever session: they work in the project's folder."""
+        """All processes that this run has started, in any session: those whose working directory is the project."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -118,7 +118,7 @@ class Repro:
 
 @dataclass
 class Finished:
-    """A project after `dvc repro`, committed. Only read it; `finished_copy` in conftest.py is one to change."""
+    """A project after `dvc repro`, committed. Only for reading: `finished_copy` in conftest.py may be changed."""
 
     project: Project
     seconds: dict[str, float]  # of each stage
@@ -126,11 +126,11 @@ class Finished:
 
 
 def run_undisturbed(root: Path, model: Path) -> Finished:
-    """Run the pipeline in `root` with canaries for secrets in the environment, noting which stage reads which param."""
+    """Run the pipeline in `root` with secrets (canaries) in the environment. Records which stage reads which param."""
     project = make_project(root, model)
     params_py = project.root / "trnlora" / "params.py"
     params_py.write_text(params_py.read_text("utf-8") + NOTE_READS, "utf-8")
-    project.commit("Note which params are read")
+    project.commit("Record which params are read")
     project.env |= SECRETS
     run = Repro(project)
     while run.alive():

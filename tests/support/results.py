@@ -1,4 +1,4 @@
-"""Answers of a run, without the run."""
+"""Answers as a run would write them."""
 
 import json
 from pathlib import Path

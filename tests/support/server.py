@@ -28,7 +28,7 @@ def script(name: str, *arguments: str | Path, cwd: Path, **env: str) -> subproce
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
-    """It has failed with one line, which holds these fragments."""
+    """Check that it failed with one line that contains these fragments."""
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -36,7 +36,7 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> 
 
 
 class Server:
-    """`tools/serve.py` in the background, ready to answer. Its temporary files and its log are below `tmp`."""
+    """`tools/serve.py` in the background, ready to answer. Its temporary files and its log are in `tmp`."""
 
     def __init__(self, workdir: Path, tmp: Path, *arguments: str, **secrets: str) -> None:
         self.port = free_port()

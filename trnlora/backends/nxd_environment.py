@@ -12,7 +12,7 @@ from pathlib import Path
 from trnlora.errors import UserError
 from trnlora.params import Params
 
-# neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), as read in its repository and its release notes.
+# neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), from its repository and its release notes.
 NXD_VERSIONS = ("0.18", "0.19")
 
 _ASK = """
@@ -25,12 +25,12 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 
 def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] | None:
-    """Versions of packages in another Python's environment, None for each that is missing; None without that Python."""
+    """Versions of packages in another Python's environment; None for a missing one. None if it cannot run."""
     try:
-        said = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, check=True)
+        done = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    versions: dict[str, str | None] = json.loads(said.stdout)
+    versions: dict[str, str | None] = json.loads(done.stdout)
     return versions
 
 
@@ -39,32 +39,32 @@ def training_environment(
 ) -> dict[str, str]:
     """Environment variables of the training processes, and of the compiler that they start.
 
-    Those of AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh), except
-    XLA_USE_BF16, which would make the float32 adapter bfloat16 as well: here tensors keep their own dtypes. FI_… for
-    several nodes are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
+    The same as in AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh),
+    except XLA_USE_BF16, which would also make the float32 adapter bfloat16: here tensors keep their own dtypes. FI_…,
+    for several nodes, are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
     Variables that the user has set keep their values.
     """
     neuron = params.neuron
     env = {
-        # transformer: the compiler's optimizations for this kind of model; -O1 compiles layers once and reuses them.
+        # --model-type=transformer: optimizations for this kind of model. -O1: compiles a layer once and reuses it.
         "NEURON_CC_FLAGS": neuron.cc_flags,
         "NEURON_COMPILE_CACHE_URL": neuron.compile_cache,
-        # Softmax as one operation of the compiler.
+        # Compile softmax as one operation.
         "NEURON_FUSE_SOFTMAX": "1",
-        # The host may run this many executions ahead of the device.
+        # How many executions the host may queue ahead of the device.
         "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
-        # glibc makes 8 heaps per core of the host by default, which costs tens of GB with dozens of processes.
+        # By default, glibc makes 8 heaps per core of the host: tens of GB with dozens of processes.
         "MALLOC_ARENA_MAX": "64",
-        # One process per logical core, as many as the run has on this node. torch_xla reads these under its TPU names.
+        # One process per logical core on this node. torch_xla reads the numbers under its TPU names.
         "NEURON_RT_NUM_CORES": str(ranks_per_node),
         "NUM_NEURONCORES": str(ranks_per_node),
         "TPU_NUM_DEVICES": str(ranks_per_node),
         "TPU_CHIPS_PER_HOST_BOUNDS": str(ranks_per_node),
-        # Where the ranks of the collectives meet.
+        # Address at which the ranks of the collectives meet.
         "NEURON_RT_ROOT_COMM_ID": f"{'localhost' if num_nodes == 1 else first_address}:48620",
     }
     if num_nodes > 1:
-        # Collectives over EFA, from and to the devices' own memory.
+        # Collectives over EFA, directly between the memories of the devices.
         env |= {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
     if params.convert.hw_backend == "trn2":
         env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
@@ -77,7 +77,7 @@ def training_environment(
 
 
 def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
-    """Replace this process by the same command with the Python and the environment that Trainium needs, if it differs.
+    """Replace this process by the same command with the Python and environment that Trainium needs, if they differ.
 
     Raises UserError when neuron.python is not an executable Python interpreter.
     """

@@ -13,9 +13,9 @@ COLUMNS = ("input_ids", "labels", "position_ids", "document_ids")
 
 
 def read_packed_rows(path: Path) -> dict[str, Tensor]:
-    """The columns of a packed parquet file, each an int64 tensor (rows, seq_len).
+    """The columns of a packed parquet file, each as an int64 tensor (rows, seq_len).
 
-    Raises UserError naming the file when it is missing, unreadable or not in prepare_data's form.
+    Raises UserError naming the file when it is missing, unreadable or not in prepare_data's format.
     """
     if not path.exists():
         raise UserError(f"{path} is missing: run prepare_data (`dvc repro prepare_data`)")
@@ -26,7 +26,7 @@ def read_packed_rows(path: Path) -> dict[str, Tensor]:
             name: torch.from_numpy(column.flatten().to_numpy().astype("int64")).view(len(table), -1)
             for name, column in lists.items()
         }
-    except Exception as error:  # pyarrow raises its own and Python's errors for the same broken file
+    except Exception as error:  # pyarrow raises its own or Python's errors for a broken file
         raise UserError(f"{path} cannot be read ({error}): run `dvc repro -f prepare_data`") from None
     if len({tuple(column.shape) for column in rows.values()}) != 1:
         raise UserError(f"{path} has columns of different lengths: run `dvc repro -f prepare_data`")
@@ -34,7 +34,7 @@ def read_packed_rows(path: Path) -> dict[str, Tensor]:
 
 
 def source_lines(path: Path, packed_rows: list[int]) -> list[int]:
-    """The line numbers in the data source of the documents in these rows of a packed parquet file."""
+    """The line numbers, in the data source, of the documents in these rows of a packed parquet file."""
     row_ids = pq.read_table(path, columns=["row_ids"])["row_ids"]
     return sorted(line for row in packed_rows for line in row_ids[row].as_py())
 
@@ -42,14 +42,14 @@ def source_lines(path: Path, packed_rows: list[int]) -> list[int]:
 class MicroBatches(Dataset):
     """The micro-batches of one data-parallel replica for one epoch, as a dataset of ready batches.
 
-    A global batch is `global_batch_size` rows; the last one is filled up with empty rows (nothing labelled), so
-    that every replica has the same number of micro-batches. Each item has the four columns (micro_batch_size, seq_len)
-    and `loss_scale`, by which the sum of a micro-batch's token losses is multiplied: the result is the mean over the
-    labelled tokens of the whole global batch, whatever the replicas and micro-batches (a mean of means would weight a
-    token by its row's length). It also undoes Lightning's division by the number of accumulated batches.
+    A global batch is `global_batch_size` rows. The last one is filled up with empty rows (without labels), so that
+    every replica has the same number of micro-batches. Each item has the four columns (micro_batch_size, seq_len) and
+    `loss_scale`. Multiplied by it, the sums of token losses add up to the mean over the labelled tokens of the global
+    batch, for any number of replicas and micro-batches. (A mean of means would weight a token by its row's length.)
+    loss_scale also undoes Lightning's division by the number of accumulated batches.
 
-    order: row indices, in the order of the epoch. static_shapes: keep columns at their full length, for a graph
-    compiled for it; otherwise the padding at the end of all rows of a micro-batch is cut off.
+    order: row indices, in the order of the epoch. static_shapes: keep the columns at their full length, for a graph
+    compiled for that length; otherwise padding that ends all rows of a micro-batch is cut off.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MicroBatches(Dataset):
         self.accumulate = global_batch_size // (micro_batch_size * dp_size)
         steps = -(-len(order) // global_batch_size)
         filled = torch.cat([order, order.new_full((steps * global_batch_size - len(order),), -1)])
-        # (steps, accumulate, dp, micro): interleaved over the replicas, so that the empty rows spread over them
+        # (steps, accumulate, dp, micro): interleaved over the replicas, so that each gets some of the empty rows
         self.index = filled.view(steps, self.accumulate, dp_size, micro_batch_size)[:, :, dp_rank]
         labelled = torch.cat([(rows["labels"] != -100).sum(1), torch.zeros(1, dtype=torch.long)])  # [-1]: empty
         self.tokens_of_step = labelled[filled].view(steps, -1).sum(1).clamp(min=1)
@@ -92,6 +92,6 @@ class MicroBatches(Dataset):
 
 
 def epoch_order(rows: int, epoch: int, seed: int) -> Tensor:
-    """A permutation of the rows for one epoch. It depends only on the arguments, so a rerun has the same."""
+    """A permutation of the rows for one epoch. It depends only on the arguments, so a rerun has the same order."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     return torch.randperm(rows, generator=generator)

@@ -1,17 +1,17 @@
-"""Training checkpoints: an interrupted run, however hard it was stopped, resumes where it was.
+"""Training checkpoints: an interrupted run, even one that was killed, resumes from its last checkpoint.
 
     .scratch/checkpoints/<run>/<code>/step_00000040/tp_rank_00.pt …  one file per rank of the first replica
                                                     run.json         step, progress, where it ran
                                                     curves/          DVCLive's files up to that step
                                                     SHA256SUMS
 
-<run> is a hash of the params and inputs that define the result, <code> one of the code and arithmetic that compute its
-numbers. A checkpoint of another <run> is never found. One of the same run by other code is found and named, and used on
-request alone (--resume-from).
+<run> is a hash of the params and inputs that define the result; <code> is a hash of the code and arithmetic that
+compute its numbers. A checkpoint of another <run> is never used. A checkpoint of the same run by other code is reported
+and used only on request (--resume-from).
 
 Deliberately not a DVC output: DVC deletes a stage's outputs before running it. Random numbers are a function of seed,
-step and micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows one of seed and epoch: neither is
-stored. Replicas are equal, so a checkpoint fits any number of them, on any number of nodes.
+step and micro-batch (`LoraFinetuner.on_train_batch_start`), and the order of rows is a function of seed and epoch, so
+neither is stored. All replicas are equal, so a checkpoint fits any number of replicas and nodes.
 """
 
 import ast
@@ -38,24 +38,24 @@ from trnlora.training.progress import TrainingProgress
 CHECKPOINTS = Path(".scratch/checkpoints")
 CURVES = "curves"
 RUN = "run.json"
-# The modules that compute a run's numbers. All others read, check, show or write them.
+# The modules that compute a run's numbers. The others read, check, show or write them.
 NUMERIC_MODULES = ("trnlora.model.", "trnlora.backends.", "trnlora.training.module", "trnlora.training.batches")
 
 
 def run_folder(identity: dict[str, Any]) -> Path:
-    """The folder of the checkpoints of the run that `identity` (of JSON's types) defines, by this code.
+    """The folder for checkpoints of the run that `identity` (JSON types) defines, by this code.
 
-    `identity` has the params and the digests of the inputs. See `numeric_code` for the code.
+    identity: the params and the digests of the inputs. For the code, see `numeric_code`.
     """
     return CHECKPOINTS / _digest(identity) / _digest(numeric_code())
 
 
 def numeric_code() -> dict[str, str]:
-    """What computes a run's numbers: digests of the modules imported so far, torch's version, the instruction set.
+    """Identifies what computes a run's numbers: digests of the imported modules, torch's version, the instruction set.
 
-    A module's digest is of its statements: comments, docstrings and line breaks do not count. The instruction set does:
-    sums depend on it in the last bits, and a resumed run is to end in the same bytes. (They depend on threads and
-    replicas too, which `ResumePoint` records.)
+    A module's digest covers its statements, not its comments, docstrings and line breaks. The instruction set counts
+    because the last bits of sums depend on it, and a resumed run must end with the same bytes. (They also depend on
+    threads and replicas, which `ResumePoint` records.)
     """
     modules = sorted(name for name in sys.modules if name.startswith(NUMERIC_MODULES))
     digests = {name: _digest(_statements(Path(str(sys.modules[name].__file__)))) for name in modules}
@@ -89,8 +89,8 @@ def latest(folder: Path) -> Path | None:
 def find(folder: Path, chosen: Path | None) -> Path | None:
     """The checkpoint to resume from: `chosen`, or else the latest in `folder`; None for a new run.
 
-    Where other code has left checkpoints of the same run and `folder` has none, says so, and how to use or drop them.
-    Raises UserError when `chosen` is damaged, is not a checkpoint, or is of a run with other params or inputs.
+    If `folder` has no checkpoint but other code has left some of the same run, prints how to use or delete them.
+    Raises UserError if `chosen` is damaged, is not a checkpoint, or is of a run with other params or inputs.
     """
     if chosen is not None:
         if not (chosen / RUN).is_file():
@@ -112,19 +112,19 @@ def find(folder: Path, chosen: Path | None) -> Path | None:
 
 
 def _differing_code(saved: Path) -> list[str]:
-    """The entries of `numeric_code` that differ from those with which a checkpoint was made."""
+    """The entries of `numeric_code` that differ from those of a checkpoint."""
     ours, theirs = numeric_code(), read_json(saved / RUN)["code"]
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumePoint:
-    """Where an interrupted run stopped, of JSON's types: read from a checkpoint's run.json."""
+    """Where an interrupted run stopped. Read from a checkpoint's run.json, so all fields have JSON types."""
 
     folder: str  # of the checkpoint
     step: int  # optimizer steps done
     progress: dict[str, Any]  # `TrainingProgress.state`
-    # The result depends on these only in its last digits.
+    # These affect only the last digits of the result.
     replicas: int
     threads: int  # per rank
     code: dict[str, str]  # `numeric_code`
@@ -134,10 +134,10 @@ class ResumePoint:
         return ResumePoint(str(folder), **read_json(folder / RUN))
 
     def restore(self, mesh: Any, groups_carry_objects: bool) -> dict[str, Any]:
-        """This rank's `LoraFinetuner.training_state`. Call on all ranks; mesh as `LoraFinetuner` has it.
+        """This rank's `LoraFinetuner.training_state`. Call on all ranks. mesh: that of `LoraFinetuner`.
 
-        On several nodes the first replica reads it and sends it to the others, whose nodes need not have the folder;
-        where process groups cannot carry objects, all nodes must share it. Raises UserError where they do not.
+        On several nodes, the first replica reads the state and sends it to the others, whose nodes need not have the
+        folder. If process groups cannot carry objects, all nodes must share the folder; otherwise raises UserError.
         """
         replicas: dist.ProcessGroup = mesh["data_parallel"].get_group()
         file = Path(self.folder) / _rank_file(mesh)
@@ -157,15 +157,15 @@ def _rank_file(mesh: Any) -> str:
 
 
 def restore_curves(saved: Path, target: Path) -> None:
-    """Put DVCLive's files back as they were at the checkpoint."""
+    """Restore DVCLive's files as they were at the checkpoint."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(saved / CURVES, target)
 
 
 def fast_forward(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> None:
-    """Tell Lightning's loops, before the fit, that `step` optimizer steps are done.
+    """Set Lightning's loops, before the fit, to the state after `step` optimizer steps.
 
-    To Lightning, an epoch that was interrupted is a shorter one: the module's data loader starts where the run stopped.
+    Lightning sees the interrupted epoch as a shorter one: the module's data loader starts where the run stopped.
     """
     epochs: Any = trainer.fit_loop.epoch_progress.current
     epochs.processed = epochs.completed = step // steps_per_epoch
@@ -194,14 +194,14 @@ class Checkpoints(pl.Callback):
         if (index + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        if step % self.every == 0 and step % module.steps_per_epoch:  # an epoch's last step waits for the validation
+        if step % self.every == 0 and step % module.steps_per_epoch:  # an epoch's last step is saved after validation
             self.save(step, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.save(trainer.global_step, module)
 
     def save(self, step: int, module: Any) -> None:
-        """Each rank of the first replica writes a file below a folder that the first rank renames when all are done."""
+        """Each rank of the first replica writes a file to a folder that the first rank renames when all are done."""
         rank = dist.get_rank()
         target = self.folder / f"step_{step:08d}"
         with atomic_dir(target) if rank == 0 else contextlib.nullcontext():
@@ -221,7 +221,7 @@ class Checkpoints(pl.Callback):
                 shutil.rmtree(old)
 
     def _run_at(self, step: int, replicas: int) -> dict[str, Any]:
-        """What `ResumePoint` reads."""
+        """The content of run.json, which `ResumePoint` reads."""
         return {
             "step": step,
             "progress": self.progress.state(),
@@ -241,5 +241,5 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _let_sigterm_end_the_process() -> None:
-    """Undo Lightning's handler: it waits for the other ranks, which may be dead, and nothing needs saving."""
+    """Undo Lightning's handler: it waits for other ranks, which may be dead. Nothing needs to be saved."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

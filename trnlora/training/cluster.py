@@ -1,4 +1,4 @@
-"""Several nodes in one training run: where ranks start, how they find each other, and how a lost node is reported.
+"""Training on several nodes: where ranks start, how they find each other, and how a lost node is reported.
 
 The launcher reads the rendezvous from the environment:
 
@@ -7,8 +7,8 @@ The launcher reads the rendezvous from the environment:
     SLURM_JOB_NUM_NODES …                                        a SLURM job; SLURM_STEP_…: inside its `srun`
     none of these                                                one node
 
-All ranks of one tensor-parallel replica run on one node. The first replica, on the first node, writes everything that
-is kept, so nodes may share a folder, or each have their own with the same inputs.
+All ranks of one tensor-parallel replica run on one node. The first replica, on the first node, writes all outputs. So
+nodes may share a folder, or each may have its own folder with the same inputs.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from typing import Any
 
 from trnlora.errors import UserError
 
-START_SECONDS = 1800  # within which all nodes must join
+START_SECONDS = 1800  # all nodes must join within this time
 SILENCE_SECONDS = 40  # how long a collective may wait for another node once training runs
 DEFAULT_PORT = 29500  # torchrun's
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """How many nodes there are, which one this is (from 0), and the address and port of the first, where all meet."""
+    """Number of nodes, the rank of this one (from 0), and address and port of the first one, where all nodes meet."""
 
     count: int = 1
     rank: int = 0
@@ -55,7 +55,7 @@ def from_environment() -> Nodes:
         from lightning_fabric.plugins.environments import SLURMEnvironment
 
         first = SLURMEnvironment.resolve_root_node_address(_text("SLURM_STEP_NODELIST"))
-        # Two jobs on one machine must not meet at the same port.
+        # Two jobs on one machine must not use the same port.
         nodes = Nodes(
             _number("SLURM_STEP_NUM_NODES"), _number("SLURM_NODEID"), first, 20000 + _number("SLURM_JOB_ID") % 10000
         )
@@ -82,7 +82,7 @@ def processes_per_node(nodes: int, tp_size: int, dp_size: int) -> int:
     """Number of ranks on each node. Raises UserError unless the replicas spread evenly, each on one node."""
     if dp_size % nodes:
         raise UserError(
-            f"train.dp_size {dp_size} replicas do not spread over {nodes} nodes: make it a multiple of {nodes}"
+            f"train.dp_size {dp_size} replicas do not spread over {nodes} nodes: set it to a multiple of {nodes}"
         )
     return dp_size // nodes * tp_size
 
@@ -96,7 +96,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 def _text(name: str) -> str:
     if not os.environ.get(name):
-        raise UserError(f"{name} is not in the environment, which says that there are several nodes")
+        raise UserError(f"{name} is not in the environment, but other variables there describe several nodes")
     return os.environ[name]
 
 
@@ -111,8 +111,8 @@ def num_nodes() -> int:
 def check_same_inputs(inputs: dict[str, str]) -> list[str]:
     """Compare the inputs of all nodes before training, through the store of torchrun's launchers.
 
-    inputs: names and digests of what this node's ranks read. Returns every node's address. Raises UserError, on all
-    ranks, unless all nodes have the same inputs.
+    inputs: digests of this node's inputs by name. Returns every node's address. Raises UserError, on all ranks, if the
+    nodes have different inputs.
     """
     store = _store()
     if os.environ["LOCAL_RANK"] == "0":
@@ -123,14 +123,14 @@ def check_same_inputs(inputs: dict[str, str]) -> list[str]:
         for name, digest in expected.items():
             if found.get(name) != digest:
                 raise UserError(
-                    f"{name} on node {address} differs from that on the first node: share the folder, or make it there "
-                    "from the same commit and params (`dvc repro prepare_data convert_nxd`)"
+                    f"{name} on node {address} differs from that on the first node: share the folder, or make it "
+                    "there from the same commit and params (`dvc repro prepare_data convert_nxd`)"
                 )
     return [address for address, _ in nodes]
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """Rank 0's `value` (of JSON's types), on every rank, through the same store."""
+    """Rank 0's `value` (JSON types) on every rank, sent through the same store."""
     store = _store()
     if os.environ["RANK"] == "0":
         store.set("trnlora/decision", json.dumps(value))
@@ -145,7 +145,7 @@ def _store() -> Any:
 
 
 def choose_interface() -> None:
-    """Make gloo use the network on which the nodes meet. By default it takes the host name's, often 127.0.0.1."""
+    """Make gloo use the network on which the nodes meet. Its default is that of the host name, often 127.0.0.1."""
     import psutil
 
     own = own_address()
@@ -164,7 +164,7 @@ def own_address() -> str:
 
 
 def limit_waiting(groups: list[Any]) -> None:
-    """Let collectives of these groups fail after SILENCE_SECONDS from here on. Call when every rank has its model."""
+    """From now on, let collectives of these groups fail after SILENCE_SECONDS. Call when every rank has its model."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -175,9 +175,9 @@ def limit_waiting(groups: list[Any]) -> None:
 
 @contextlib.contextmanager
 def name_lost_nodes(addresses: list[str]) -> Iterator[None]:
-    """Turn the error that a collective raises when another node is gone into a UserError that names the node.
+    """Turn the error that a collective raises when another node is lost into a UserError that names the node.
 
-    A node that is up refuses a connection to a port on which nothing listens; one that is down does not answer.
+    A node that is up refuses connections to a port on which nothing listens. A node that is down does not answer.
     """
     try:
         yield
@@ -185,7 +185,7 @@ def name_lost_nodes(addresses: list[str]) -> Iterator[None]:
         lost = [address for address in addresses if not _answers(address)]
         if lost:
             raise UserError(
-                f"no answer from node {', '.join(lost)}, the machine or its network is down; rerun on nodes that are "
+                f"no answer from node {', '.join(lost)}: the machine or its network is down; rerun on nodes that are "
                 "up to resume from the last checkpoint"
             ) from None
         peer = re.search(r"by peer \[(.+?)\]:", str(error))

@@ -20,15 +20,15 @@ from trnlora.training import cluster
 from trnlora.training.cluster import Nodes
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
-LATER_SECONDS = 2  # ten of the launcher's looks at its ranks
+LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
 
 
 def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> None:
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
-    train: a function at the top level of a module, which does not import torch. In the batch script of a SLURM job,
-    starts the script on every node of the job instead. Raises UserError with one line when a rank fails, when a signal
-    stops the training, or when the nodes do not meet.
+    train: a function at the top level of a module that does not import torch. In the batch script of a SLURM job,
+    starts the script on every node of the job instead. Raises UserError of one line if a rank fails, if a signal stops
+    the training, or if the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
@@ -38,8 +38,8 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
     environment.enter(params, ranks, nodes.count, nodes.address)
     os.environ.update(rank_environment(ranks, params.train.threads))
     if environment.ranks_may_be_forked(params):
-        # A server that imports what training needs and then forks a rank per request: one import for all ranks instead
-        # of one each, and one copy of the libraries in memory. It starts now, beside this process's own imports.
+        # A server that imports what training needs and then forks one rank per request, so the libraries are imported
+        # once and are in memory once, not per rank. It starts now, while this process does its own imports.
         multiprocessing.set_forkserver_preload(["trnlora.training.rank_server"])
         forkserver.ensure_running()
         _launch(nodes, ranks, _forked_rank, train, *arguments)
@@ -48,15 +48,15 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
 
 
 def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
-    """Environment variables of the ranks, of which there are `ranks` on this machine. What the user has set stays."""
+    """Environment variables of the `ranks` ranks on this machine. Variables that the user has set keep their values."""
     env = {
-        # More threads than cores make every rank wait for the others' time slices.
+        # With more threads than cores, the ranks would wait for each other.
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-        # glibc would raise this to 32 MiB by itself and keep large freed tensors in its heap, which they fragment:
-        # 4.9 GiB in place of 3.0 after three steps of 2,048 tokens. Below 4 MiB, short rows would be a fifth slower.
+        # glibc would raise this to 32 MiB and keep large freed tensors in its heap, which then fragments: 4.9 GiB
+        # instead of 3.0 after three steps of 2,048 tokens. Below 4 MiB, short rows would be 20 % slower.
         "MALLOC_MMAP_THRESHOLD_": str(2**22),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),
-        # MKL must not use fewer threads when the machine is busy: sums would differ in the last bits.
+        # MKL must not use fewer threads on a busy machine: the last bits of sums would differ.
         "MKL_DYNAMIC": "FALSE",
     }
     env = {name: os.environ.get(name, value) for name, value in env.items()}
@@ -66,8 +66,8 @@ def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
 def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *arguments: Any) -> None:
     """Run torchrun's launcher on a function or a command.
 
-    A rank that dies ends the others of its node at once: the launcher checks them every 0.2 s, and SIGTERM ends a rank
-    without delay. Ranks on other nodes notice from their connections to it.
+    When a rank dies, the launcher ends the others of its node: it checks them every 0.2 s, and SIGTERM ends a rank
+    immediately. Ranks on other nodes notice from their connections to it.
     """
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -76,13 +76,13 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
 
     launch_config = LaunchConfig(
         min_nodes=nodes.count, max_nodes=nodes.count, nproc_per_node=ranks,
-        # static: the node named first gets rank 0, which writes. c10d finds a free port by itself.
+        # static: the first node gets rank 0, which writes the outputs. c10d finds a free port by itself.
         rdzv_backend="c10d" if nodes.count == 1 else "static", rdzv_endpoint=f"{nodes.address}:{nodes.port}",
         rdzv_configs={} if nodes.count == 1 else {"rank": nodes.rank, "timeout": cluster.START_SECONDS},
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
-        start_method="forkserver",  # of a function
+        start_method="forkserver",  # for a function
     )  # fmt: skip
-    # Its own report of a failure is a page long; one line replaces it below.
+    # Its own failure report is a page long. It is replaced by one line below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(launch_config, entrypoint)(*arguments)
@@ -100,10 +100,10 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
 
 
 def _report_failure(error: Any) -> NoReturn:
-    """Raise UserError with the reason of torchrun's ChildFailedError, after a traceback where the reason is a bug.
+    """Raise UserError with the reason of torchrun's ChildFailedError. Prints a traceback first if the reason is a bug.
 
-    The ranks that waited for the failed one fail within the same second, and may be reported before it. So a reason for
-    the user comes first, then a signal, which no rank gets because another one ended.
+    The ranks that waited for the failed one fail within the same second and may be reported before it. So a UserError
+    takes precedence, then a signal, which no rank gets just because another one has ended.
     """
     with_reason = [rank for rank, failure in error.failures.items() if _reason(failure)[0].startswith("UserError: ")]
     killed = [rank for rank, failure in error.failures.items() if failure.exitcode < 0]
@@ -117,7 +117,7 @@ def _report_failure(error: Any) -> NoReturn:
 
 
 def _reason(failure: Any) -> tuple[str, str]:
-    """A failed rank's exception (or the signal that ended it), and its traceback if it left one."""
+    """A failed rank's exception, or the signal that ended it, and its traceback, if any."""
     message = failure.error_file_data["message"]
     if isinstance(message, dict):
         return message["message"], message["extraInfo"]["py_callstack"]
@@ -125,7 +125,7 @@ def _reason(failure: Any) -> tuple[str, str]:
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, however that ends."""
+    """Let the kernel kill this process when its parent ends for any reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -140,15 +140,15 @@ def run_rank(main: Callable[[], None]) -> None:
 
     handler = get_error_handler()
     handler.initialize()
-    end_with_parent()  # the launcher, or the server that has forked this rank
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which ends the ranks
+    end_with_parent()  # the parent is the launcher, or the server that has forked this rank
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the launcher, which ends the ranks
     try:
         main()
     except Exception as error:
         line = explain(error)
         handler.record_exception(UserError(line) if line else error)
         if not line:
-            # Probably another rank has died, and the connection to it failed. Let the launcher see that one first.
+            # Probably another rank has died and the connection to it failed. Let the launcher see that rank first.
             time.sleep(LATER_SECONDS)
-        # Not an ordinary exit: threads that wait for the other ranks could block it.
+        # Not a normal exit: threads that wait for other ranks could block it.
         os._exit(1)

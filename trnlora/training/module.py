@@ -18,14 +18,14 @@ from trnlora.model.tensors import Cut
 from trnlora.params import Train
 from trnlora.training.batches import MicroBatches, epoch_order
 
-# What the loop has measured so far: a resumed run does not measure it again.
+# Values measured so far, which a resumed run does not measure again.
 MEASURED = ("base_validation_loss", "validation_loss", "validated_step", "train_loss", "grad_norm", "lr")
 
 
 class NotFinite(Exception):
     """A loss or gradient became NaN or Inf.
 
-    what: "the loss is nan"; step: counted from 1, 0 for the base model; rows: the packed rows of that step's batch.
+    what: e.g. "the loss is nan"; step: from 1, or 0 for the base model; rows: the packed rows of the step's batch.
     """
 
     def __init__(self, what: str, step: int, rows: list[int]):
@@ -44,13 +44,13 @@ def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
 class LoraFinetuner(pl.LightningModule):
     """Trains the adapter of the model that `build` returns.
 
-    build: makes this rank's model, from the strategy's device mesh with the dims data_parallel, tensor_parallel.
+    build: returns this rank's model, given the strategy's device mesh with dims data_parallel and tensor_parallel.
     adapter: the adapter's tensors, as `trnlora.model.targets.adapter_tensors` returns them.
     train_rows, validation_rows: packed rows as `trnlora.training.batches.read_packed_rows` returns them.
-    step, restore: optimizer steps that are done, and a function from the device mesh to this rank's `training_state`
+    step, restore: number of optimizer steps done, and a function from the device mesh to this rank's `training_state`
         after them; 0 and None for a new run.
-    sum_dtype: in which validation losses are added up.
-    check_finite: whether a loss or gradient that is not finite raises NotFinite.
+    sum_dtype: dtype in which validation losses are summed.
+    check_finite: whether to raise NotFinite for a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -81,15 +81,15 @@ class LoraFinetuner(pl.LightningModule):
         self.check_finite = check_finite
         self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
         self.model: DecoderLM | None = None
-        self.base_validation_loss = math.nan  # before the first step, when lora_B is 0: the base model's
+        self.base_validation_loss = math.nan  # measured before the first step, when lora_B is 0
         self.validation_loss = math.nan
         self.validated_step = -1
-        self.train_loss = math.nan  # of the last step, as are the next two
+        self.train_loss = math.nan  # of the last step, like the next two
         self.grad_norm = math.nan  # before clipping
         self.lr = math.nan
 
     def training_state(self) -> dict[str, Any]:
-        """Everything that this rank needs to resume after an optimizer step, on the CPU."""
+        """Everything that this rank needs to resume after an optimizer step, as CPU tensors."""
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         state = {
             "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
@@ -101,7 +101,7 @@ class LoraFinetuner(pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:  # Lightning calls this again for a validation after the fit
-            assert self.device_mesh is not None  # the strategy's
+            assert self.device_mesh is not None  # set by the strategy
             self.model = self.build(self.device_mesh)
             self.dp_group = self.device_mesh["data_parallel"].get_group()
             self.tp_group = self.device_mesh["tensor_parallel"].get_group()
@@ -131,7 +131,7 @@ class LoraFinetuner(pl.LightningModule):
         return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))
 
     def train_dataloader(self) -> DataLoader:
-        """The micro-batches of the epoch; in the epoch in which a run resumes, the remaining ones."""
+        """The micro-batches of the epoch, or the remaining ones in the epoch where a run resumes."""
         order = epoch_order(len(self.train_rows["labels"]), self.current_epoch, self.train_params.seed)
         epoch, steps_done = divmod(self.start_step, self.steps_per_epoch)
         first = steps_done * self.trainer.accumulate_grad_batches if self.current_epoch == epoch else 0
@@ -146,8 +146,8 @@ class LoraFinetuner(pl.LightningModule):
     def on_train_batch_start(self, batch: dict[str, Tensor], index: int) -> None:
         """Seed random numbers (dropout) by the step and the micro-batch's place in the global batch.
 
-        So a resumed run needs no generator's state, tensor-parallel ranks draw the same masks, and a row gets the same
-        mask whatever the number of replicas.
+        So no generator state is needed to resume, tensor-parallel ranks draw the same masks, and a row's mask does not
+        depend on the number of replicas.
         """
         micro_batch = index % self.trainer.accumulate_grad_batches * self.train_params.dp_size
         micro_batch += dist.get_rank(self.dp_group)
@@ -162,7 +162,7 @@ class LoraFinetuner(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add up the replicas' gradients (each is already divided by the tokens of the whole global batch)."""
+        """Sum the replicas' gradients. Each is already divided by the number of tokens in the global batch."""
         if dist.get_world_size(self.dp_group) > 1:
             assert self.model is not None
             gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
@@ -173,9 +173,9 @@ class LoraFinetuner(pl.LightningModule):
         self.lr = optimizer.param_groups[0]["lr"]
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
-        """Clip by the norm over all ranks. Values that several ranks hold count once."""
+        """Clip by the gradient norm over all ranks. Values that several ranks hold count once."""
         assert self.model is not None
-        squares = torch.zeros(2, device=self.device)  # of cut tensors (to be added up over ranks), of whole ones
+        squares = torch.zeros(2, device=self.device)  # of sharded tensors (to be summed over ranks), of replicated ones
         for name, parameter in self._trainable().items():
             assert parameter.grad is not None
             tensor = self.adapter[name.removeprefix("model.")]
@@ -191,7 +191,7 @@ class LoraFinetuner(pl.LightningModule):
         self.grad_norm = norm.item()
 
     def _check_finite(self, what: str, value: float) -> None:
-        """Raise NotFinite, on all ranks at once: `value` is over the whole global batch."""
+        """Raise NotFinite if `value` is not finite. All ranks raise it, since it covers the global batch."""
         if self.check_finite and not math.isfinite(value):
             epoch, done = divmod(self.global_step, self.steps_per_epoch)
             order = epoch_order(len(self.train_rows["labels"]), epoch, self.train_params.seed)
@@ -228,7 +228,7 @@ class LoraFinetuner(pl.LightningModule):
         if self.restored:
             optimizer.load_state_dict(self.restored["optimizer"])
             schedule.load_state_dict(self.restored["schedule"])
-            self.restored = None  # all of it is in use now
+            self.restored = None  # free the memory: the optimizer holds it now
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:

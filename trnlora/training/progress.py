@@ -1,4 +1,4 @@
-"""The progress of training: a bar or log lines, DVCLive's curves, tokens and seconds."""
+"""Training progress: a progress bar or log lines, DVCLive's curves, tokens and seconds."""
 
 import resource
 import sys
@@ -10,15 +10,15 @@ import torch.distributed as dist
 from dvclive import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINES = 20  # of progress in a log, whatever the number of steps
+LINES = 20  # progress lines in a log, for any number of steps
 
 
 class TrainingProgress(pl.Callback):
-    """Counts tokens (without padding) and the seconds of training steps, and keeps the curves.
+    """Counts tokens (without padding) and the seconds of training steps, and writes the curves.
 
-    total_steps: optimizer steps of the whole run; curves: DVCLive's, on the first rank (DVCLive's own Lightning logger
-    counts steps from 0 and logs the first of them twice). tokens: of all replicas; seconds: without validation and
-    start-up; a resumed run starts both at the values of the checkpoint.
+    total_steps: optimizer steps of the whole run. curves: DVCLive's, on the first rank. (DVCLive's own Lightning logger
+    counts steps from 0 and logs the first step twice.) tokens: of all replicas. seconds: without validation and
+    start-up. A resumed run starts both at the values of the checkpoint.
     """
 
     def __init__(self, total_steps: int, curves: Live | None, *, tokens: int = 0, seconds: float = 0.0):
@@ -29,7 +29,7 @@ class TrainingProgress(pl.Callback):
         self._bar: Progress | None = None
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run passes to `__init__`."""
+        """The values that a resumed run passes to `__init__`."""
         return {"tokens": self.tokens, "seconds": self.seconds}
 
     def on_sanity_check_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,6 +1,6 @@
-"""Imported only by the server that forks ranks: all that a rank imports. The server ends with its parent.
+"""Imported only by the server that forks ranks: imports everything that a rank needs. The server ends with its parent.
 
-Without that, ranks would outlive a launcher that is killed: each holds the pipe by which the server notices its end.
+Otherwise ranks would survive a killed launcher: each of them holds the pipe by which the server notices its end.
 """
 
 import trnlora.backends.torch_training

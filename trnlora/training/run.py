@@ -35,13 +35,13 @@ from trnlora.training.progress import TrainingProgress
 from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
 CURVES = paths.PLOTS / "training"
-# A run may resume with other values of these: they change the result by about 1e-5 at most, or not at all.
+# A run may resume with other values of these: they change the result by at most about 1e-5.
 NOT_PART_OF_THE_RUN = {"checkpoint_every_steps", "checkpoints_kept", "dp_size"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the run reads. Rows as `read_packed_rows` returns them; digests by file name."""
+    """The run's inputs. Rows as `read_packed_rows` returns them; digests by file name."""
 
     train_rows: dict[str, Tensor]
     validation_rows: dict[str, Tensor]
@@ -52,7 +52,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What all ranks have agreed on before training: where checkpoints are kept, and where to resume."""
+    """What all ranks agree on before training: the folder of the checkpoints, and where to resume."""
 
     folder: Path
     resume: ResumePoint | None
@@ -66,8 +66,8 @@ class Start:
 def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resume_from: Path | None) -> None:
     """Train the adapter and write its shards, the curves and the metrics. Called on every rank.
 
-    kv_groups: ranks that hold the same KV heads; resume_from: a checkpoint to resume from, whatever code has made it.
-    Raises UserError for damaged or missing inputs, a loss that is not finite, and a node that is lost.
+    kv_groups: ranks that hold the same KV heads; resume_from: a checkpoint to resume from, even if other code made it.
+    Raises UserError for damaged or missing inputs, a loss that is not finite, or a lost node.
     """
     quiet_lightning()
     backend = training_backend(params.backend)
@@ -89,7 +89,7 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
     progress = TrainingProgress(inputs.total_steps, curves, **(start.resume.progress if start.resume else {}))
     trainer = make_trainer(params, backend, inputs, start, module, progress)
     started = time.perf_counter()
-    # The output folder is locked from the start, so that no second run writes it.
+    # Lock the output folder from the start, so that a second run cannot write to it.
     with cluster.name_lost_nodes(start.addresses):
         with adapter_folder():
             fit(trainer, module, start)
@@ -98,12 +98,12 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
             save_adapter(backend, params, module)
         write_results(params, config, inputs, trainer, progress, time.perf_counter() - started)
     if is_first():
-        shutil.rmtree(start.folder.parent)  # the run is complete: started again, it trains again
-    dist.barrier()  # no rank exits while another still communicates
+        shutil.rmtree(start.folder.parent)  # the run is complete; starting it again trains from the beginning
+    dist.barrier()  # no rank exits while another one still communicates
 
 
 def is_first() -> bool:
-    """Whether this is the rank that writes what is not per rank."""
+    """Whether this is the rank that writes the outputs that are not per rank."""
     return os.environ["RANK"] == "0"
 
 
@@ -117,7 +117,7 @@ def quiet_lightning() -> None:
 def read_inputs(params: Params) -> Inputs:
     """Check and read the packed rows, check this rank's shard, and count the optimizer steps."""
     if cluster.num_nodes() > 1:
-        # torchrun has started the ranks, perhaps for other params.
+        # The user may have started the ranks with torchrun, for other params.
         cluster.processes_per_node(cluster.num_nodes(), params.convert.tp_size, params.train.dp_size)
         cluster.choose_interface()
     check_sums(paths.MODEL, "fetch_model", [paths.MODEL_CONFIG.name])
@@ -166,7 +166,7 @@ def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> 
 
 
 def open_curves(start: Start) -> Live | None:
-    """DVCLive's curves, on the first rank; those of a resumed run as they were at the checkpoint."""
+    """DVCLive's curves, on the first rank. A resumed run starts with those of the checkpoint."""
     if not is_first():
         return None
     if start.resume:
@@ -177,7 +177,7 @@ def open_curves(start: Start) -> Live | None:
 def build_model(
     backend: TrainingBackend, params: Params, config: ModelConfig, kv_groups: list[list[int]], mesh: Any
 ) -> DecoderLM:
-    """This rank's model with a new adapter. mesh: the strategy's, with the dims data_parallel and tensor_parallel."""
+    """This rank's model with a new adapter. mesh: the strategy's, with dims data_parallel and tensor_parallel."""
     model = backend.build_model(mesh, params, config, paths.SHARDS, kv_groups)
     init_lora_a(model, params.train.seed)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -203,7 +203,7 @@ def make_trainer(
     module: LoraFinetuner,
     progress: TrainingProgress,
 ) -> pl.Trainer:
-    """Lightning's Trainer, set to continue at the step where the run resumes."""
+    """Lightning's Trainer, set to the step at which the run resumes."""
     train = params.train
     saving = Checkpoints(start.folder, progress, train.checkpoint_every_steps, train.checkpoints_kept)
 
@@ -218,29 +218,29 @@ def make_trainer(
         max_epochs=train.epochs,
         max_steps=inputs.total_steps,
         accumulate_grad_batches=train.global_batch_size // (train.micro_batch_size * train.dp_size),
-        # The whole validation set once before the first step: the base model's loss. A resumed run has it already.
+        # The base model's loss: the whole validation set before the first step. A resumed run already has it.
         num_sanity_val_steps=0 if start.resume else -1,
         reload_dataloaders_every_n_epochs=1,  # each epoch has its own order
-        use_distributed_sampler=False,  # MicroBatches splits the rows among the replicas
-        enable_checkpointing=False,  # Lightning's holds the whole model, and not the position within an epoch
-        enable_progress_bar=False,  # TrainingProgress, which also counts tokens
+        use_distributed_sampler=False,  # MicroBatches distributes the rows over the replicas
+        enable_checkpointing=False,  # Lightning's hold the whole model, but not the position in an epoch
+        enable_progress_bar=False,  # TrainingProgress does this, and counts tokens
         enable_model_summary=False,
         callbacks=[progress, saving, pl.callbacks.LambdaCallback(on_fit_start=on_fit_start)],
-        logger=False,  # TrainingProgress keeps the curves
+        logger=False,  # TrainingProgress writes the curves
     )
     checkpoints.fast_forward(trainer, start.step, inputs.steps_per_epoch)
     return trainer
 
 
 def adapter_folder() -> contextlib.AbstractContextManager[Any]:
-    """The output folder, which the first rank creates and, when all have written, renames."""
+    """The output folder: the first rank creates it and renames it when all ranks have written."""
     return atomic_dir(paths.LORA_SHARDS) if is_first() else contextlib.nullcontext()
 
 
 def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> None:
-    """Train, and validate once more where max_steps ended within an epoch.
+    """Train. Validate once more if max_steps ended within an epoch.
 
-    Raises UserError with the step, the data's lines and the last good checkpoint when a value is not finite.
+    If a value is not finite, raises UserError with the step, the lines of the data and the last good checkpoint.
     """
     try:
         trainer.fit(module)
@@ -256,7 +256,7 @@ def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> None:
 
 
 def save_adapter(backend: TrainingBackend, params: Params, module: LoraFinetuner) -> None:
-    """Every rank writes its file below the folder that the first rank renames at the end."""
+    """Every rank writes its file to the folder that the first rank renames at the end."""
     assert module.model is not None
     partial = partial_path(paths.LORA_SHARDS)
     backend.save_adapter(partial, module.model)
@@ -274,7 +274,7 @@ def write_results(
     progress: TrainingProgress,
     seconds: float,
 ) -> None:
-    """Write the metrics, on the first rank; all ranks report their memory."""
+    """Write the metrics on the first rank. Call on all ranks, which report their memory."""
     peaks = progress.peak_rss_gib()
     if not is_first():
         return
@@ -290,7 +290,7 @@ def write_results(
         "trainable_parameters_per_rank": trainable_per_rank(params, config),
     }
     timing = {
-        "seconds": seconds,  # of this start only; the others are of the whole run
+        "seconds": seconds,  # since the last start; the others cover the whole run
         "tokens_per_second": progress.tokens / progress.seconds,
         "peak_rss_gib_per_rank": max(peaks),
         "peak_rss_gib_all_ranks": sum(peaks),

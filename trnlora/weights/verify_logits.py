@@ -1,7 +1,7 @@
-"""Verify a conversion: the sharded model's logits equal HF's, with one layer at a time in memory.
+"""Verify a conversion: the sharded model's logits equal HF's. Holds one layer at a time in memory.
 
-A round trip back to HF would prove nothing: the wrong order of heads that NxD's converter writes for trn2 survives it.
-So both models are run.
+A round trip back to HF would prove nothing: it also succeeds with the wrong order of heads that NxD's converter writes
+for trn2. So this runs both models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from trnlora.model.decoder import DecoderLM
 from trnlora.model.parallel import Backend
 from trnlora.weights.storage import HFCheckpoint, StoredTensor
 
-VOCABULARY_ROWS = 8192  # of the head at a time
+VOCABULARY_ROWS = 8192  # rows of the head that are in memory at a time
 
 
 def max_logits_difference(
@@ -26,10 +26,10 @@ def max_logits_difference(
     ids: Tensor,
     run_ranks: Callable[[Callable[[Backend], Tensor]], list[Tensor]],
 ) -> float:
-    """Largest absolute difference of the logits of `ids` (1, T), all layers and the whole vocabulary, in float32.
+    """Largest absolute difference between the logits of `ids` (1, T), over the whole vocabulary, in float32.
 
-    folder: the HF folder; ranks: every rank's open shard; run_ranks: calls a function with the backend of every rank at
-    once and returns the results in the order of ranks. Raises UserError when a shard does not fit the model.
+    folder: the HF folder; ranks: every rank's open shard; run_ranks: calls a function concurrently with each rank's
+    backend and returns the results in the order of the ranks. Raises UserError if a shard does not fit the model.
     """
     positions = torch.arange(ids.shape[1])[None]
 
@@ -56,7 +56,7 @@ def max_logits_difference(
 
 @torch.no_grad()
 def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
-    """HF's last hidden states (1, T, H) in float32, its weights read module by module."""
+    """HF's last hidden states (1, T, H) in float32. Reads the weights module by module."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, LlamaModel
 
@@ -71,7 +71,7 @@ def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
 
 
 def stream_weights(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Load each module's own parameters with `read(full name)` just before it runs, and drop them right after."""
+    """Load each module's own parameters with `read(full name)` just before it runs, and free them right after."""
     for prefix, module in model.named_modules():
         names = [name for name, _ in module.named_parameters(recurse=False)]
         if not names:

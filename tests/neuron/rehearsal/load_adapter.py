@@ -1,4 +1,4 @@
-"""Loads a run's base model and adapter in NxD's own way: torchrun … load_adapter.py, in the run's folder."""
+"""Load a run's base model and adapter with NxD's own code: torchrun … load_adapter.py, in the run's folder."""
 
 import os
 
@@ -30,13 +30,13 @@ adapter = backend.NxdLoraModel(
     model,
     LoraConfig(
         load_lora_from_ckpt=True,
-        lora_save_dir=str(paths.LORA_SHARDS.absolute()),  # NxD puts the folder before a file's name twice
+        lora_save_dir=str(paths.LORA_SHARDS.absolute()),  # NxD prepends the folder to a file's name twice
         lora_load_tag=f"{LORA_TAG}/model",
         merge_sharded_lora=False,
     ),
 )
-# LoraModel.load_state_dict would take base and adapter in one call, but raises for every key of the base that an
-# adapter alone lacks.
+# LoraModel.load_state_dict could take base and adapter in one call, but it raises for every key of the base that is
+# missing from the adapter.
 adapter.is_base_model_loaded = True
 assert not adapter.load_lora_adapter().unexpected_keys
 

@@ -1,7 +1,7 @@
-"""Stands in for torch_xla, torch_neuronx, libneuronxla, neuronxcc and nki, so that NxD's Python code runs on a CPU.
+"""Replaces torch_xla, torch_neuronx, libneuronxla, neuronxcc and nki, so that NxD's Python code runs on a CPU.
 
-Collectives run over gloo, devices are the CPU, everything that is not named here is an inert MagicMock. Import it
-before anything of NxD. NEURON_PLATFORM_TARGET_OVERRIDE (trn1 | trn2) is the hardware that NxD believes to be on.
+Collectives use gloo, the device is the CPU, and everything that is not defined here is an inert MagicMock. Import this
+before any part of NxD. NEURON_PLATFORM_TARGET_OVERRIDE (trn1 | trn2) is the hardware that NxD detects.
 """
 
 import importlib.abc
@@ -55,7 +55,7 @@ GROUPS = {}
 
 
 def group_of(ranks):
-    """The gloo group of this rank among `ranks`, a list of lists (or a group already, or None for all)."""
+    """The gloo group of this rank. ranks: a list of lists, or already a group, or None for all ranks."""
     if not isinstance(ranks, list | tuple):
         return ranks
     if str(ranks) not in GROUPS:
@@ -196,7 +196,7 @@ MODULES = {
 
 
 class NeuronClasses:
-    """torch.classes.neuron, under which NxD looks for types of the runtime."""
+    """torch.classes.neuron, where NxD looks for the types of the runtime."""
 
     def __getattr__(self, name):
         kind = type(name, (), {})

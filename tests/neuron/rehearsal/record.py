@@ -1,8 +1,8 @@
-"""stages/finetune_lora.py that also writes down what every rank computes: RECORD=folder python record.py
+"""Run stages/finetune_lora.py and record what every rank computes: RECORD=folder python record.py
 
 Writes  RECORD/RANK.pt: `logits` of the first validation row before the first step (B, T, V/tp); `steps`: for each step
-        the trainable parameters before it and their gradients, reduced over ranks and replicas and not yet clipped;
-        `attentions`: how often a layer's attention was computed from then on, where the backend is nxd
+        the trainable parameters before it and their gradients, reduced over ranks and replicas but not yet clipped;
+        `attentions` (backend nxd only): how often the attention of a layer was computed from then on
 """
 
 import os
@@ -18,13 +18,13 @@ from trnlora.training import module as finetuner
 
 main = runpy.run_path(str(Path(__file__).parents[3] / "stages" / "finetune_lora.py"))["main"]
 
-# AdamW moves a parameter by about lr · gradient / (|gradient| + eps). With the usual eps, 1e-8, it makes a whole step
-# where the gradient is so small that rounding chose its sign, and lora_A's gradients, which grow from 0, pass there.
+# AdamW changes a parameter by about lr · gradient / (|gradient| + eps). With the usual eps of 1e-8, it makes a full
+# step even if the gradient is so small that its sign is rounding error, as are lora_A's gradients, which start at 0.
 EPS = 1e-3
 
 
 class WholeRows(finetuner.MicroBatches):
-    """Rows with the padding at their end on both backends: what is drawn (dropout) depends on the shape."""
+    """Keeps the padding at the end of rows on both backends, since random numbers (dropout) depend on the shape."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "static_shapes": True})
@@ -69,5 +69,5 @@ if __name__ == "__main__":
     finetuner.LoraFinetuner = Recorder  # type: ignore[misc]
     finetuner.MicroBatches = WholeRows  # type: ignore[misc]
     if "RANK" in os.environ:
-        settle_vector_math()  # as the torch backend does for itself
+        settle_vector_math()  # as the torch backend does
     run(main)

@@ -1,4 +1,4 @@
-"""Python imports this at its start where this folder is on PYTHONPATH: every process of a rehearsal gets the shim."""
+"""Installs the shim in every process of a rehearsal: Python imports this file at its start if it is on PYTHONPATH."""
 
 import os
 
