@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""First calls of MKL's vector functions from several threads: without the workaround they are sometimes wrong."""
-=======
 """Concurrent first calls of MKL's vector functions, which are sometimes wrong without our workaround."""
->>>>>>> d29da43981b62ff63208f4f7bc70d738cadb21be
 
 import subprocess
 import sys
