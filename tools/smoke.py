@@ -13,9 +13,9 @@ from rich.text import Text
 
 from trnlora import paths
 from trnlora.cli import add_params, add_server, script_parser, server_address
+from trnlora.data.examples import read_examples
 from trnlora.data.templates import user_message
 from trnlora.errors import UserError, run
-from trnlora.files import read_jsonl
 from trnlora.params import load_params
 from trnlora.serving import client
 from trnlora.serving.adapters import BASE, TUNED
@@ -32,7 +32,7 @@ def main() -> None:
     url = client.base_url(*server_address(args, params))
     question, reference = args.question, None
     if question is None:
-        rows = read_jsonl(paths.PREPARED / "test.jsonl")
+        rows = read_examples(paths.PREPARED / "test.jsonl")
         if not rows:
             raise UserError(f"{paths.PREPARED / 'test.jsonl'} has no rows: give a --question")
         question = user_message(params.data.prompt_template, rows[0]["instruction"], rows[0]["context"])

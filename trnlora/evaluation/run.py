@@ -3,15 +3,15 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from trnlora import paths
-from trnlora.data.examples import PreparedExample
+from trnlora.data.examples import PreparedExample, read_examples
 from trnlora.errors import UserError
 from trnlora.evaluation.answers import Scored, answer_rows, spread
 from trnlora.evaluation.gates import gate
 from trnlora.evaluation.scoring import changed_fraction
-from trnlora.files import check_sums, read_json, read_jsonl, write_json, write_jsonl
+from trnlora.files import check_sums, read_json, write_json, write_jsonl
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.params import Params
 from trnlora.serving.adapters import BASE, CONFIG, TUNED, WEIGHTS, Adapter, check_adapter, check_own_adapter
@@ -87,10 +87,10 @@ def read_inputs(params: Params) -> Inputs:
 def read_split(split: str) -> list[PreparedExample]:
     """The rows of artifacts/prepared/<split>.jsonl. Raises UserError if there are none."""
     path = paths.PREPARED / f"{split}.jsonl"
-    rows = read_jsonl(path)
+    rows = read_examples(path)
     if not rows:
         raise UserError(f"{path} has no rows: raise data.{split}_fraction or give prepare_data more rows")
-    return cast(list[PreparedExample], rows)
+    return rows
 
 
 def fetch_adapter(uri: str) -> Path:
