@@ -364,8 +364,10 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")
+    tokens = {"id": 1, "prompt": "A", "prompt_token_ids": [1], "response_token_ids": [2]}
+    examples = [row | tokens for row in bench.rows]
     for split in ("validation", "test"):
-        write_jsonl(artifacts / f"prepared/{split}.jsonl", bench.rows)
+        write_jsonl(artifacts / f"prepared/{split}.jsonl", examples)
     write_sums(artifacts / "prepared")
     write_json(Path("metrics/finetune_lora.json"), {"validation_loss": 1.0})
     write_json(Path("metrics/flatten_adapter.json"), {"peft_validation_loss": 1.0})
