@@ -65,7 +65,7 @@ test-fast: $(READY) ## the quick tests: no vLLM, no training, no pipeline; ARGS=
 	@pytest -m 'not slow and not long' $(ARGS)
 
 test: $(READY) ## everything a change must pass; ARGS= goes to pytest, e.g. ARGS='-k resume'
-	@pytest -m 'not long' $(ARGS)
+	@pytest -n 2 --dist loadgroup -m 'not long' $(ARGS)
 
 test-long: $(READY) ## 20 kills, a minute of load, NxD's own code (NXD_SOURCE=, NXD_SITE=), speed; ARGS= goes to pytest
 	@pytest -m long $(ARGS)

@@ -25,6 +25,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 
+# `make test` runs two workers of pytest-xdist. Tests that share one of these fixtures run in the same worker, so that
+# each is made once.
+SHARED_FIXTURES = {"server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        used = [group for fixture, group in SHARED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
+        if used:
+            item.add_marker(pytest.mark.xdist_group(used[0]))
+
+
 @pytest.fixture(scope="session")
 def make_llama() -> Callable[..., Path]:
     """make_llama(folder, **config) writes a random Llama and its tokenizer; config overrides the default sizes."""
