@@ -27,7 +27,9 @@ sys.dont_write_bytecode = False
 
 # `make test` runs two workers of pytest-xdist. Tests that share one of these fixtures run in the same worker, so that
 # each is made once.
-SHARED_FIXTURES = {"server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training"}
+SHARED_FIXTURES = {
+    "server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training"
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
