@@ -30,10 +30,8 @@ def forms(output: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_document_matches_what_is_printed(project: Project) -> None:
-    project.dvc("repro")
-    project.commit("A run")
-
+def test_document_matches_what_is_printed(finished_copy: Project) -> None:
+    project = finished_copy
     sweep = make(project, "sweep", "SET=train.lr=1.0e-2,3.0e-3,1.0e-3", "NAME=lr")
     # lr-1 has the commit's rate, so its results are cached. No experiment fetches, prepares or converts again.
     assert re.findall(r"Reproducing experiment '(.*)'", sweep) == ["lr-1", "lr-2", "lr-3"]

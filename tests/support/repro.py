@@ -130,6 +130,8 @@ def run_undisturbed(root: Path, model: Path) -> Finished:
     project = make_project(root, model)
     params_py = project.root / "trnlora" / "params.py"
     params_py.write_text(params_py.read_text("utf-8") + NOTE_READS, "utf-8")
+    with (project.root / ".git" / "info" / "exclude").open("a") as exclude:
+        exclude.write("/.params_read\n")
     project.commit("Record which params are read")
     project.env |= SECRETS
     run = Repro(project)
