@@ -97,7 +97,7 @@ def _files(stage: str) -> tuple[str, str]:
 
 
 def _reader(revision: str | None) -> Callable[[str], str | None]:
-    """A function from a path in the project to its text, or to None if there is no such file."""
+    """Return a function that reads a file of the project at this revision. It returns None if the file is missing."""
     if revision is None:
         return lambda path: Path(path).read_text("utf-8") if Path(path).is_file() else None
 
