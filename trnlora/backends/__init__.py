@@ -1,1 +1,1 @@
-"""Parallel layers for the model: torch.distributed (cpu, cuda) and NxD (Trainium)."""
+"""What differs between backends: parallel layers, placement, saving and environment, for torch.distributed and NxD."""

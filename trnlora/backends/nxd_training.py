@@ -89,7 +89,7 @@ def _nxd_config(params: Params) -> dict[str, Any]:
     """NxD's own configuration. When the process group exists, this call creates NxD's groups too."""
     return nxd.neuronx_distributed_config(
         tensor_parallel_size=params.convert.tp_size,
-        # ZeRO-1 is off: an adapter's optimizer state is a few megabytes a rank. Clipping is the trainer's: NxD's norm
+        # ZeRO-1 is off: an adapter's optimizer state is a few MiB per rank. Clipping is the trainer's: NxD's norm
         # counts a KV head once for each of its kv_size_multiplier copies, so that it would depend on the cut.
         optimizer_config={"zero_one_enabled": False, "grad_clipping": False},
         sequence_parallel=params.neuron.sequence_parallel,

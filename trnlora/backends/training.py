@@ -4,7 +4,7 @@
 cpu, cuda                | `trnlora.backends.torch` | `trnlora.backends.torch_training`
 nxd                      | `trnlora.backends.nxd`   | `trnlora.backends.nxd_training`
 
-Nothing outside this package asks which backend runs.
+The training code asks nowhere else which backend runs.
 """
 
 from pathlib import Path

@@ -17,6 +17,7 @@ from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.fused_ops import rms_norm, rotary, swiglu
 from trnlora.model.parallel import Backend
+from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +144,7 @@ class DecoderLM(nn.Module):
         model.check_shard({name: tuple(tensor.shape) for name, tensor in shard.items()})
         tensors = dict(shard)
         if config.tie_word_embeddings:  # the file holds the same rows twice: one copy is never read
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+            tensors[LM_HEAD] = tensors[EMBEDDINGS]
         model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False)
 

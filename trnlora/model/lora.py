@@ -1,7 +1,7 @@
 """LoRA on the decoder's linear layers, as NxD has it: the layers, their initial values, and the adapter's tensors.
 
-Source: NxD 0.18 (SDK 2.29), modules/lora/tp_layer.py. Which tensors there are, and how they are cut, says
-`trnlora.model.targets`. The adapter is float32 whatever the model's dtype.
+Source: NxD 0.18 (SDK 2.29), modules/lora/tp_layer.py. `trnlora.model.targets` lists the tensors and how they are cut.
+The adapter is float32 whatever the model's dtype.
 """
 
 import math

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from trnlora import paths
 from trnlora.data.templates import render_prompt
+from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.serving import client
@@ -32,9 +33,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 def application(params: Params, url: str) -> Starlette:
     """The page and the three requests it makes: /models, /render and /complete. url: vLLM's server."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+    tokenizer = load_tokenizer(paths.MODEL)
     template = params.data.prompt_template
 
     def prompt_of(question: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.data import templates
+from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.serving.vllm_args import failure
@@ -55,9 +56,7 @@ def chat_template(params: Params) -> str:
     """The Jinja source of data.prompt_template."""
     tokenizer: Any = None
     if params.data.prompt_template == "chat":  # the tokenizer's own template: only this one needs transformers
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
+        tokenizer = load_tokenizer(paths.MODEL)
     return templates.chat_template(params.data.prompt_template, tokenizer)
 
 

@@ -91,6 +91,11 @@ class MicroBatches(Dataset):
         return batch
 
 
+def steps_per_epoch(rows: int, global_batch_size: int) -> int:
+    """Optimizer steps of an epoch of packed rows. The last step may have fewer rows than the others."""
+    return -(-rows // global_batch_size)
+
+
 def epoch_order(rows: int, epoch: int, seed: int) -> Tensor:
     """A permutation of the rows for one epoch. It depends only on the arguments, so a rerun has the same order."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)

@@ -50,6 +50,7 @@ def run_folder(identity: dict[str, Any]) -> Path:
     return CHECKPOINTS / _digest(identity) / _digest(numeric_code())
 
 
+@functools.cache  # what this process has imported, even if a file is edited during the run
 def numeric_code() -> dict[str, str]:
     """Identifies what computes a run's numbers: digests of the imported modules, torch's version, the instruction set.
 
@@ -227,13 +228,8 @@ class Checkpoints(pl.Callback):
             "progress": self.progress.state(),
             "replicas": replicas,
             "threads": torch.get_num_threads(),
-            "code": _numeric_code_once(),
+            "code": numeric_code(),
         }
-
-
-@functools.cache
-def _numeric_code_once() -> dict[str, str]:
-    return numeric_code()
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from trnlora.model.decoder import DecoderLM
 from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
-from trnlora.training.batches import MicroBatches, epoch_order
+from trnlora.training.batches import MicroBatches, epoch_order, steps_per_epoch
 
 # Values measured so far, which a resumed run does not measure again.
 MEASURED = ("base_validation_loss", "validation_loss", "validated_step", "train_loss", "grad_norm", "lr")
@@ -73,7 +73,7 @@ class LoraFinetuner(pl.LightningModule):
         self.train_rows = train_rows
         self.validation_rows = validation_rows
         self.total_steps = total_steps
-        self.steps_per_epoch = -(-len(train_rows["labels"]) // train.global_batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(train_rows["labels"]), train.global_batch_size)
         self.start_step = step
         self.restore = restore
         self.restored: dict[str, Any] | None = None

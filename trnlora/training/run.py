@@ -28,7 +28,7 @@ from trnlora.model.lora import init_lora_a
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
 from trnlora.training import checkpoints, cluster
-from trnlora.training.batches import read_packed_rows, source_lines
+from trnlora.training.batches import read_packed_rows, source_lines, steps_per_epoch
 from trnlora.training.checkpoints import Checkpoints, ResumePoint
 from trnlora.training.module import LoraFinetuner, NotFinite
 from trnlora.training.progress import TrainingProgress
@@ -125,14 +125,14 @@ def read_inputs(params: Params) -> Inputs:
     shard = rank_file(paths.SHARDS, PRETRAINED_TAG, int(os.environ["RANK"]) % params.convert.tp_size)
     check_sums(paths.SHARDS, "convert_nxd", [str(shard.relative_to(paths.SHARDS))])
     train_rows = read_packed_rows(paths.PREPARED / "train.parquet")
-    steps_per_epoch = -(-len(train_rows["labels"]) // params.train.global_batch_size)
-    total_steps = steps_per_epoch * params.train.epochs
+    per_epoch = steps_per_epoch(len(train_rows["labels"]), params.train.global_batch_size)
+    total_steps = per_epoch * params.train.epochs
     if params.train.max_steps is not None:
         total_steps = min(total_steps, params.train.max_steps)
     return Inputs(
         train_rows,
         read_packed_rows(paths.PREPARED / "validation.parquet"),
-        steps_per_epoch,
+        per_epoch,
         total_steps,
         {str(file): sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)},
     )

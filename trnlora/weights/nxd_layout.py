@@ -99,7 +99,7 @@ def heads_of_rank(model: ModelConfig, convert: Convert, rank: int) -> RankHeads:
         q_block = rank
         kv = [copy // repeat for copy in range(rank * kv_per_rank, (rank + 1) * kv_per_rank)]
     else:
-        # One KV head a rank (check_divisible holds it): rank = round × kv_heads + head.
+        # One KV head per rank (`check_divisible` requires it): rank = round × kv_heads + head.
         round_, head = divmod(rank, kv_heads)
         q_block = head * repeat + round_
         kv = [head]

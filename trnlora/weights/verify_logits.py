@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.parallel import Backend
+from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 from trnlora.weights.storage import HFCheckpoint, StoredTensor
 
 VOCABULARY_ROWS = 8192  # rows of the head that are in memory at a time
@@ -46,7 +47,7 @@ def max_logits_difference(
     largest = torch.zeros(())
     with HFCheckpoint(folder) as checkpoint:
         hidden = _hf_hidden(folder, checkpoint, ids)
-        head = checkpoint["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+        head = checkpoint[EMBEDDINGS if config.tie_word_embeddings else LM_HEAD]
         for first in range(0, config.vocab_size, VOCABULARY_ROWS):
             rows = slice(first, min(first + VOCABULARY_ROWS, config.vocab_size))
             logits = hidden @ head.read(rows.start, rows.stop).float().T
@@ -65,7 +66,7 @@ def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
     with init_empty_weights(include_buffers=False):
         model = LlamaModel(hf_config)
     stream_weights(model, lambda name: checkpoint[f"model.{name}"].read().float())
-    embeddings = checkpoint["model.embed_tokens.weight"]
+    embeddings = checkpoint[EMBEDDINGS]
     vectors = torch.cat([embeddings.read(token, token + 1) for token in ids[0].tolist()]).float()
     return model(inputs_embeds=vectors[None], use_cache=False).last_hidden_state
 
