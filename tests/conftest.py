@@ -26,12 +26,13 @@ sys.dont_write_bytecode = False
 
 
 # `make test` runs two workers of pytest-xdist. Tests that share one of these fixtures run in the same worker, so that
-# each is made once.
+# each is made once. `tryfirst`: xdist's hook of the same name reads the groups, so they must be set before it.
 SHARED_FIXTURES = {
     "server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training"
 }  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         used = [group for fixture, group in SHARED_FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
