@@ -120,12 +120,14 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
 def test_sigterm_and_the_same_bytes(
     trained: Callable[..., Path], converted: Callable[..., Path], tp_size: int, dp_size: int
 ) -> None:
-    """With accumulated micro-batches and a validation in the middle of an epoch."""
+    """With accumulated micro-batches (fewer in an epoch's last step), ended by max_steps in the middle of an epoch."""
     sections: dict[str, Any] = {
         "convert": {"tp_size": tp_size},
-        "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 17},
+        "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 11},
     }
     whole, broken = trained("whole", **sections), converted("broken", **sections)
+    assert metrics(whole, "prepare_data")["train"]["packed_rows"] % 4 > 1
+    assert [row["step"] for row in curve(whole, "validation/loss")] == ["0", "6", "11"]
     training = Training(broken)
     training.wait_for_step(3)
     ranks = training.ranks()
