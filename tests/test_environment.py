@@ -98,6 +98,15 @@ def test_no_package_of_the_cuda_build_is_installed() -> None:
     assert installed["torch"].endswith("+cpu")
 
 
+def test_tests_that_share_a_fixture_run_in_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist goes by the group at the end of a test's id. If it adds none, it says nothing about it."""
+    marks = [(item.nodeid, item.get_closest_marker("xdist_group")) for item in request.session.items]
+    grouped = [(nodeid, mark.args[0]) for nodeid, mark in marks if mark]
+    if not request.config.getoption("loadgroup", default=False) or not grouped:
+        pytest.skip("needs --dist loadgroup, as in `make test`, and tests that share a fixture")
+    assert not [nodeid for nodeid, group in grouped if not nodeid.endswith(f"@{group}")]
+
+
 def test_help_names_every_target(make: Make) -> None:
     (declared,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.M)
     for arguments in ((), ("help",)):
