@@ -1,6 +1,8 @@
 """Speed and memory of finetune_lora at tp 1, compared with HF's Trainer + PEFT on the same rows.
 
-    python bench/train.py [--pairs N] [--steps N] [--memory] [--dir DIR]    reads artifacts/model, artifacts/prepared
+    python bench/train.py [--pairs N] [--steps N] [--targets …] [--memory] [--dir DIR]
+
+Reads artifacts/model, artifacts/prepared.
 
 Trains on the packed rows that finetune_lora reads, one row per step, in the same order and from the same lora_A. The
 ways below take turns. Prints the median of N runs and the loss of the last step, which must agree:
@@ -9,7 +11,7 @@ ours       the stage itself at tp 1: a packed row, attention within each documen
 hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
 hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents concatenated, no padding
 
-HF's q, k and v share one lora_A, as in NxD (see trnlora/model/lora.py). Dropout is 0, so that all three compute the
+HF's lora_A's are shared as in NxD (lora.share_a in params.yaml). Dropout is 0, so that all three compute the
 same. Padding does not count as tokens. The seconds are those of the optimizer steps. Also measures the processor's
 peak, which is float32 matrix products of the model's shapes in isolation, and prints which share of it a step of ours
 reaches, counting only the products that LoRA needs for real tokens.
@@ -43,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="runs of each way (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a run (default: %(default)s)")
+    parser.add_argument("--targets", default="all-linear", help="with commas (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="measure memory by sequence length instead")
     parser.add_argument("--dir", type=Path, help="where the runs write (default: the temporary folder)")
     parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
@@ -59,10 +62,10 @@ def main() -> None:
         (folder / "artifacts").mkdir()
         (folder / "artifacts" / "model").symlink_to(ROOT / "artifacts" / "model")
         if args.memory:
-            memory(folder)
+            memory(folder, args.targets)
         else:
             (folder / "artifacts" / "prepared").symlink_to(ROOT / "artifacts" / "prepared")
-            speed(folder, args.pairs, args.steps)
+            speed(folder, args.targets, args.pairs, args.steps)
 
 
 def run(way: str, folder: Path) -> dict[str, Any]:
@@ -70,13 +73,16 @@ def run(way: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def set_up(folder: Path, **train: Any) -> None:
+def set_up(folder: Path, targets: str, **train: Any) -> None:
     """Write the default profile's params with one rank and no dropout, and convert the model."""
     import yaml
 
     params = yaml.safe_load((ROOT / "profiles" / "smollm2-135m-cpu.yaml").read_text("utf-8"))
     params["convert"] |= {"tp_size": 1, "kv_size_multiplier": 1}
-    params["lora"]["lora_dropout"] = 0.0
+    params["lora"] |= {
+        "lora_dropout": 0.0,
+        "target_modules": targets if targets == "all-linear" else targets.split(","),
+    }
     params["train"] |= {"global_batch_size": 1, "micro_batch_size": 1, **train}
     (folder / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
     if not (folder / "artifacts" / "shards").exists():
@@ -85,8 +91,8 @@ def set_up(folder: Path, **train: Any) -> None:
         )
 
 
-def speed(folder: Path, pairs: int, steps: int) -> None:
-    set_up(folder, max_steps=steps)
+def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
+    set_up(folder, targets, max_steps=steps)
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "peak")}
     for number in range(pairs):
         for way, results in runs.items():
@@ -123,7 +129,7 @@ def speed(folder: Path, pairs: int, steps: int) -> None:
     print(f"matrix products in isolation: {peak / 1e9:.0f} GFLOP/s; a step of ours reaches {share} of that")
 
 
-def memory(folder: Path) -> None:
+def memory(folder: Path, targets: str) -> None:
     """Peak memory of ours and hf for a document of each length."""
     from rich.console import Console
     from rich.table import Table
@@ -133,9 +139,9 @@ def memory(folder: Path) -> None:
         table.add_column(column, justify="right")
     for length in LENGTHS:
         one_document(folder / "artifacts" / "prepared", length)
-        set_up(folder, max_steps=2, epochs=2)
+        set_up(folder, targets, max_steps=2, epochs=2)
         plain, hf = run("ours", folder)["rss_gib"], run("hf", folder)["rss_gib"]
-        set_up(folder, max_steps=2, epochs=2, activation_checkpointing=True)
+        set_up(folder, targets, max_steps=2, epochs=2, activation_checkpointing=True)
         checkpointed = run("ours", folder)["rss_gib"]
         print(f"{length} tokens: {plain:.2f}, {checkpointed:.2f}, {hf:.2f} GiB", flush=True)
         table.add_row(str(length), f"{plain:.2f}", f"{checkpointed:.2f}", f"{hf:.2f}", f"{hf / plain:.2f}")
@@ -206,21 +212,24 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     Without attention.
     """
     from trnlora.model.config import ModelConfig
+    from trnlora.model.targets import adapter_tensors
+    from trnlora.model.tensors import linear_sizes
 
-    config, r = ModelConfig.from_folder(paths.MODEL), load_params().lora.r
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    q, kv = config.q_size, config.kv_size
+    config, layers = ModelConfig.from_folder(paths.MODEL), ModelConfig.from_folder(paths.MODEL).num_hidden_layers
+    first = [tensor for tensor in adapter_tensors(config, load_params().lora) if ".layers.0." in tensor.nxd_key]
     found = []
     for step in steps:
         tokens = sum(len(document["input_ids"]) for document in step)
         labelled = sum(label != -100 for document in step for label in document["labels"][1:])
-        for n in (q, kv, kv):  # (tokens, hidden) @ (hidden, n), and its backward
-            found += [(tokens, hidden, n, layers), (tokens, n, hidden, layers - 1)]
-            found += [(tokens, r, n, layers), (tokens, n, r, layers), (n, tokens, r, layers)]  # B, and its gradients
-        found += [(tokens, hidden, r, layers), (r, tokens, hidden, layers), (tokens, r, hidden, layers - 1)]  # A
-        for k, n in ((q, hidden), (hidden, 2 * config.intermediate_size), (config.intermediate_size, hidden)):
-            found += [(tokens, k, n, layers), (tokens, n, k, layers)]
-        found += [(labelled, hidden, config.vocab_size, 1), (labelled, config.vocab_size, hidden, 1)]
+        for name, (k, n) in linear_sizes(config).items():
+            below = layers - 1 if name in ("q_proj", "k_proj", "v_proj") else layers  # layers that need x's gradient
+            found += [(tokens, k, n, layers), (tokens, n, k, below)]
+        for tensor in first:
+            n, k = tensor.shape
+            below = layers - 1 if ".qkv_proj.lora_A." in tensor.nxd_key else layers
+            found += [(tokens, k, n, layers), (n, tokens, k, layers), (tokens, n, k, below)]
+        found += [(labelled, config.hidden_size, config.vocab_size, 1)]
+        found += [(labelled, config.vocab_size, config.hidden_size, 1)]
     return found
 
 
@@ -242,23 +251,27 @@ def gemm_peak() -> dict[str, Any]:
 
 
 def hf_model(params: Params) -> Any:
-    """The base model with PEFT's LoRA; q, k and v share one lora_A, initialized as in finetune_lora."""
+    """The base model with PEFT's LoRA; lora_A's are shared and initialized as in finetune_lora."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from trnlora.model.config import ModelConfig
+    from trnlora.model.targets import adapter_tensors, peft_modules
+    from trnlora.training.initial_adapter import random_lora_a
+
     base = AutoModelForCausalLM.from_pretrained(paths.MODEL, dtype=torch.float32)
     config = LoraConfig(
-        r=params.lora.r, lora_alpha=params.lora.lora_alpha, target_modules=["q_proj", "k_proj", "v_proj"],
-        task_type="CAUSAL_LM",
+        r=params.lora.r, lora_alpha=params.lora.lora_alpha, use_rslora=params.lora.use_rslora,
+        target_modules=list(peft_modules(params.lora.target_modules)), task_type="CAUSAL_LM",
     )  # fmt: skip
     model: Any = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(params.train.seed)
-    for layer in model.base_model.model.model.layers:
-        attention = layer.self_attn
-        a = attention.q_proj.lora_A["default"].weight
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as trnlora.model.lora.init_lora_a
-        attention.k_proj.lora_A["default"].weight = attention.v_proj.lora_A["default"].weight = a
+    table = adapter_tensors(ModelConfig.from_folder(paths.MODEL), params.lora)
+    for tensor, values in random_lora_a(table, params.train.seed):
+        a, *others = (model.get_submodule(key.removesuffix(".weight") + ".default") for key in tensor.peft_keys)
+        a.weight.data.copy_(values)
+        for other in others:
+            other.weight = a.weight
     return model
 
 

@@ -27,6 +27,7 @@ from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
 from trnlora.training.launch import run_rank, start_ranks
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
+from trnlora.weights.peft_folder import check_init_adapter, fetch_adapter
 
 
 def main() -> None:
@@ -42,7 +43,9 @@ def main() -> None:
         # gloo's threads run into the interpreter's shutdown, which would fail a run that is complete.
         sys.stdout.flush()
         os._exit(0)
-    params, _ = read_params(args.params)
+    params, config = read_params(args.params)
+    if params.lora.init_adapter:
+        check_init_adapter(fetch_adapter(params.lora.init_adapter), config, params.lora)
     start_ranks(params, train, args.params, args.resume_from)
 
 

@@ -20,6 +20,7 @@ from trnlora.data.tokenizer import load_fetched_tokenizer
 from trnlora.errors import run
 from trnlora.files import atomic_dir, write_sums
 from trnlora.metrics import write_metrics
+from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     source = fetch_rows_file(params.source, params.sha256)
     chosen = prepare.choose_rows(source, params)
     tokenizer = load_fetched_tokenizer(paths.MODEL)
+    ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
     encoder = RowEncoder(tokenizer, params.prompt_template, params.seq_len, params.overlong)
     if args.show is not None:
         prepare.print_examples(chosen, encoder, args.show)

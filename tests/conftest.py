@@ -1,24 +1,23 @@
 """Fixtures that several test files share. Their parts are in tests/support."""
 
-import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support import ROOT
 from support.adapters import write_adapter
 from support.browser import Browser
 from support.evaluation import EvalWorker
-from support.models import write_llama
+from support.models import FAMILIES, write_llama, write_model
 from support.project import Project, copy_project, make_project
 from support.repro import Finished, run_undisturbed
 from support.results import answer, write_answers
+from support.runs import Runs, prepare
 from support.server import Server
-from support.stages import run_stage, set_params
+from support.stages import set_params
 
 # Many container images set it. Then each of the many processes that the tests start would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -53,6 +52,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family_model(family): a random tiny model of that family, whose biases and norms are random too."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def model(family: str) -> Path:
+        if not (folder / family).exists():
+            write_model(folder / family, family, **FAMILIES[family])
+        return folder / family
+
+    return model
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("no chromium and chromedriver here: apt-get install chromium chromium-driver")
@@ -64,52 +76,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """A folder with the tiny Llama and prepared rows. Copy it before writing to it."""
-    folder = tmp_path_factory.mktemp("prepared")
-    (folder / "artifacts").mkdir()
-    (folder / "artifacts" / "model").symlink_to(tiny_llama)
-    rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
-    # 23 packed rows: few, and an odd number, so that the last optimizer step of an epoch has fewer rows.
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:135]), "utf-8")
-    set_params(
-        folder,
-        data={"source": "path://rows.jsonl", "sha256": None, "seq_len": 256},
-        train={"epochs": 1, "lr": 1.0e-2, "global_batch_size": 2},
-    )
-    run_stage("prepare_data", folder)
-    return folder
-
-
-class Runs:
-    """Folders in which stages have run: made once per session for each set of params, copied for each test."""
-
-    def __init__(self, prepared: Path, cache: Path) -> None:
-        self._prepared = prepared
-        self._cache = cache
-
-    def converted(self, folder: Path, **sections: dict[str, Any]) -> Path:
-        """A copy of `prepared` in `folder` with these params, converted."""
-        convert = self._cached("convert_nxd", self._prepared, {"convert": sections.get("convert", {})})
-        shutil.copytree(convert, folder, symlinks=True)
-        set_params(folder, **sections)
-        return folder
-
-    def trained(self, folder: Path, **sections: dict[str, Any]) -> Path:
-        """The same, trained."""
-        convert = self._cached("convert_nxd", self._prepared, {"convert": sections.get("convert", {})})
-        shutil.copytree(self._cached("finetune_lora", convert, sections), folder, symlinks=True)
-        return folder
-
-    def _cached(self, stage: str, before: Path, sections: dict[str, dict[str, Any]]) -> Path:
-        """A copy of the folder `before`, after running `stage` in it with these params."""
-        folder = self._cache / f"{stage} {json.dumps(sections, sort_keys=True)}".replace("/", "_")
-        if not folder.exists():
-            partial = self._cache / "partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(before, partial, symlinks=True)
-            set_params(partial, **sections)
-            run_stage(stage, partial)
-            partial.rename(folder)
-        return folder
+    return prepare(tmp_path_factory.mktemp("prepared"), tiny_llama)
 
 
 @pytest.fixture(scope="session")

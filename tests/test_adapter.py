@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapters import lora_params
 from test_layout import conversion
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import nxd_adapter_config
-from trnlora.params import Convert, Lora
+from trnlora.params import Convert
 from trnlora.weights.adapter_shards import load_adapter_shards
 from trnlora.weights.nxd_layout import heads_of_rank
 from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
@@ -23,7 +24,7 @@ CONFIG = ModelConfig.from_hf(
         "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4,
     }
 )  # fmt: skip
-LORA = Lora(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["qkv_proj"])
+LORA = lora_params(r=2, lora_alpha=4, target_modules=["qkv_proj"])
 QKV = "model.layers.1.self_attn.qkv_proj"
 
 

@@ -100,7 +100,7 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("convert.hw_backend", "trn9", "convert.hw_backend"),
     ("lora.r", 0, "lora.r"),
     ("lora.lora_dropout", 1.0, "lora.lora_dropout"),
-    ("lora.target_modules", ["o_proj"], "lora.target_modules"),
+    ("lora.target_modules", ["lm_head"], "lora.target_modules"),
     ("data.seq_len", 4, "data.seq_len"),
     ("data.test_fraction", 0.95, "must be below 1"),
     ("data.prompt_template", "vicuna", "data.prompt_template"),
@@ -266,14 +266,14 @@ def adapter_of(bench: Bench) -> list[Path]:
     """Write the shards of an adapter for the tiny Llama, tp 3."""
     import torch
 
-    from trnlora.model.targets import adapter_tensors, nxd_adapter_config
+    from trnlora.model.targets import adapter_tensors, nxd_adapter_config, rank_shapes
     from trnlora.params import Params
     from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
     params = Params.model_validate(bench.params)
     folder = Path("artifacts/lora_adapter")
-    table = adapter_tensors(ModelConfig.from_folder(bench.llama), params.lora.target_modules, params.lora.r)
-    shapes = {tensor.nxd_key: tensor.rank_shape(3, params.convert.kv_size_multiplier) for tensor in table}
+    table = adapter_tensors(ModelConfig.from_folder(bench.llama), params.lora)
+    shapes = rank_shapes(table, 3, params.convert.kv_size_multiplier)
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(3)]
     for file in files:
         save_rank(file, {name: torch.full(shape, 0.5) for name, shape in shapes.items()})

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from support.models import FAMILIES
 from test_layout import CASES, GOLDEN, case_name, conversion, golden_weights, llama
 
 from trnlora.errors import UserError
@@ -80,6 +81,20 @@ def test_reverse_conversion_is_exact(convert: Convert, dtype: torch.dtype, tiny_
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("convert", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_converted_back_exactly(
+    family: str, convert: Convert, family_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = family_model(family)
+    config = ModelConfig.from_folder(model)
+    write_shards(model, tmp_path / "shards", config, convert)
+    write_hf_folder(tmp_path / "shards", model, tmp_path / "back", config, convert)
+    tensors, back = load_file(model / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_an_indexed_folder_is_written_and_gives_the_same_shards(

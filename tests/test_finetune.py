@@ -41,7 +41,7 @@ NO_DROPOUT = {"lora_dropout": 0.0}  # its masks differ between replicas
     [
         pytest.param({"convert": {"tp_size": 3}}, id="tp3"),
         pytest.param({"convert": ONE_RANK, "train": {"dp_size": 2}}, id="tp1-dp2"),
-        # Two copies of every KV head. tests/test_llama.py checks the gradients for every sharding.
+        # Two copies of every KV head. tests/test_decoder.py checks the gradients for every sharding.
         pytest.param({"convert": {"tp_size": 6, "kv_size_multiplier": 2}}, id="tp6x2"),
     ],
 )

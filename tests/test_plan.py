@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,17 +63,29 @@ def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -
     assert (plan.steps_per_epoch, plan.steps) == (50, 100)
 
 
+LORAS = [
+    {"target_modules": ["qkv_proj"]},
+    {"target_modules": "all-linear"},
+    {"target_modules": "all-linear", "share_a": False, "lora_dropout": 0.0},
+    {"target_modules": ["v_proj", "o_proj", "up_proj"]},
+]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recompute: bool) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("lora", LORAS)
+def test_activations_are_those_autograd_keeps(  # type: ignore[no-untyped-def]
+    make_llama, tmp_path: Path, lora: dict[str, Any], recompute: bool
+) -> None:
     """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward."""
     from trnlora.backends import torch as torch_backend
     from trnlora.model.decoder import DecoderLM
-    from trnlora.model.lora import add_lora, init_lora_a
+    from trnlora.model.lora import add_lora
 
     params = load_params(ROOT / "params.yaml")
     params = params.model_copy(
         update={
             "convert": params.convert.model_copy(update={"tp_size": 1}),
+            "lora": params.lora.model_copy(update=lora),
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
         }
     )
@@ -82,7 +95,6 @@ def test_activations_are_those_autograd_keeps(make_llama, tmp_path: Path, recomp
     add_lora(model, params.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    init_lora_a(model, seed=0)
     model.recompute_layers = recompute
     tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size
@@ -139,6 +151,24 @@ def test_llama3_8b_on_trn2() -> None:
     assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
     matrices = plan.parameters - 128256 * 4096  # without the embedding; includes the norms, which are negligible
     assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
+
+
+def test_all_linear_llama3_8b_on_trn2() -> None:
+    """The adapter's share of the plan, with LoRA on all linear layers, compared with a calculation by hand."""
+    params, config = profile("llama3-8b-trn2")
+    plan = make_plan(params, config, None)
+    lora = params.lora.model_copy(update={"target_modules": "all-linear"})
+    all_linear = make_plan(params.model_copy(update={"lora": lora}), config, None)
+    # A and B of qkv, o, gate and up, down; of cut matrices, a rank's 1/32 (k and v: 1/8).
+    per_rank = (4096 + 3 * 128) + (128 + 4096) + (4096 + 2 * 448) + (448 + 4096)
+    assert all_linear.trainable_per_rank == 32 * 16 * per_rank
+    whole = (4096 + 4096 + 2 * 1024) + (4096 + 4096) + (4096 + 2 * 14336) + (14336 + 4096)
+    assert all_linear.trainable == 32 * 16 * whole
+    # Per layer and token: the inputs and masks of the three other lora_A (128, 128 and 448 values × 5), three lora_B's.
+    more = 32 * 4096 * ((128 + 128 + 448) * 5 + 3 * 16 * 4)
+    assert all_linear.activation_bytes == plan.activation_bytes + more
+    assert all_linear.tp_bytes_per_step == plan.tp_bytes_per_step + 8 * 32 * 3 * 4096 * 16 * 4
+    assert all_linear.dp_bytes_per_step == 4 * all_linear.trainable_per_rank
 
 
 def test_several_nodes_keep_the_global_batch() -> None:

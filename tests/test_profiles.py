@@ -44,7 +44,7 @@ def whole_lines(text: str) -> list[str]:
 
 def test_all_profiles_exist() -> None:
     assert DEFAULT in NAMES
-    assert len(NAMES) == 6
+    assert len(NAMES) == 8
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,14 +27,14 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 from support import ROOT
-from support.adapters import write_adapter
+from support.adapters import lora_params, write_adapter
 from support.evaluation import EvalWorker
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
 from trnlora.files import write_sums
 from trnlora.model.targets import peft_modules
-from trnlora.params import Lora, Params
+from trnlora.params import Params
 from trnlora.profiles import profile_values
 from trnlora.serving.adapters import Adapter, check_adapter, check_own_adapter
 from trnlora.serving.client import base_url
@@ -42,7 +42,7 @@ from trnlora.serving.server import reason, relay
 from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
 
 R = 16  # conftest.py's `workdir`
-LORA = Lora(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules=["qkv_proj"])
+LORA = lora_params(r=R, lora_alpha=2 * R, target_modules=["qkv_proj"])
 SERVED = ["tuned", "first", "second"]  # conftest.py's `server`
 
 

@@ -3,6 +3,7 @@
 The comments in params.yaml say what each key means; types, bounds and rules between keys are here.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,11 +65,33 @@ class Convert(Section):
         return self
 
 
+# PEFT's names of a decoder's linear layers, and NxD's for the first three together.
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"]
+
+
 class Lora(Section):
     r: PositiveInt
     lora_alpha: PositiveInt
+    use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: list[Literal["qkv_proj"]] = Field(min_length=1, max_length=1)
+    target_modules: Literal["all-linear"] | Annotated[list[TargetModule], Field(min_length=1)]
+    share_a: bool
+    init_adapter: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")] | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_dora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "use_dora" in values:
+            raise ValueError(
+                "use_dora is not supported: DoRA needs the norms of whole columns of weight + update at every step, "
+                "which NxD's LoRA does not compute and vLLM does not serve"
+            )
+        return values
+
+    @property
+    def scaling(self) -> float:
+        """The factor on B(A(x)), as in PEFT."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class Neuron(Section):
@@ -183,6 +206,8 @@ class Params(Section):
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
                 f"convert.tp_size {self.convert.tp_size}"
             )
+        if not self.lora.share_a:
+            raise ValueError("lora.share_a: false is not supported on nxd: NxD's layers of q, k and v have one input")
         if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:
             raise ValueError("neuron.logical_core_size must be 1 on trn1, whose cores cannot be joined")
 

@@ -1,8 +1,19 @@
-"""Adapters for the tiny Llama, saved by PEFT, that change its answers."""
+"""Params of LoRA, and adapters for the tiny Llama, saved by PEFT, that change its answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from trnlora.params import Lora
+
+
+def lora_params(**values: Any) -> Lora:
+    """The section `lora`: rank 4 on all linear layers, without dropout; `values` override that."""
+    defaults: dict[str, Any] = {
+        "r": 4, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "target_modules": "all-linear",
+        "share_a": True, "init_adapter": None,
+    }  # fmt: skip
+    return Lora(**{**defaults, **values})
 
 
 def write_adapter(

@@ -14,14 +14,41 @@ CHAT_TEMPLATE = (
 )
 
 
+# What each family adds, on the sizes of `write_model`.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 16, "sliding_window": 20, "tie_word_embeddings": False},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "granite": {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 5.0
+    },
+}  # fmt: skip
+
+
 def write_llama(folder: Path, **config: Any) -> Path:
-    """Write a random Llama and its tokenizer to `folder`; `config` overrides the default sizes.
+    """`write_model` with a Llama."""
+    return write_model(folder, "llama", **config)
+
+
+def randomize_vectors(model: Any) -> None:
+    """Give biases and norms random values: HF's zeros and ones would hide a wrong one."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(0.3 * torch.randn_like(parameter) + (1 if "norm" in name else 0))
+
+
+def write_model(folder: Path, model_type: str, **config: Any) -> Path:
+    """Write a random model of a family and its tokenizer to `folder`; `config` overrides the default sizes.
 
     The default fits tp 1 and 3 (multiplier 1), and 2 and 6 (multiplier 2): 6 heads, 3 KV heads, vocabulary 1536.
     """
     import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
     bpe = ByteLevelBPETokenizer()
@@ -56,7 +83,9 @@ def write_llama(folder: Path, **config: Any) -> Path:
     }
     with torch.random.fork_rng():
         torch.manual_seed(17)
-        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **config}))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **config}))
+        if model_type != "llama":
+            randomize_vectors(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_sums(folder)  # as fetch_model does, for tests that start with a later stage

@@ -1,4 +1,4 @@
-"""NxD's parallel layers, LoRA and optimizer on torch_xla, for Trainium.
+"""NxD's parallel layers and optimizer on torch_xla, for Trainium.
 
 Written against neuronx_distributed 0.18 (Neuron SDK 2.29); 0.19 of SDK 2.30 and 2.31 has the same training code. The
 model, data, schedule, clipping and adapter format are those of every backend. tests/neuron runs this file against
@@ -12,8 +12,6 @@ import neuronx_distributed as nxd
 import torch
 import torch.distributed as dist
 import torch_xla.core.xla_model as xm
-from neuronx_distributed.modules.lora import LoraConfig, LoraModel
-from neuronx_distributed.modules.lora.tp_layer import LoraGQAQKVParallelLinear
 from neuronx_distributed.modules.qkv_linear import GQAQKVColumnParallelLinear
 from neuronx_distributed.parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from neuronx_distributed.parallel_layers import parallel_state as state
@@ -33,11 +31,17 @@ class _Embedding(ParallelEmbedding):
 
 
 class _QKVLinear(GQAQKVColumnParallelLinear):
-    def __init__(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, sequence_parallel: bool):
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        kv_size_multiplier: int,
+        bias: bool,
+        sequence_parallel: bool,
+    ):
         super().__init__(
-            input_size, list(output_sizes), bias=False, gather_output=False, kv_size_multiplier=kv_size_multiplier,
+            input_size, list(output_sizes), bias=bias, gather_output=False, kv_size_multiplier=kv_size_multiplier,
             fuse_qkv=False, sequence_parallel_enabled=sequence_parallel,
-            init_method=nn.init.zeros_,  # a lora_B's; base weights come from the shards
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,32 +51,10 @@ class _QKVLinear(GQAQKVColumnParallelLinear):
         return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
 
-class LoraQKVLinear(LoraGQAQKVParallelLinear):
-    """NxD's LoRA layer, with what sequence parallelism needs."""
-
-    def update_layer(self, lora_config: LoraConfig, *unused: Any) -> None:
-        super().update_layer(lora_config)
-        base = self.get_base_layer()
-        self.lora_B = _QKVLinear(
-            self.lora_rank, base.output_sizes, base.kv_size_multiplier, base.sequence_parallel_enabled
-        )
-        # With sequence parallelism each rank sees its own tokens' part of A's gradient. NxDOptimizer adds up the
-        # gradients of parameters with this mark; NxD's LoRA does not set it and so trains another A on every rank.
-        self.lora_A.weight.sequence_parallel_enabled = base.sequence_parallel_enabled
-
-
-class NxdLoraModel(LoraModel):
-    """Puts `LoraQKVLinear` into a model in place. Its state_dict is the adapter under NxD's keys."""
-
-    def _create_new_module(self, target: nn.Module, current_key: str) -> nn.Module:
-        return LoraQKVLinear(target, self.lora_config)
-
-
 class NxdBackend:
     """`trnlora.model.parallel.Backend` over NxD's groups, which `trnlora.backends.nxd_training.NxdStrategy` creates."""
 
     static_shapes = True
-    adapter: LoraModel  # NxD's wrapper around the model with LoRA, which saves the adapter
 
     def __init__(self, neuron: Neuron, nxd_config: dict[str, Any]):
         self.nxd_config = nxd_config
@@ -96,8 +78,10 @@ class NxdBackend:
             sequence_parallel_enabled=self.sequence_parallel, sequence_dimension=SEQUENCE,
         )  # fmt: skip
 
-    def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
-        return _QKVLinear(input_size, output_sizes, kv_size_multiplier, self.sequence_parallel)
+    def gqa_qkv_linear(
+        self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, bias: bool = False
+    ) -> nn.Module:
+        return _QKVLinear(input_size, output_sizes, kv_size_multiplier, bias, self.sequence_parallel)
 
     def prepare_attention(self, document_ids: Tensor) -> Tensor:
         """The mask (B, 1, T, T): tokens attend to earlier tokens of the same document, padding to padding."""
@@ -105,11 +89,11 @@ class NxdBackend:
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
         return (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & causal
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float) -> Tensor:
         # NxD's flash attention kernel has causal masks only, so it cannot separate packed documents.
         if self.selective_checkpointing and torch.is_grad_enabled():
-            return checkpoint(_core_attention, q, k, v, plan, use_reentrant=True)  # all that torch_xla supports
-        return _core_attention(q, k, v, plan)
+            return checkpoint(_core_attention, q, k, v, plan, scale, use_reentrant=True)  # all that torch_xla supports
+        return _core_attention(q, k, v, plan, scale)
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
         # At every position, with zeros where it is ignored: another shape would need another compilation.
@@ -133,11 +117,11 @@ class NxdBackend:
         )
 
 
-def _core_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _core_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Plain matrix products as in NxD's Llama (its CoreAttention), with a mask for packed documents."""
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5  # (B, heads, T, T)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale  # (B, heads, T, T)
     scores = scores.float().masked_fill(~mask, -10000.0)
     return torch.matmul(torch.softmax(scores, dim=-1).to(q.dtype), v)

@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch_xla.core.xla_model as xm
-from neuronx_distributed.modules.lora import LoraConfig
 from neuronx_distributed.parallel_layers import parallel_state as state
 from neuronx_distributed.utils import cpu_mode
 from pytorch_lightning.accelerators import Accelerator
@@ -23,12 +22,13 @@ from pytorch_lightning.plugins import Precision
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
-from trnlora.backends.nxd import NxdBackend, NxdLoraModel
+from trnlora.backends.nxd import NxdBackend
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
+from trnlora.model.lora import LoraLayer, adapter_state, add_lora
 from trnlora.params import Params
-from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file
+from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file, save_rank
 
 SUM_DTYPE = torch.float32  # Neuron has no float64
 GROUPS_CARRY_OBJECTS = False
@@ -49,19 +49,13 @@ def build_model(
         model.check_shard({name: tensor.shape for name, tensor in stored.items()})
     model.to(getattr(torch, params.model.dtype)).to_empty(device=xm.xla_device())
     nxd.load_checkpoint(str(shards), tag=PRETRAINED_TAG, model=model, strict=True)
-    lora = params.lora
-    backend.adapter = NxdLoraModel(
-        model,
-        LoraConfig(
-            lora_rank=lora.r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=list(lora.target_modules),
-            # NxD's default True keeps the first 1/kv_size_multiplier of every lora_B's rows, weight_q's too.
-            merge_sharded_lora=False,
-        ),
-    )
-    backend.adapter.is_config_saved = True  # the stage writes it, beside the shards
+    add_lora(model, params.lora)
+    model.to(xm.xla_device())  # LoRA's layers
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+        for weight in layer.whole_weights():
+            # With sequence parallelism each rank sees its own tokens' part of this gradient. NxDOptimizer adds up the
+            # gradients of parameters with this mark; NxD's own LoRA does not set it.
+            setattr(weight, "sequence_parallel_enabled", params.neuron.sequence_parallel)  # noqa: B010 (mypy)
     return model
 
 
@@ -81,8 +75,9 @@ def _check_kv_groups(kv_groups: list[list[int]]) -> None:
 
 
 def save_adapter(folder: Path, model: DecoderLM) -> None:
-    backend: Any = model.backend
-    nxd.save_checkpoint(str(folder), tag=LORA_TAG, model=backend.adapter)
+    if state.get_data_parallel_rank() == 0:  # replicas hold equal adapters
+        adapter = {name: tensor.cpu() for name, tensor in adapter_state(model).items()}
+        save_rank(rank_file(folder, LORA_TAG, model.backend.tp_rank), adapter)
 
 
 def _nxd_config(params: Params) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """NxD's parallel layers on torch.distributed: gloo on a CPU, nccl on a GPU.
 
 Each layer has NxD's parameter names and shard shapes (neuronx_distributed/parallel_layers/layers.py,
-modules/qkv_linear.py). Weights are created empty and filled from shard files. Llama has no biases.
+modules/qkv_linear.py). Weights are created empty and filled from shard files.
 """
 
 import threading
@@ -216,7 +216,11 @@ class ColumnParallelLinear(nn.Module):
         self.group = group
         self.weight = nn.Parameter(torch.empty(output_size // group.size, input_size))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """x: the input, or a tuple with one for each of as many equal blocks of this rank's outputs."""
+        if isinstance(x, tuple):
+            blocks = zip(x, self.weight.chunk(len(x)), strict=True)
+            return torch.cat([F.linear(_CopyToRegion.apply(part, self.group), rows) for part, rows in blocks], dim=-1)
         return F.linear(_CopyToRegion.apply(x, self.group), self.weight)
 
 
@@ -240,7 +244,13 @@ class GQAQKVColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, group: Group, kv_group: Group
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        kv_size_multiplier: int,
+        bias: bool,
+        group: Group,
+        kv_group: Group,
     ):
         super().__init__()
         self.group = group
@@ -248,17 +258,28 @@ class GQAQKVColumnParallelLinear(nn.Module):
         self.input_size = input_size
         self.output_sizes = tuple(output_sizes)
         self.kv_size_multiplier = kv_size_multiplier
-        kv_size = output_sizes[1] * kv_size_multiplier // group.size
-        self.weight_q = nn.Parameter(torch.empty(output_sizes[0] // group.size, input_size))
+        q_size, kv_size = output_sizes[0] // group.size, output_sizes[1] * kv_size_multiplier // group.size
+        self.weight_q = nn.Parameter(torch.empty(q_size, input_size))
         self.weight_k = nn.Parameter(torch.empty(kv_size, input_size))
         self.weight_v = nn.Parameter(torch.empty(kv_size, input_size))
+        self.bias_q = nn.Parameter(torch.empty(q_size)) if bias else None
+        self.bias_k = nn.Parameter(torch.empty(kv_size)) if bias else None
+        self.bias_v = nn.Parameter(torch.empty(kv_size)) if bias else None
         if kv_group.size > 1:
             for weight in (self.weight_k, self.weight_v):
                 weight.register_hook(kv_group.all_reduce)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = _CopyToRegion.apply(x, self.group)
-        return F.linear(x, self.weight_q), F.linear(x, self.weight_k), F.linear(x, self.weight_v)
+    def forward(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x: the input of all three, or a tuple with one for each."""
+        if isinstance(x, tuple):
+            x_q, x_k, x_v = (_CopyToRegion.apply(part, self.group) for part in x)
+        else:
+            x_q = x_k = x_v = _CopyToRegion.apply(x, self.group)
+        return (
+            F.linear(x_q, self.weight_q, self.bias_q),
+            F.linear(x_k, self.weight_k, self.bias_k),
+            F.linear(x_v, self.weight_v, self.bias_v),
+        )
 
 
 class TorchBackend:
@@ -281,21 +302,25 @@ class TorchBackend:
     def row_parallel_linear(self, input_size: int, output_size: int) -> nn.Module:
         return RowParallelLinear(input_size, output_size, self.tp_group)
 
-    def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
-        return GQAQKVColumnParallelLinear(input_size, output_sizes, kv_size_multiplier, self.tp_group, self.kv_group)
+    def gqa_qkv_linear(
+        self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, bias: bool = False
+    ) -> nn.Module:
+        return GQAQKVColumnParallelLinear(
+            input_size, output_sizes, kv_size_multiplier, bias, self.tp_group, self.kv_group
+        )
 
     def prepare_attention(self, document_ids: Tensor) -> list[list[int]]:
         """The lengths of each row's documents. Padding counts as a document."""
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: list[list[int]]) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: list[list[int]], scale: float) -> Tensor:
         # One call per document: no mask, and no work across documents, which in a packed row is most of the square.
         gqa = q.shape[1] != k.shape[1]
         rows = []
         for row, lengths in enumerate(plan):
             parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (q, k, v)), strict=True)
             attended = [
-                F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa)  # type: ignore[misc]
+                F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa, scale=scale)  # type: ignore[misc]
                 for qkv in parts
             ]
             rows.append(torch.cat(attended, dim=2))

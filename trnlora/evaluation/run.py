@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trnlora import paths
@@ -14,9 +13,9 @@ from trnlora.evaluation.scoring import changed_fraction
 from trnlora.files import check_sums, read_json, write_json, write_jsonl
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.params import Params
-from trnlora.serving.adapters import BASE, CONFIG, TUNED, WEIGHTS, Adapter, check_adapter, check_own_adapter
+from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_own_adapter
 from trnlora.serving.engine import Engine, start_engine
-from trnlora.sources import hub_snapshot, parse_source
+from trnlora.weights.peft_folder import fetch_adapter
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
 
@@ -91,14 +90,6 @@ def read_split(split: str) -> list[PreparedExample]:
     if not rows:
         raise UserError(f"{path} has no rows: raise data.{split}_fraction or give prepare_data more rows")
     return rows
-
-
-def fetch_adapter(uri: str) -> Path:
-    """The folder of eval.adapter, downloaded if it is on the hub."""
-    source = parse_source(uri)
-    if source.scheme == "hf":
-        return hub_snapshot(source, [CONFIG, WEIGHTS])
-    return source.path
 
 
 def read_loss(stage: str, key: str) -> float:

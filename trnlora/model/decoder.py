@@ -56,13 +56,18 @@ class Attention(nn.Module):
         super().__init__()
         self.backend = backend
         self.head_dim = config.head_dim
-        self.qkv_proj = backend.gqa_qkv_linear(config.hidden_size, (config.q_size, config.kv_size), kv_size_multiplier)
+        self.scale = config.attention_multiplier
+        self.qkv_proj = backend.gqa_qkv_linear(
+            config.hidden_size, (config.q_size, config.kv_size), kv_size_multiplier, bias=config.family.qkv_bias
+        )
+        norm = RMSNorm if config.family.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.rms_norm_eps) for _ in "qk")
         self.o_proj = backend.row_parallel_linear(config.q_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
-        # (B, T, heads·D) -> (B, heads, T, D), only this rank's heads
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv_proj(x))
-        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, attention_plan)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x))  # (B, T, this rank's heads, D)
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, attention_plan, self.scale)
         y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y if keep is None else y[keep])
 
@@ -80,6 +85,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, backend, kv_size_multiplier)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,8 +93,11 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attention_plan, keep)
-        x = (x if keep is None else x[keep]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self._add(x if keep is None else x[keep], attended)
+        return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+
+    def _add(self, residual: Tensor, x: Tensor) -> Tensor:
+        return residual + x if self.residual_multiplier == 1 else residual + x * self.residual_multiplier
 
 
 class Decoder(nn.Module):
@@ -102,7 +111,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """A dense Llama for training and scoring: no KV cache, every token at once."""
+    """A dense decoder for training and scoring: no KV cache, every token at once."""
 
     def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
@@ -151,12 +160,16 @@ class DecoderLM(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states (B, T, H), after the final norm, from three (B, T) tensors.
+        """What the LM head takes, (B, T, H), from three (B, T) tensors: the hidden states after the final norm.
+
+        They are divided by logits_scaling here, so that nothing has to divide the logits.
 
         keep (B, T), bool: the positions that are wanted. The last layer then computes only these, and (N, H) is
         returned.
         """
         x = self.model.embed_tokens(input_ids)
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
         attention_plan = self.backend.prepare_attention(document_ids)
         last = self.model.layers[-1]
@@ -166,7 +179,8 @@ class DecoderLM(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part (…, V/tp) of the logits of hidden states (…, H)."""

@@ -1,65 +1,156 @@
-"""LoRA on the decoder's linear layers, as NxD has it: the layers, their initial values, and the adapter's tensors.
+"""LoRA on the decoder's linear layers: layers over a backend's parallel layers, with NxD's parameter names.
 
 Source: NxD 0.18 (SDK 2.29), modules/lora/tp_layer.py. `trnlora.model.targets` lists the tensors and how they are cut.
-The adapter is float32 whatever the model's dtype.
+The adapter is float32 whatever the model's dtype. Every backend uses these layers, so an adapter is the same on each.
 """
 
-import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trnlora.model.config import ModelConfig
-from trnlora.model.decoder import Attention, DecoderLM
-from trnlora.model.parallel import Backend
+from trnlora.model.decoder import MLP, Attention, DecoderLM
+from trnlora.model.targets import peft_modules
 from trnlora.params import Lora
 
 
-class LoraGQAQKVParallelLinear(nn.Module):
-    """base(x) + lora_alpha / r · B(A(dropout(x))) for q, k and v: one A that they share, and a B for each."""
+class LoraLayer(nn.Module):
+    """base(x) + scaling · B(A(dropout(x)))."""
 
-    def __init__(
-        self, base_layer: nn.Module, config: ModelConfig, kv_size_multiplier: int, lora: Lora, backend: Backend
-    ):
+    lora_A: nn.Module
+    lora_B: nn.Module
+
+    def __init__(self, base_layer: nn.Module, lora: Lora):
         super().__init__()
         self.base_layer = base_layer
-        self.scaling = lora.lora_alpha / lora.r
-        self.lora_dropout = nn.Dropout(lora.lora_dropout)
-        self.lora_A = nn.Linear(config.hidden_size, lora.r, bias=False)
-        self.lora_B = backend.gqa_qkv_linear(lora.r, (config.q_size, config.kv_size), kv_size_multiplier)
-        for weight in self.lora_B.parameters():
-            nn.init.zeros_(weight)
+        self.r = lora.r
+        self.scaling = lora.scaling
+        self.dropout = lora.lora_dropout
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # A is whole on every rank and B is cut. B's layer adds up the ranks' gradients in the backward pass, so A's
-        # gradient is whole too. Dropout draws the same mask on every tensor-parallel rank: they share a seed.
-        low = self.lora_A(self.lora_dropout(x.float()))  # (B, T, r)
-        q, k, v = self.base_layer(x)
-        delta_q, delta_k, delta_v = self.lora_B(low * self.scaling)
-        return q + delta_q.to(q.dtype), k + delta_k.to(k.dtype), v + delta_v.to(v.dtype)
+    def dropped(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+        """F.dropout of x (…, inputs): the same values, but a byte per value is kept for the backward pass, not four.
+
+        x may be one of several equal parts of the inputs. The mask of all inputs is drawn then: a mask of the part
+        alone would be the same on every rank, because they share a seed.
+        """
+        if not self.training or self.dropout == 0:
+            return x
+        width = x.shape[-1]
+        kept = torch.empty(*x.shape[:-1], width * parts, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+        if parts > 1:
+            kept = kept.narrow(-1, part * width, width).contiguous()
+        return x * kept * (1 / (1 - self.dropout))
+
+    def whole_weights(self) -> Iterator[nn.Parameter]:
+        """The trained weights that are whole on every rank. With sequence parallelism each rank sees its own tokens'
+        part of their gradients."""
+        raise NotImplementedError
 
 
-def add_lora(model: DecoderLM, lora: Lora) -> None:
-    """Wrap the targets of every layer in place. `init_lora_a` then gives all ranks the same lora_A."""
-    for attention in (module for module in model.modules() if isinstance(module, Attention)):
-        attention.qkv_proj = LoraGQAQKVParallelLinear(
-            attention.qkv_proj, model.config, model.kv_size_multiplier, lora, model.backend
+class _LoraFusedLinear(LoraLayer):
+    """A layer with several outputs that are cut by rows: A is whole on every rank, B is cut as the base weight is.
+
+    B's layer adds up the ranks' gradients in the backward pass, so that A's gradient is whole too. Dropout draws the
+    same mask on every tensor-parallel rank: they share a seed.
+
+    trained: for each output, whether LoRA trains it. lora_A: one matrix that the outputs share, or one for each.
+    """
+
+    def __init__(self, base_layer: nn.Module, input_size: int, trained: list[bool], lora: Lora):
+        super().__init__(base_layer, lora)
+        self.trained = trained
+        self.shared = lora.share_a or sum(trained) == 1
+        self.lora_A = nn.Linear(input_size, lora.r if self.shared else lora.r * sum(trained), bias=False)
+
+    def whole_weights(self) -> Iterator[nn.Parameter]:
+        yield from self.lora_A.parameters()
+
+    def low(self, x: Tensor) -> Tensor:
+        """scaling · A(dropout(x)): (…, r), or (…, r · number of trained outputs)."""
+        return self.lora_A(self.dropped(x.float())) * self.scaling
+
+
+class LoraGQAQKVParallelLinear(_LoraFusedLinear):
+    """q, k and v. B holds a weight for each; those that are not trained stay zero, are frozen and are not saved."""
+
+    def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
+        config = model.config
+        super().__init__(base_layer, config.hidden_size, trained, lora)
+        sizes = (config.q_size, config.kv_size)
+        self.lora_B = model.backend.gqa_qkv_linear(lora.r, sizes, model.kv_size_multiplier)
+        for letter, is_trained in zip("qkv", trained, strict=True):
+            nn.init.zeros_(self.lora_B.get_parameter(f"weight_{letter}").requires_grad_(is_trained))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        low = self.low(x)
+        inputs: Tensor | tuple[Tensor, ...] = low
+        if not self.shared:
+            parts = iter(low.split(self.r, dim=-1))
+            inputs = tuple(next(parts) if is_trained else low[..., : self.r] for is_trained in self.trained)
+        outputs = zip(self.base_layer(x), self.lora_B(inputs), self.trained, strict=True)
+        return tuple(y + delta.to(y.dtype) if is_trained else y for y, delta, is_trained in outputs)
+
+
+class LoraColumnParallelLinear(_LoraFusedLinear):
+    """gate and up, each half of the base layer's output."""
+
+    def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
+        config = model.config
+        super().__init__(base_layer, config.hidden_size, trained, lora)
+        self.lora_B = model.backend.column_parallel_linear(lora.r, config.intermediate_size * sum(trained))
+        nn.init.zeros_(self.lora_B.get_parameter("weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.low(x)
+        delta = self.lora_B(low if self.shared else tuple(low.split(self.r, dim=-1)))
+        y = self.base_layer(x)
+        if not all(self.trained):
+            delta = F.pad(delta, (0, delta.shape[-1]) if self.trained[0] else (delta.shape[-1], 0))
+        return y + delta.to(y.dtype)
+
+
+class LoraRowParallelLinear(LoraLayer):
+    """o or down: A is cut by columns as the base weight is, and its layer adds up the ranks' products. B is whole."""
+
+    def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
+        super().__init__(base_layer, lora)
+        self.tp_rank, self.tp_size = model.backend.tp_rank, model.backend.tp_size
+        self.lora_A = model.backend.row_parallel_linear(input_size, lora.r)
+        self.lora_B = nn.Linear(lora.r, model.config.hidden_size, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def whole_weights(self) -> Iterator[nn.Parameter]:
+        yield from self.lora_B.parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        return y + self.lora_B(self.lora_A(self.dropped(x.float(), self.tp_rank, self.tp_size)) * self.scaling).to(
+            y.dtype
         )
 
 
-def init_lora_a(model: DecoderLM, seed: int) -> None:
-    """Initialize every lora_A as nn.Linear, NxD and PEFT do (Kaiming uniform), from a dedicated generator.
+def add_lora(model: DecoderLM, lora: Lora) -> None:
+    """Wrap the targets of every layer in place, on the CPU. lora_B is 0; `set_lora_a` gives lora_A its values."""
+    config = model.config
+    trained = set(peft_modules(lora.target_modules))
 
-    So it has the same values on every rank and every backend.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            a = torch.empty(parameter.shape)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-            parameter.data.copy_(a)
+    def flags(*names: str) -> list[bool]:
+        return [name in trained for name in names]
+
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            if any(qkv := flags("q_proj", "k_proj", "v_proj")):
+                module.qkv_proj = LoraGQAQKVParallelLinear(module.qkv_proj, model, qkv, lora)
+            if "o_proj" in trained:
+                module.o_proj = LoraRowParallelLinear(module.o_proj, config.q_size, model, lora)
+        elif isinstance(module, MLP):
+            if any(gate_up := flags("gate_proj", "up_proj")):
+                module.gate_up_proj = LoraColumnParallelLinear(module.gate_up_proj, model, gate_up, lora)
+            if "down_proj" in trained:
+                module.down_proj = LoraRowParallelLinear(module.down_proj, config.intermediate_size, model, lora)
 
 
 def adapter_state(model: DecoderLM) -> dict[str, Tensor]:
     """This rank's part of the adapter under NxD's keys."""
-    return {name: p.detach() for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -31,7 +31,9 @@ class Backend(Protocol):
         """(…, input/tp) to (…, output) whole; weight (output, input/tp)."""
         ...
 
-    def gqa_qkv_linear(self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int) -> nn.Module:
+    def gqa_qkv_linear(
+        self, input_size: int, output_sizes: Sequence[int], kv_size_multiplier: int, bias: bool = False
+    ) -> nn.Module:
         """(…, input) whole to q (…, output_sizes[0]/tp), k and v (…, output_sizes[1]·multiplier/tp) of this rank."""
         ...
 
@@ -39,10 +41,10 @@ class Backend(Protocol):
         """What `attention` needs to know about document_ids (B, T), computed once for all layers."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> Tensor:
         """Causal attention inside each document: q (B, heads, T, D), k and v (B, KV heads, T, D) to (B, heads, T, D).
 
-        plan: of `prepare_attention`.
+        plan: of `prepare_attention`. scale: the factor on the scores.
         """
         ...
 

@@ -47,27 +47,43 @@ class ModelTensor:
 
 def model_tensors(config: ModelConfig) -> list[ModelTensor]:
     """The tensors of a model, in the order of both HF's and NxD's modules."""
-    hidden, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    hidden, vocab = config.hidden_size, config.vocab_size
     table = [ModelTensor(EMBEDDINGS, (vocab, hidden), EMBEDDINGS, Cut.ROWS)]
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
         table += [
-            ModelTensor(f"{layer}.{hf}.weight", shape, f"{layer}.{nxd}", cut)
-            for hf, shape, nxd, cut in (
-                ("input_layernorm", (hidden,), "input_layernorm.weight", Cut.WHOLE),
-                ("self_attn.q_proj", (config.q_size, hidden), "self_attn.qkv_proj.weight_q", Cut.QUERY_ROWS),
-                ("self_attn.k_proj", (config.kv_size, hidden), "self_attn.qkv_proj.weight_k", Cut.KV_ROWS),
-                ("self_attn.v_proj", (config.kv_size, hidden), "self_attn.qkv_proj.weight_v", Cut.KV_ROWS),
-                ("self_attn.o_proj", (hidden, config.q_size), "self_attn.o_proj.weight", Cut.QUERY_COLUMNS),
-                ("post_attention_layernorm", (hidden,), "post_attention_layernorm.weight", Cut.WHOLE),
-                ("mlp.gate_proj", (mlp, hidden), "mlp.gate_up_proj.weight", Cut.ROWS),
-                ("mlp.up_proj", (mlp, hidden), "mlp.gate_up_proj.weight", Cut.ROWS),
-                ("mlp.down_proj", (hidden, mlp), "mlp.down_proj.weight", Cut.COLUMNS),
-            )
+            ModelTensor(f"{layer}.{hf}", shape, f"{layer}.{nxd}", cut) for hf, shape, nxd, cut in _layer_tensors(config)
         ]
     table.append(ModelTensor("model.norm.weight", (hidden,), "model.norm.weight", Cut.WHOLE))
     head = EMBEDDINGS if config.tie_word_embeddings else LM_HEAD
     return [*table, ModelTensor(head, (vocab, hidden), LM_HEAD, Cut.ROWS)]
+
+
+def _layer_tensors(config: ModelConfig) -> list[tuple[str, tuple[int, ...], str, Cut]]:
+    """HF's name, shape, NxD's name and cut of each tensor of a decoder layer."""
+    hidden, mlp, family = config.hidden_size, config.intermediate_size, config.family
+    projections = (
+        ("q", config.q_size, Cut.QUERY_ROWS), ("k", config.kv_size, Cut.KV_ROWS), ("v", config.kv_size, Cut.KV_ROWS)
+    )  # fmt: skip
+    table: list[tuple[str, tuple[int, ...], str, Cut]] = [
+        ("input_layernorm.weight", (hidden,), "input_layernorm.weight", Cut.WHOLE)
+    ]
+    for letter, size, cut in projections:
+        hf, nxd = f"self_attn.{letter}_proj", "self_attn.qkv_proj"
+        table.append((f"{hf}.weight", (size, hidden), f"{nxd}.weight_{letter}", cut))
+        if family.qkv_bias:
+            table.append((f"{hf}.bias", (size,), f"{nxd}.bias_{letter}", cut))
+    if family.qk_norm:
+        for norm in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
+            table.append((norm, (config.head_dim,), norm, Cut.WHOLE))
+    return [
+        *table,
+        ("self_attn.o_proj.weight", (hidden, config.q_size), "self_attn.o_proj.weight", Cut.QUERY_COLUMNS),
+        ("post_attention_layernorm.weight", (hidden,), "post_attention_layernorm.weight", Cut.WHOLE),
+        ("mlp.gate_proj.weight", (mlp, hidden), "mlp.gate_up_proj.weight", Cut.ROWS),
+        ("mlp.up_proj.weight", (mlp, hidden), "mlp.gate_up_proj.weight", Cut.ROWS),
+        ("mlp.down_proj.weight", (hidden, mlp), "mlp.down_proj.weight", Cut.COLUMNS),
+    ]
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

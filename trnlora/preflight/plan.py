@@ -8,7 +8,13 @@ import dataclasses
 import math
 
 from trnlora.model.config import LOSS_CHUNK, ModelConfig
-from trnlora.model.targets import adapter_tensors, trainable_parameters, trainable_parameters_per_rank
+from trnlora.model.targets import (
+    adapter_tensors,
+    fused_layers,
+    peft_modules,
+    trainable_parameters,
+    trainable_parameters_per_rank,
+)
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
 from trnlora.weights.nxd_layout import shard_shapes
@@ -49,7 +55,7 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
     convert, lora, train = params.convert, params.lora, params.train
     shapes = hf_shapes(config)
     shard = sum(math.prod(shape) for shape in shard_shapes(config, convert, 0).values())
-    adapter = adapter_tensors(config, lora.target_modules, lora.r)
+    adapter = adapter_tensors(config, lora)
     per_rank = trainable_parameters_per_rank(adapter, convert.tp_size, convert.kv_size_multiplier)
     steps_per_epoch = steps = None
     if packed_rows is not None:
@@ -59,10 +65,12 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
     micro_batches = train.global_batch_size // (train.micro_batch_size * train.dp_size)  # per replica
     on_neuron, layers = params.backend == "nxd", config.num_hidden_layers
     # Per layer, an all-reduce after attention and one after the MLP in the forward pass, one before each in the
-    # backward pass, and LoRA's narrow one; one more for the embedding and one for the loss's gradient. With sequence
+    # backward pass, and LoRA's narrow ones; one more for the embedding and one for the loss's gradient. With sequence
     # parallelism each becomes an all-gather and a reduce-scatter of the same volume.
     hidden_bytes = tokens * config.hidden_size * dtype
-    tp_bytes = (4 * layers + 2) * hidden_bytes + layers * tokens * lora.r * 4
+    modules = peft_modules(lora.target_modules)
+    narrow = len(fused_layers(modules) if lora.share_a else modules)  # one for each lora_A of a layer
+    tp_bytes = (4 * layers + 2) * hidden_bytes + layers * narrow * tokens * lora.r * 4
     logit_rows = tokens if on_neuron else min(LOSS_CHUNK, tokens)
     # Forward, and backward to the activations (frozen weights have no gradients): 2 FLOPs each per weight and token.
     # Attention scores are not counted; the embedding, a look-up, only if it is the lm_head too.
@@ -107,8 +115,19 @@ def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
     elif not params.neuron.selective_checkpointing:
         # scores and softmax in float32, and the softmax in the model's dtype
         attention += config.num_attention_heads / tp * tokens * params.data.seq_len * (8 + dtype)
-    # lora_A's input and its dropout mask, lora_B's input
-    lora = outside * config.hidden_size * (4 + 1) + tokens * params.lora.r * 4
+    modules = peft_modules(params.lora.target_modules)
+    # The inputs of lora_A: whole where a layer is cut by rows, a rank's part where it is cut by columns.
+    inputs = {
+        "qkv_proj": outside * config.hidden_size,
+        "o_proj": tokens * q,
+        "gate_up_proj": outside * config.hidden_size,
+        "down_proj": tokens * config.intermediate_size / tp,
+    }
+    item = 4 + (params.lora.lora_dropout > 0)  # float32, and the dropout's mask
+    lora = sum(inputs[layer] for layer in fused_layers(modules)) * item
+    lora += (
+        len(fused_layers(modules) if params.lora.share_a else modules) * tokens * params.lora.r * 4
+    )  # lora_B's inputs
     mlp = tokens * 2 * config.intermediate_size / tp * dtype
     layer = 2 * residual + attention + lora + mlp
     if params.train.activation_checkpointing:

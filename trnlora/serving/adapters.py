@@ -18,13 +18,12 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
+from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 # The model names that the server's clients use.
 BASE = "base"
 TUNED = "tuned"  # the pipeline's own adapter
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.
 _UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alora_invocation_tokens", "use_qalora")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.model.targets import peft_modules
+from trnlora.model.targets import fused_layers, peft_modules
 from trnlora.params import Params
 from trnlora.serving.adapters import BASE, Adapter
 
@@ -22,16 +22,6 @@ PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE"
 
 # The values of --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). An adapter may have any rank up to the one chosen.
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# The linear layers of vLLM's Llama, by PEFT's names: vLLM fuses q, k and v, and gate and up.
-_VLLM_MODULES = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "o_proj": "o_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "down_proj": "down_proj",
-}
 
 
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
         "max_lora_rank": max_lora_rank(max([params.lora.r, *(adapter.r for adapter in adapters)])),
         # By default vLLM prepares every linear layer and the LM head for adapters. On the CPU each of them then costs a
         # product with zeros per token, and prompt_logprobs of a batch fail in the LM head.
-        "lora_target_modules": sorted({_VLLM_MODULES[module] for module in modules}),
+        "lora_target_modules": sorted(fused_layers(modules)),
     }
     if params.backend != "cuda":
         # In a batch that mixes requests with and without adapter, vLLM's CPU kernels read the index of "no adapter"

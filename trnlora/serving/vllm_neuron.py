@@ -16,6 +16,7 @@ from typing import Any
 from trnlora import paths
 from trnlora.backends.nxd_environment import installed
 from trnlora.errors import UserError
+from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.serving.adapters import BASE, TUNED
 from trnlora.serving.vllm_args import PRIVACY_ENV, max_lora_rank
@@ -94,12 +95,18 @@ _MODELS = {NeuronServer.PLUGIN: _plugin, NeuronServer.FORK: _fork, NeuronServer.
 def neuron_launch(params: Params, host: str, port: int, chat_template: Path) -> tuple[dict[str, str], list[str]]:
     """Environment and command of the server that neuron.vllm_python has; writes LORA_JSON next to `chat_template`.
 
-    Raises UserError if there is no vLLM, or if it needs the merged model and there is none.
+    Raises UserError if there is no vLLM, if it needs the merged model and there is none, or if it has not the model.
     """
     versions = installed(params.neuron.vllm_python or sys.executable, ("vllm", "vllm-neuron")) or {}
+    server, family = detect_server(versions), ModelConfig.from_folder(paths.MODEL).family
+    if server is not NeuronServer.MERGED and not family.served_by_nxdi:
+        raise UserError(
+            f"this vLLM serves models with NxDI, which has no {family.architecture}: set neuron.vllm_python to an "
+            "environment with vllm-neuron 0.21 or newer and flatten.merged_model to true"
+        )
     file = chat_template.with_name(LORA_JSON)
     file.write_text(json.dumps(lora_json()), encoding="utf-8")
-    return neuron_command(params, detect_server(versions), host, port, chat_template, file)
+    return neuron_command(params, server, host, port, chat_template, file)
 
 
 def neuron_command(

@@ -49,6 +49,7 @@ class LoraFinetuner(pl.LightningModule):
     train_rows, validation_rows: packed rows as `trnlora.training.batches.read_packed_rows` returns them.
     step, restore: number of optimizer steps done, and a function from the device mesh to this rank's `training_state`
         after them; 0 and None for a new run.
+    load_init_adapter: sets the values of the model's adapter before the first step; None: those that `build` gave it.
     sum_dtype: dtype in which validation losses are summed.
     check_finite: whether to raise NotFinite for a loss or gradient that is not finite.
     """
@@ -63,6 +64,7 @@ class LoraFinetuner(pl.LightningModule):
         total_steps: int,
         step: int = 0,
         restore: Callable[[Any], dict[str, Any]] | None = None,
+        load_init_adapter: Callable[[DecoderLM], None] | None = None,
         sum_dtype: torch.dtype = torch.float64,
         check_finite: bool = True,
     ):
@@ -76,6 +78,7 @@ class LoraFinetuner(pl.LightningModule):
         self.steps_per_epoch = steps_per_epoch(len(train_rows["labels"]), train.global_batch_size)
         self.start_step = step
         self.restore = restore
+        self.load_init_adapter = load_init_adapter
         self.restored: dict[str, Any] | None = None
         self.sum_dtype = sum_dtype
         self.check_finite = check_finite
@@ -139,6 +142,12 @@ class LoraFinetuner(pl.LightningModule):
 
     def val_dataloader(self) -> DataLoader:
         return self._batches(self.validation_rows, torch.arange(len(self.validation_rows["labels"])))
+
+    def on_train_start(self) -> None:
+        """After the validation of the base model, which is computed with a new adapter: its lora_B is 0."""
+        if self.load_init_adapter and self.start_step == 0:
+            assert self.model is not None
+            self.load_init_adapter(self.model)
 
     def on_train_epoch_start(self) -> None:
         self.step_loss = torch.zeros((), device=self.device)

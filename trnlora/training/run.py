@@ -24,14 +24,15 @@ from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, wr
 from trnlora.metrics import write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import init_lora_a
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
 from trnlora.training import checkpoints, cluster
 from trnlora.training.batches import read_packed_rows, source_lines, steps_per_epoch
 from trnlora.training.checkpoints import Checkpoints, ResumePoint
+from trnlora.training.initial_adapter import random_lora_a, set_adapter
 from trnlora.training.module import LoraFinetuner, NotFinite
 from trnlora.training.progress import TrainingProgress
+from trnlora.weights.peft_folder import CONFIG, WEIGHTS, fetch_adapter, read_init_adapter
 from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
 CURVES = paths.PLOTS / "training"
@@ -77,12 +78,13 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
     module = LoraFinetuner(
         build=functools.partial(build_model, backend, params, config, kv_groups),
         train=params.train,
-        adapter=adapter_tensors(config, params.lora.target_modules, params.lora.r),
+        adapter=adapter_tensors(config, params.lora),
         train_rows=inputs.train_rows,
         validation_rows=inputs.validation_rows,
         total_steps=inputs.total_steps,
         step=start.step,
         restore=functools.partial(restore, backend, start.resume) if start.resume else None,
+        load_init_adapter=functools.partial(load_init_adapter, params, config) if params.lora.init_adapter else None,
         sum_dtype=backend.SUM_DTYPE,
         check_finite=backend.computes(),
     )
@@ -129,12 +131,17 @@ def read_inputs(params: Params) -> Inputs:
     total_steps = per_epoch * params.train.epochs
     if params.train.max_steps is not None:
         total_steps = min(total_steps, params.train.max_steps)
+    files = [paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG]
+    digests = {str(file): sha256(file) for file in files}
+    if params.lora.init_adapter:
+        folder = fetch_adapter(params.lora.init_adapter)
+        digests |= {f"lora.init_adapter {name}": sha256(folder / name) for name in (CONFIG, WEIGHTS)}
     return Inputs(
         train_rows,
         read_packed_rows(paths.PREPARED / "validation.parquet"),
         per_epoch,
         total_steps,
-        {str(file): sha256(file) for file in (paths.SHARDS / SUMS, paths.PREPARED / SUMS, paths.MODEL_CONFIG)},
+        digests,
     )
 
 
@@ -179,15 +186,21 @@ def build_model(
 ) -> DecoderLM:
     """This rank's model with a new adapter. mesh: the strategy's, with dims data_parallel and tensor_parallel."""
     model = backend.build_model(mesh, params, config, paths.SHARDS, kv_groups)
-    init_lora_a(model, params.train.seed)
+    set_adapter(model, random_lora_a(adapter_tensors(config, params.lora), params.train.seed), params.convert)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     expected = trainable_per_rank(params, config)
     assert trainable == expected, f"{trainable} trainable parameters on a rank, expected {expected}"
     return model
 
 
+def load_init_adapter(params: Params, config: ModelConfig, model: DecoderLM) -> None:
+    """Replace the new adapter's values by this rank's part of lora.init_adapter."""
+    assert params.lora.init_adapter
+    set_adapter(model, read_init_adapter(fetch_adapter(params.lora.init_adapter), config, params.lora), params.convert)
+
+
 def trainable_per_rank(params: Params, config: ModelConfig) -> int:
-    table = adapter_tensors(config, params.lora.target_modules, params.lora.r)
+    table = adapter_tensors(config, params.lora)
     return trainable_parameters_per_rank(table, params.convert.tp_size, params.convert.kv_size_multiplier)
 
 

@@ -1,4 +1,4 @@
-"""The adapter as NxD saves it, one file per tensor-parallel rank: reading it, with every check.
+"""The adapter as NxD saves it, one file per tensor-parallel rank: reading it, with every check, and a rank's part.
 
 Keys are NxD's, e.g. model.layers.N.self_attn.qkv_proj.lora_A.weight; shapes and cuts are those of
 `trnlora.model.targets.adapter_tensors`. All tensors are float32.
@@ -13,10 +13,10 @@ from torch import Tensor
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
-from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config
+from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config, rank_shapes
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
-from trnlora.weights.nxd_layout import kv_replica_groups
+from trnlora.weights.nxd_layout import kv_replica_groups, rank_blocks
 from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 
 Shards = Sequence[dict[str, Tensor]]  # every rank's tensors, in the order of ranks
@@ -31,7 +31,7 @@ def load_adapter_shards(folder: Path, config: ModelConfig, convert: Convert, lor
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(convert.tp_size)]
     _check_files(folder, files, lora)
     shards = [load_rank(file) for file in files]
-    table = adapter_tensors(config, lora.target_modules, lora.r)
+    table = adapter_tensors(config, lora)
     for file, shard in zip(files, shards, strict=True):
         _check_values(file, shard, table, convert)
     _check_copies(shards, table, config, convert)
@@ -40,6 +40,12 @@ def load_adapter_shards(folder: Path, config: ModelConfig, convert: Convert, lor
             f"every lora_B in {folder} is zero, so the adapter changes nothing: check train.lr and the data"
         )
     return shards
+
+
+def rank_part(tensor: AdapterTensor, whole: Tensor, config: ModelConfig, convert: Convert, rank: int) -> Tensor:
+    """The part of `whole`, which has tensor.shape, that `rank` holds."""
+    blocks = rank_blocks(tensor.cut, tensor.shape[tensor.dim], config, convert, rank)
+    return torch.cat([whole.narrow(tensor.dim, start, stop - start) for start, stop in blocks], dim=tensor.dim)
 
 
 def _check_files(folder: Path, files: list[Path], lora: Lora) -> None:
@@ -56,7 +62,7 @@ def _check_files(folder: Path, files: list[Path], lora: Lora) -> None:
 
 def _check_values(file: Path, shard: dict[str, Tensor], table: list[AdapterTensor], convert: Convert) -> None:
     """Names, shapes and finiteness of one rank's tensors."""
-    expected = {t.nxd_key: t.rank_shape(convert.tp_size, convert.kv_size_multiplier) for t in table}
+    expected = rank_shapes(table, convert.tp_size, convert.kv_size_multiplier)
     shapes = {name: tuple(tensor.shape) for name, tensor in shard.items()}
     if shapes != expected:
         name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))

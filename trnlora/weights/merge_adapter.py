@@ -14,13 +14,12 @@ from trnlora.weights.storage import HFCheckpoint, StoredTensor, copy_all_but_wei
 
 
 def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora: Lora, buffer_bytes: int) -> None:
-    """Write `model` (an HF folder) with W + lora_alpha / r · B A for each adapted W to the folder `target`.
+    """Write `model` (an HF folder) with W + scaling · B A for each adapted W to the folder `target`.
 
     adapter: tensors by PEFT's keys, as `trnlora.weights.peft_export.peft_adapter` returns them. Adds in float32 and
     rounds once to the model's dtype, as PEFT's merge does. Holds only the current blocks and their float32 sums in
     memory.
     """
-    scale = lora.lora_alpha / lora.r
     copy_all_but_weights(model, target)
     with HFCheckpoint(model) as source, contextlib.ExitStack() as files:
         specs = {name: (tensor.shape, tensor.dtype) for name, tensor in source.stored.items()}
@@ -32,8 +31,8 @@ def write_merged(model: Path, target: Path, adapter: Mapping[str, Tensor], lora:
             if f"{prefix}.lora_A.weight" in adapter:
                 lora_a = adapter[f"{prefix}.lora_A.weight"]
                 lora_b = adapter[f"{prefix}.lora_B.weight"][first : first + len(block)]
-                rows = torch.from_numpy(block).view(tensor.dtype)  # (rows, H), a view of the block
-                rows.copy_(rows.float() + scale * (lora_b @ lora_a))
+                rows = torch.from_numpy(block).view(tensor.dtype)  # (rows, inputs), a view of the block
+                rows.copy_(rows.float() + lora.scaling * (lora_b @ lora_a))
             merged[name].write_rows(first, block)
             return len(block)
 

@@ -1,5 +1,6 @@
 """The adapter in PEFT's form, which PEFT, vLLM and NxDI load: tensors put together from the ranks, and the config."""
 
+from collections import defaultdict
 from typing import Any
 
 from torch import Tensor
@@ -12,18 +13,21 @@ from trnlora.weights.nxd_layout import rank_blocks
 
 
 def peft_adapter(shards: Shards, config: ModelConfig, convert: Convert, lora: Lora) -> dict[str, Tensor]:
-    """PEFT's tensors from every rank's: each projection with its own copy of a shared lora_A, rows in HF's order.
+    """PEFT's tensors from every rank's: each linear layer with its own copy of a shared lora_A, in HF's order.
 
-    Keys: base_model.model.model.layers.N.self_attn.{q,k,v}_proj.lora_A.weight (r, H) and lora_B.weight (outputs, r).
+    Keys: base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight (r, inputs), …lora_B.weight (outputs, r), and
+    so on for the modules that were trained.
     """
     tensors: dict[str, Tensor] = {}
-    for tensor in adapter_tensors(config, lora.target_modules, lora.r):
+    taken: dict[tuple[int, str], int] = defaultdict(int)  # of a rank's tensor, which may hold several of PEFT's
+    for tensor in adapter_tensors(config, lora):
         whole = shards[0][tensor.nxd_key].new_full(tensor.shape, float("nan"))
         for rank, shard in enumerate(shards):
-            held, row = shard[tensor.nxd_key], 0
-            for start, stop in rank_blocks(tensor.cut, tensor.shape[0], config, convert, rank):
-                whole[start:stop] = held[row : row + stop - start]
-                row += stop - start
+            held = shard[tensor.nxd_key]
+            for start, stop in rank_blocks(tensor.cut, tensor.shape[tensor.dim], config, convert, rank):
+                first, size = taken[rank, tensor.nxd_key], stop - start
+                whole.narrow(tensor.dim, start, size).copy_(held.narrow(tensor.dim, first, size))
+                taken[rank, tensor.nxd_key] += size
         assert whole.isfinite().all(), "every row is on some rank"
         tensors |= {key: whole.clone() for key in tensor.peft_keys}
     return tensors
@@ -39,6 +43,7 @@ def peft_adapter_config(lora: Lora, model_source: str) -> dict[str, Any]:
         inference_mode=True,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
+        use_rslora=lora.use_rslora,
         lora_dropout=lora.lora_dropout,
         target_modules=list(peft_modules(lora.target_modules)),
         bias="none",

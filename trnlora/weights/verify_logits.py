@@ -50,7 +50,7 @@ def max_logits_difference(
         head = checkpoint[EMBEDDINGS if config.tie_word_embeddings else LM_HEAD]
         for first in range(0, config.vocab_size, VOCABULARY_ROWS):
             rows = slice(first, min(first + VOCABULARY_ROWS, config.vocab_size))
-            logits = hidden @ head.read(rows.start, rows.stop).float().T
+            logits = hidden @ head.read(rows.start, rows.stop).float().T / config.logits_scaling
             largest = torch.maximum(largest, (logits - sharded[..., rows]).abs().max())  # NaN stays NaN
     return largest.item()
 
@@ -59,12 +59,11 @@ def max_logits_difference(
 def _hf_hidden(folder: Path, checkpoint: HFCheckpoint, ids: Tensor) -> Tensor:
     """HF's last hidden states (1, T, H) in float32. Reads the weights module by module."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, LlamaModel
+    from transformers import AutoConfig, AutoModel
 
     hf_config = AutoConfig.from_pretrained(folder)
-    hf_config._attn_implementation = "eager"
     with init_empty_weights(include_buffers=False):
-        model = LlamaModel(hf_config)
+        model = AutoModel.from_config(hf_config, attn_implementation="eager")
     stream_weights(model, lambda name: checkpoint[f"model.{name}"].read().float())
     embeddings = checkpoint[EMBEDDINGS]
     vectors = torch.cat([embeddings.read(token, token + 1) for token in ids[0].tolist()]).float()
