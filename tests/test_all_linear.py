@@ -148,7 +148,7 @@ def test_a_killed_run_ends_in_the_same_bytes(train: Callable[..., Path], tmp_pat
 
 
 def test_training_goes_on_from_a_peft_adapter(train: Callable[..., Path], tmp_path: Path) -> None:
-    """With a learning rate near zero, the loss stays that of the adapter; the base model's is still the base model's."""
+    """With a learning rate near zero, the loss stays the adapter's. The base model's is still measured."""
     first = train("first", share_a=False)
     run_stage("flatten_adapter", first)
     further = train("further", 4, share_a=False)

@@ -20,7 +20,7 @@ from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
 from trnlora.model.config import Family, ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import add_lora
+from trnlora.model.lora import LoraLayer, add_lora, random_mask
 from trnlora.model.targets import adapter_tensors, peft_modules
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
@@ -187,6 +187,9 @@ def sharded_gradients(
         model = models[backend.tp_rank]
         loss, _ = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
         loss.backward()
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        whole = [weight.grad for layer in layers for weight in layer.whole_weights()]
+        backend.add_over_ranks([gradient for gradient in whole if gradient is not None])
         return loss.detach()
 
     losses = run_as_threads(backends, work)
@@ -272,6 +275,19 @@ def test_a_family_that_is_not_shipped(tmp_path: Path, monkeypatch: pytest.Monkey
         convert = conversion(*sharding)
         assert (sharded_logits(folder, convert, ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert_gradients_equal_peft(folder, convert, lora_params())
+
+
+@pytest.mark.parametrize("p", [1 / 16, 0.5, 45875 / 2**16])
+def test_masks_have_the_probability_and_no_pattern(p: float) -> None:
+    torch.manual_seed(0)
+    mask = random_mask((1000, 999), p, torch.device("cpu"))
+    assert mask.shape == (1000, 999)
+    deviation = 4 * (p * (1 - p)) ** 0.5
+    assert abs(mask.float().mean() - p) < deviation / 999_000**0.5
+    for offset in range(1, 9):  # neighbours, which may be parts of one random word, are independent
+        values = mask.flatten().float()
+        both = (values[offset:] * values[:-offset]).mean()
+        assert abs(both - p * p) < 2 * deviation / 999_000**0.5, offset
 
 
 def test_a_shard_with_a_wrong_tensor_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:

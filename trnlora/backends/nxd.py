@@ -5,7 +5,7 @@ model, data, schedule, clipping and adapter format are those of every backend. t
 NxD's own Python code on a CPU; no part of it has been run on a device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import neuronx_distributed as nxd
@@ -83,6 +83,12 @@ class NxdBackend:
     ) -> nn.Module:
         return _QKVLinear(input_size, output_sizes, kv_size_multiplier, bias, self.sequence_parallel)
 
+    def share_input(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: x  # NxD's layers prepare it themselves
+
+    def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda y: y  # NxD's layers complete theirs themselves
+
     def prepare_attention(self, document_ids: Tensor) -> Tensor:
         """The mask (B, 1, T, T): tokens attend to earlier tokens of the same document, padding to padding."""
         tokens = document_ids.shape[1]
@@ -104,6 +110,9 @@ class NxdBackend:
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
         xm.set_rng_state(seed)
+
+    def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
+        """NxD's layers have added them up, or with sequence parallelism NxDOptimizer has."""
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         """NxDOptimizer has replaced the gradients by their mean at this point: make it the sum."""

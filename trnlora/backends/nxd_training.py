@@ -53,7 +53,7 @@ def build_model(
     model.to(xm.xla_device())  # LoRA's layers
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         for weight in layer.whole_weights():
-            # With sequence parallelism each rank sees its own tokens' part of this gradient. NxDOptimizer adds up the
+            # With sequence parallelism each rank has its own tokens' part of this gradient. NxDOptimizer adds up the
             # gradients of parameters with this mark; NxD's own LoRA does not set it.
             setattr(weight, "sequence_parallel_enabled", params.neuron.sequence_parallel)  # noqa: B010 (mypy)
     return model

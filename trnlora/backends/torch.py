@@ -211,21 +211,25 @@ class ParallelEmbedding(nn.Module):
 class ColumnParallelLinear(nn.Module):
     """Outputs split over ranks; weight (output/tp, input)."""
 
+    input_is_shared = False  # by `TorchBackend.share_input`
+
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
         self.group = group
         self.weight = nn.Parameter(torch.empty(output_size // group.size, input_size))
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """x: the input, or a tuple with one for each of as many equal blocks of this rank's outputs."""
+        """x: the input, or a tuple with a shared input for each of as many equal blocks of this rank's outputs."""
         if isinstance(x, tuple):
             blocks = zip(x, self.weight.chunk(len(x)), strict=True)
-            return torch.cat([F.linear(_CopyToRegion.apply(part, self.group), rows) for part, rows in blocks], dim=-1)
-        return F.linear(_CopyToRegion.apply(x, self.group), self.weight)
+            return torch.cat([F.linear(part, rows) for part, rows in blocks], dim=-1)
+        return F.linear(x if self.input_is_shared else _CopyToRegion.apply(x, self.group), self.weight)
 
 
 class RowParallelLinear(nn.Module):
     """Inputs split over ranks, partial outputs added up; weight (output, input/tp)."""
+
+    output_is_shared = False  # by `TorchBackend.share_output`
 
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
@@ -233,7 +237,8 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(output_size, input_size // group.size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReduceFromRegion.apply(F.linear(x, self.weight), self.group)
+        y = F.linear(x, self.weight)
+        return y if self.output_is_shared else _ReduceFromRegion.apply(y, self.group)
 
 
 class GQAQKVColumnParallelLinear(nn.Module):
@@ -242,6 +247,8 @@ class GQAQKVColumnParallelLinear(nn.Module):
     Each rank that holds a copy of a KV head sees only its own queries' gradient of it. The gradients of weight_k and
     weight_v are added up over those ranks, so that the copies stay equal.
     """
+
+    input_is_shared = False  # by `TorchBackend.share_input`
 
     def __init__(
         self,
@@ -270,11 +277,11 @@ class GQAQKVColumnParallelLinear(nn.Module):
                 weight.register_hook(kv_group.all_reduce)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x: the input of all three, or a tuple with one for each."""
+        """x: the input of all three, or a tuple with a shared input for each."""
         if isinstance(x, tuple):
-            x_q, x_k, x_v = (_CopyToRegion.apply(part, self.group) for part in x)
+            x_q, x_k, x_v = x
         else:
-            x_q = x_k = x_v = _CopyToRegion.apply(x, self.group)
+            x_q = x_k = x_v = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
         return (
             F.linear(x_q, self.weight_q, self.bias_q),
             F.linear(x_k, self.weight_k, self.bias_k),
@@ -309,6 +316,16 @@ class TorchBackend:
             input_size, output_sizes, kv_size_multiplier, bias, self.tp_group, self.kv_group
         )
 
+    def share_input(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        for layer in layers:
+            layer.input_is_shared = True  # type: ignore[assignment]
+        return lambda x: _CopyToRegion.apply(x, self.tp_group)
+
+    def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        for layer in layers:
+            layer.output_is_shared = True  # type: ignore[assignment]
+        return lambda y: _ReduceFromRegion.apply(y, self.tp_group)
+
     def prepare_attention(self, document_ids: Tensor) -> list[list[int]]:
         """The lengths of each row's documents. Padding counts as a document."""
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
@@ -331,6 +348,12 @@ class TorchBackend:
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
+
+    def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
+        if self.tp_size > 1 and gradients:
+            summed = self.tp_group.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
         for gradient in gradients:

@@ -4,6 +4,7 @@ Source: NxD 0.18 (SDK 2.29), modules/lora/tp_layer.py. `trnlora.model.targets` l
 The adapter is float32 whatever the model's dtype. Every backend uses these layers, so an adapter is the same on each.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,10 +27,10 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer
         self.r = lora.r
         self.scaling = lora.scaling
-        self.dropout = lora.lora_dropout
+        self.dropout = round(lora.lora_dropout * 2**16) / 2**16  # what `random_mask` can draw
 
     def dropped(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
-        """F.dropout of x (…, inputs): the same values, but a byte per value is kept for the backward pass, not four.
+        """x (…, inputs), with values set to 0 at random while training; `scale` makes up for them.
 
         x may be one of several equal parts of the inputs. The mask of all inputs is drawn then: a mask of the part
         alone would be the same on every rank, because they share a seed.
@@ -37,22 +38,23 @@ class LoraLayer(nn.Module):
         if not self.training or self.dropout == 0:
             return x
         width = x.shape[-1]
-        kept = torch.empty(*x.shape[:-1], width * parts, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
-        if parts > 1:
-            kept = kept.narrow(-1, part * width, width).contiguous()
-        return x * kept * (1 / (1 - self.dropout))
+        mask = random_mask((*x.shape[:-1], width * parts), self.dropout, x.device)
+        return x.masked_fill(mask.narrow(-1, part * width, width).contiguous(), 0)
+
+    @property
+    def scale(self) -> float:
+        """The factor on B(A(dropped x))."""
+        return self.scaling / (1 - self.dropout) if self.training else self.scaling
 
     def whole_weights(self) -> Iterator[nn.Parameter]:
-        """The trained weights that are whole on every rank. With sequence parallelism each rank sees its own tokens'
-        part of their gradients."""
+        """The trained weights that are whole on every rank. Each rank computes a part of their gradients."""
         raise NotImplementedError
 
 
 class _LoraFusedLinear(LoraLayer):
     """A layer with several outputs that are cut by rows: A is whole on every rank, B is cut as the base weight is.
 
-    B's layer adds up the ranks' gradients in the backward pass, so that A's gradient is whole too. Dropout draws the
-    same mask on every tensor-parallel rank: they share a seed.
+    Dropout draws the same mask on every tensor-parallel rank: they share a seed.
 
     trained: for each output, whether LoRA trains it. lora_A: one matrix that the outputs share, or one for each.
     """
@@ -67,8 +69,8 @@ class _LoraFusedLinear(LoraLayer):
         yield from self.lora_A.parameters()
 
     def low(self, x: Tensor) -> Tensor:
-        """scaling · A(dropout(x)): (…, r), or (…, r · number of trained outputs)."""
-        return self.lora_A(self.dropped(x.float())) * self.scaling
+        """scale · A(dropped x): (…, r), or (…, r · number of trained outputs)."""
+        return self.lora_A(self.dropped(x.float())) * self.scale
 
 
 class LoraGQAQKVParallelLinear(_LoraFusedLinear):
@@ -79,10 +81,12 @@ class LoraGQAQKVParallelLinear(_LoraFusedLinear):
         super().__init__(base_layer, config.hidden_size, trained, lora)
         sizes = (config.q_size, config.kv_size)
         self.lora_B = model.backend.gqa_qkv_linear(lora.r, sizes, model.kv_size_multiplier)
+        self.share = model.backend.share_input(self.base_layer, self.lora_B)
         for letter, is_trained in zip("qkv", trained, strict=True):
             nn.init.zeros_(self.lora_B.get_parameter(f"weight_{letter}").requires_grad_(is_trained))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.share(x)
         low = self.low(x)
         inputs: Tensor | tuple[Tensor, ...] = low
         if not self.shared:
@@ -100,8 +104,10 @@ class LoraColumnParallelLinear(_LoraFusedLinear):
         super().__init__(base_layer, config.hidden_size, trained, lora)
         self.lora_B = model.backend.column_parallel_linear(lora.r, config.intermediate_size * sum(trained))
         nn.init.zeros_(self.lora_B.get_parameter("weight"))
+        self.share = model.backend.share_input(self.base_layer, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.share(x)
         low = self.low(x)
         delta = self.lora_B(low if self.shared else tuple(low.split(self.r, dim=-1)))
         y = self.base_layer(x)
@@ -111,7 +117,7 @@ class LoraColumnParallelLinear(_LoraFusedLinear):
 
 
 class LoraRowParallelLinear(LoraLayer):
-    """o or down: A is cut by columns as the base weight is, and its layer adds up the ranks' products. B is whole."""
+    """o or down: A is cut by columns as the base weight is. B is whole."""
 
     def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
         super().__init__(base_layer, lora)
@@ -119,19 +125,22 @@ class LoraRowParallelLinear(LoraLayer):
         self.lora_A = model.backend.row_parallel_linear(input_size, lora.r)
         self.lora_B = nn.Linear(lora.r, model.config.hidden_size, bias=False)
         nn.init.zeros_(self.lora_B.weight)
+        self.complete = model.backend.share_output(self.base_layer, self.lora_A)
 
     def whole_weights(self) -> Iterator[nn.Parameter]:
         yield from self.lora_B.parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        return y + self.lora_B(self.lora_A(self.dropped(x.float(), self.tp_rank, self.tp_size)) * self.scaling).to(
-            y.dtype
-        )
+        low = self.lora_A(self.dropped(x.float(), self.tp_rank, self.tp_size)) * self.scale
+        return self.complete(y + self.lora_B(low).to(y.dtype))
 
 
 def add_lora(model: DecoderLM, lora: Lora) -> None:
-    """Wrap the targets of every layer in place, on the CPU. lora_B is 0; `set_lora_a` gives lora_A its values."""
+    """Wrap the targets of every layer in place, on the CPU. lora_B is 0, and lora_A has no values yet.
+
+    See `trnlora.training.initial_adapter`.
+    """
     config = model.config
     trained = set(peft_modules(lora.target_modules))
 
@@ -149,6 +158,17 @@ def add_lora(model: DecoderLM, lora: Lora) -> None:
                 module.gate_up_proj = LoraColumnParallelLinear(module.gate_up_proj, model, gate_up, lora)
             if "down_proj" in trained:
                 module.down_proj = LoraRowParallelLinear(module.down_proj, config.intermediate_size, model, lora)
+
+
+def random_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """A bool tensor whose values are True with probability `p`, a multiple of 2⁻¹⁶."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(p)
+    # Four values from each random word: a CPU draws a word as fast as it draws one value with bernoulli_, and that
+    # would cost as much time as the layer's matrix product.
+    size = math.prod(shape)
+    words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (words.view(torch.int16)[:size] < round(p * 2**16) - 2**15).view(shape)
 
 
 def adapter_state(model: DecoderLM) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ and with NxD's parameter names, so that every backend loads the same shard files
 on torch.distributed, `trnlora.backends.nxd` uses NxD's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -37,6 +37,14 @@ class Backend(Protocol):
         """(…, input) whole to q (…, output_sizes[0]/tp), k and v (…, output_sizes[1]·multiplier/tp) of this rank."""
         ...
 
+    def share_input(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Let column-parallel layers take an input that the returned function has prepared, once for all of them."""
+        ...
+
+    def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Let row-parallel layers give outputs that the returned function completes, once for a sum of them."""
+        ...
+
     def prepare_attention(self, document_ids: Tensor) -> Any:
         """What `attention` needs to know about document_ids (B, T), computed once for all layers."""
         ...
@@ -60,6 +68,13 @@ class Backend(Protocol):
 
     def seed(self, seed: int) -> None:
         """Seed this rank's random numbers (dropout) from here on."""
+        ...
+
+    def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
+        """Make each gradient of a weight that is whole on every rank, in place, the sum over the tensor-parallel ranks.
+
+        Does nothing where the layers or the optimizer add them up already.
+        """
         ...
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trnlora.model.decoder import DecoderLM
+from trnlora.model.lora import LoraLayer
 from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
@@ -171,9 +172,12 @@ class LoraFinetuner(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sum the replicas' gradients. Each is already divided by the number of tokens in the global batch."""
+        """Sum the ranks' and the replicas' gradients. Each is divided by the number of tokens in the global batch."""
+        assert self.model is not None
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        whole = [weight.grad for layer in layers for weight in layer.whole_weights() if weight.grad is not None]
+        self.model.backend.add_over_ranks(whole)
         if dist.get_world_size(self.dp_group) > 1:
-            assert self.model is not None
             gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
             self.model.backend.add_over_replicas(gradients, self.dp_group)
             dist.all_reduce(self.step_loss, group=self.dp_group)
