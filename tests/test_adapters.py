@@ -15,7 +15,10 @@ from support.adapters import write_adapter
 from support.evaluation import EvalWorker
 from support.server import Server, script
 
+from trnlora.data.examples import read_examples
 from trnlora.errors import UserError
+from trnlora.evaluation.peft_loss import peft_loss
+from trnlora.model.targets import TARGETS
 from trnlora.serving import client
 from trnlora.serving.adapters import check_adapter, parse_adapters
 
@@ -91,3 +94,25 @@ def test_an_adapter_from_elsewhere_is_scored(
     assert metrics["changed_fraction"] >= 0.5
     assert not [key for key in metrics if key.startswith("loss_gap")]
     assert metrics["base"]["loss"] != metrics["tuned"]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [*([target] for target in TARGETS), list(TARGETS)], ids="+".join)
+def test_vllm_applies_every_target(
+    prepared: Path, tiny_llama: Path, eval_worker: EvalWorker, tmp_path: Path, targets: list[str]
+) -> None:
+    """Each target alone, and all: vLLM's loss is that of HF + PEFT, and not the base model's."""
+    folder = write_adapter(tiny_llama, tmp_path / "adapter", r=8, targets=targets, scale=0.1)
+    run = Path(shutil.copytree(prepared, tmp_path / "run", symlinks=True))
+    values = yaml.safe_load((run / "params.yaml").read_text("utf-8"))
+    values["eval"] |= {
+        "adapter": f"path://{folder}", "max_prompts": 2, "max_tokens": 2, "min_changed_fraction": 0.0
+    }  # fmt: skip
+    (run / "eval.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    done = eval_worker.evaluate(run, "eval.yaml")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "metrics/eval_vllm.json").read_text("utf-8"))
+    expected, _ = peft_loss(tiny_llama, folder, "float32", read_examples(run / "artifacts/prepared/validation.jsonl"))
+    print(f"{'+'.join(targets)}: base {found['base']['loss']:.6f}, {found['tuned']['loss']:.6f}, PEFT {expected:.6f}")
+    assert found["tuned"]["loss"] == pytest.approx(expected, abs=1e-3)
+    assert abs(found["tuned"]["loss"] - found["base"]["loss"]) > 0.02

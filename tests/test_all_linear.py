@@ -1,9 +1,7 @@
 """LoRA on all linear layers with the real stages: the losses of HF + PEFT for every cut, resuming, further training."""
 
 import csv
-import json
 import math
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.models import write_model
 from support.runs import Runs, prepare
-from support.stages import digests, metrics, run_stage, set_params, stage
+from support.stages import metrics, run_stage, set_params, stage
 from transformers import AutoModelForCausalLM
 
 from trnlora.model.config import ModelConfig
@@ -30,14 +28,20 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 LORA: dict[str, Any] = {"target_modules": "all-linear", "share_a": True, "lora_dropout": 0.0}
-TRAIN = {"max_steps": STEPS, "epochs": 3, "lr": 1.0e-3, "global_batch_size": 2}
+TRAIN = {"max_steps": STEPS, "epochs": 3, "lr": 3.0e-4, "global_batch_size": 2}
 # Of a model with 8 heads and 4 KV heads. The last two have copies of KV heads on several ranks.
-CUTS = [(1, 1, "trn2"), (2, 1, "trn2"), (4, 1, "trn2"), (8, 2, "trn2"), (8, 2, "trn1")]
+CUTS = [
+    (2, 1, "trn2"),
+    (4, 1, "trn2"),
+    pytest.param((8, 2, "trn2"), marks=pytest.mark.long),
+    pytest.param((8, 2, "trn1"), marks=pytest.mark.long),
+]
 
 
 @pytest.fixture(scope="module")
 def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    # Weights of a usual size: with those of the other tests, a step is so steep that rounding errors grow.
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.06}
     model = write_model(tmp_path_factory.mktemp("model") / "eight_heads", "llama", **sizes)
     return Runs(prepare(tmp_path_factory.mktemp("prepared"), model), tmp_path_factory.mktemp("eight_heads"))
 
@@ -65,20 +69,13 @@ def assert_same_curves(found: Path, expected: Path) -> None:
     assert curve(found, "grad_norm") == pytest.approx(curve(expected, "grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("share_a", [True, False])
-@pytest.mark.parametrize("cut", CUTS[1:], ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
-def test_losses_do_not_depend_on_the_cut(train: Callable[..., Path], cut: tuple, share_a: bool) -> None:
-    if not share_a and cut[0] != 4:
-        pytest.skip("one cut is enough: tests/test_decoder.py has the gradients of all")
-    several = train("several", *cut, share_a=share_a)
-    assert_same_curves(several, train("one", share_a=share_a))
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
+def test_losses_do_not_depend_on_the_cut(train: Callable[..., Path], cut: tuple[int, int, str]) -> None:
+    """With dropout: a row-parallel layer's inputs are cut, and its masks are parts of one mask of all inputs."""
+    several = train("several", *cut, lora_dropout=0.1)
+    assert_same_curves(several, train("one", lora_dropout=0.1))
     run_stage("flatten_adapter", several)
     assert metrics(several, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
-
-
-def test_dropout_does_not_depend_on_the_cut(train: Callable[..., Path]) -> None:
-    """A row-parallel layer's inputs are cut, and its masks are parts of one mask of all inputs."""
-    assert_same_curves(train("four", 4, lora_dropout=0.3), train("one", lora_dropout=0.3))
 
 
 def test_separate_a_trains_as_hf_and_peft(train: Callable[..., Path]) -> None:
@@ -134,7 +131,7 @@ def train_with_peft(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]
 def test_a_killed_run_ends_in_the_same_bytes(train: Callable[..., Path], tmp_path: Path) -> None:
     from test_resume import Training, assert_same_run
 
-    whole = train("whole", 2, lora_dropout=0.1)
+    whole = train("whole", 2, lora_dropout=0.1)  # also of the test of cuts
     broken = Path(shutil.copytree(whole, tmp_path / "broken", symlinks=True))
     for made in ("artifacts/lora_adapter", "metrics/finetune_lora.json", "plots"):
         path = broken / made
@@ -159,35 +156,4 @@ def test_training_goes_on_from_a_peft_adapter(train: Callable[..., Path], tmp_pa
     before, after = metrics(first, "finetune_lora"), metrics(further, "finetune_lora")
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
     assert after["base_validation_loss"] == pytest.approx(before["base_validation_loss"], rel=1e-5)
-    assert before["validation_loss"] < before["base_validation_loss"] - 0.1
-
-
-@pytest.mark.parametrize(
-    ("change", "lora", "message"),
-    [
-        ({"r": 8}, {}, r"has r 8: set lora\.r to it \(it is 16\)"),
-        ({"lora_alpha": 7}, {}, "has lora_alpha 7 and use_rslora False: set lora.lora_alpha and lora.use_rslora"),
-        ({"use_dora": True}, {}, "has use_dora, which cannot be trained"),
-        ({}, {"share_a": True}, "differ, as PEFT trains them: set lora.share_a to false"),
-        ({}, {"target_modules": ["qkv_proj"]}, "with lora.target_modules q_proj, k_proj, v_proj"),
-        (None, {}, "adapter_config.json is missing: save the adapter again with PEFT"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(
-    train: Callable[..., Path], tmp_path: Path, change: dict[str, Any] | None, lora: dict[str, Any], message: str
-) -> None:
-    folder = train("run", share_a=False)
-    run_stage("flatten_adapter", folder)
-    adapter = folder / "artifacts/adapter"
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    (adapter / "adapter_config.json").unlink()
-    if change is not None:
-        (adapter / "adapter_config.json").write_text(json.dumps(config | change), "utf-8")
-    before = digests(folder / "artifacts/lora_adapter")
-    set_params(folder, lora={"init_adapter": f"path://{adapter}", **lora})
-    done = stage("finetune_lora", folder)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: lora.init_adapter: ")
-    assert re.search(message, line), line
-    assert digests(folder / "artifacts/lora_adapter") == before
+    assert before["validation_loss"] < before["base_validation_loss"] - 0.05

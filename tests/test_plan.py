@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import write_model
 from support.project import Project
 
 from trnlora.backends.nxd_environment import training_environment
@@ -72,9 +73,9 @@ LORAS = [
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize(("family", "lora"), [*(("llama", lora) for lora in LORAS), ("qwen3", LORAS[1])])
 def test_activations_are_those_autograd_keeps(  # type: ignore[no-untyped-def]
-    make_llama, tmp_path: Path, lora: dict[str, Any], recompute: bool
+    tmp_path: Path, family: str, lora: dict[str, Any], recompute: bool
 ) -> None:
     """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward."""
     from trnlora.backends import torch as torch_backend
@@ -89,7 +90,7 @@ def test_activations_are_those_autograd_keeps(  # type: ignore[no-untyped-def]
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
         }
     )
-    config = ModelConfig.from_folder(make_llama(tmp_path / "llama", num_hidden_layers=6))
+    config = ModelConfig.from_folder(write_model(tmp_path / "model", family, num_hidden_layers=6))
     (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert))
     model = DecoderLM.empty(config, backend, 1).to_empty(device="cpu")
     add_lora(model, params.lora)

@@ -28,6 +28,7 @@ REHEARSAL = Path(__file__).parent / "rehearsal"
 pytestmark = pytest.mark.long
 
 STEPS = 10
+QKV = ["qkv_proj"]
 CUTS = [("trn2", 1), ("trn2", 2), ("trn1", 1), ("trn1", 2)]  # four ranks; with multiplier 2, each KV head is on two
 
 
@@ -189,42 +190,62 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert one_run == other_run
 
 
+@pytest.mark.parametrize("targets", [QKV, "all-linear"], ids=str)
 @pytest.mark.parametrize(("hw_backend", "multiplier"), CUTS)
-def test_ten_steps_equal_the_torch_backend(train: Callable[..., Path], hw_backend: str, multiplier: int) -> None:
-    found = train("nxd", hw_backend, multiplier)
-    assert_same_run(found, train("cpu", hw_backend, multiplier))
+def test_ten_steps_equal_the_torch_backend(
+    train: Callable[..., Path], hw_backend: str, multiplier: int, targets: list[str] | str
+) -> None:
+    lora = {"target_modules": targets}
+    found = train("nxd", hw_backend, multiplier, lora=lora)
+    assert_same_run(found, train("cpu", hw_backend, multiplier, lora=lora))
     run_stage("flatten_adapter", found)  # HF + PEFT have the loss that the nxd backend measured
 
 
-def test_sequence_parallelism_and_recomputed_attention_change_nothing(train: Callable[..., Path]) -> None:
-    """NxD's own LoRA does not sum lora_A's gradient over the ranks here, so each rank would train a different A."""
-    found = train("nxd", "trn2", 2, neuron={"sequence_parallel": True, "selective_checkpointing": True})
-    assert_same_run(found, train("cpu", "trn2", 2))
-    plain = train("nxd", "trn2", 2)
+def test_some_of_the_fused_layers_targets(train: Callable[..., Path]) -> None:
+    """Of q, k and v, and of gate and up, only some are trained: NxD's layers have the others too."""
+    lora = {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True}
+    assert_same_run(train("nxd", "trn2", 2, lora=lora), train("cpu", "trn2", 2, lora=lora))
+
+
+@pytest.mark.parametrize("targets", [QKV, "all-linear"], ids=str)
+def test_sequence_parallelism_and_recomputed_attention_change_nothing(
+    train: Callable[..., Path], targets: list[str] | str
+) -> None:
+    """NxD's own LoRA does not sum the gradients of whole weights over the ranks here: each rank would train its own."""
+    both, lora = {"sequence_parallel": True, "selective_checkpointing": True}, {"target_modules": targets}
+    found = train("nxd", "trn2", 2, neuron=both, lora=lora)
+    assert_same_run(found, train("cpu", "trn2", 2, lora=lora))
+    plain = train("nxd", "trn2", 2, lora=lora)
     for recomputed, once in zip(records(found), records(plain), strict=True):
         assert recomputed["attentions"] - once["attentions"] == STEPS * 2 * 2  # micro-batches per step, layers
 
 
 def test_two_replicas_with_dropout(train: Callable[..., Path]) -> None:
     """dp 2 × tp 2, each KV head on both ranks. Both backends draw the same dropout; replicas draw different ones."""
-    dropout = {"lora_dropout": 0.05}
+    # On q, k and v only: in the last layer, the torch backend computes what follows them for labelled tokens alone, so
+    # that its masks there have another shape.
+    dropout = {"lora_dropout": 0.05, "target_modules": QKV}
     assert_same_run(train("nxd", "trn2", 2, 2, lora=dropout), train("cpu", "trn2", 2, 2, lora=dropout))
 
 
 def test_the_profiles_shape(train: Callable[..., Path]) -> None:
     """As in profiles/llama3-8b-trn2.yaml: replicas, KV head copies, sequence parallelism and recomputation together."""
     both = {"sequence_parallel": True, "selective_checkpointing": True}
-    assert_same_run(train("nxd", "trn2", 2, 2, neuron=both), train("cpu", "trn2", 2, 2))
+    lora = {"target_modules": "all-linear"}
+    assert_same_run(train("nxd", "trn2", 2, 2, neuron=both, lora=lora), train("cpu", "trn2", 2, 2, lora=lora))
 
 
+@pytest.mark.parametrize("targets", [QKV, "all-linear"], ids=str)
 def test_nxd_loads_the_adapter_that_the_torch_backend_saved(
-    train: Callable[..., Path], nxd_environment: dict[str, str]
+    train: Callable[..., Path], nxd_environment: dict[str, str], targets: list[str] | str
 ) -> None:
+    """With NxD's own LoRA layers, which then compute the same logits as ours."""
     env = nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn2"}
+    folder = train("cpu", "trn2", 2, lora={"target_modules": targets})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", "--rdzv-backend=c10d"]
     done = subprocess.run(
         [*command, "--rdzv-endpoint=127.0.0.1:0", str(REHEARSAL / "load_adapter.py")],
-        cwd=train("cpu", "trn2", 2), env=env, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -234,7 +255,7 @@ def test_shards_of_the_other_hardware_are_refused(
 ) -> None:
     """NxD takes its KV groups from the hardware it runs on: trn1's shards would train with mixed gradients on trn2."""
     folder = tmp_path / "run"
-    shutil.copytree(train("cpu", "trn1", 2), folder, symlinks=True)
+    shutil.copytree(train("cpu", "trn1", 2, lora={"target_modules": QKV}), folder, symlinks=True)
     write_params(folder, backend="nxd")
     env = nxd_environment | {"NEURON_PLATFORM_TARGET_OVERRIDE": "trn2"}
     done = subprocess.run(

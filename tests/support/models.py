@@ -17,9 +17,9 @@ CHAT_TEMPLATE = (
 # What each family adds, on the sizes of `write_model`.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"head_dim": 16, "sliding_window": 20, "tie_word_embeddings": False},
+    "mistral": {"head_dim": 64, "sliding_window": 256, "tie_word_embeddings": False},
     "qwen2": {},
-    "qwen3": {"head_dim": 16},
+    "qwen3": {"head_dim": 64},
     "granite": {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 5.0
     },

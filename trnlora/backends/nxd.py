@@ -30,6 +30,22 @@ class _Embedding(ParallelEmbedding):
         return x.transpose(0, 1) if self.sequence_parallel_enabled else x  # NxD returns (T/tp, B, H) there
 
 
+class _OwnGradient(torch.autograd.Function):
+    """Passes a copy of the gradient on.
+
+    NxD's layer adds up the gradients of k and v over the ranks in place. The sum of a base layer and its LoRA gives both
+    the same gradient tensor, which would then be added up twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
 class _QKVLinear(GQAQKVColumnParallelLinear):
     def __init__(
         self,
@@ -45,10 +61,11 @@ class _QKVLinear(GQAQKVColumnParallelLinear):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not self.sequence_parallel_enabled:
-            return super().forward(x)
-        q, k, v = super().forward(x.transpose(0, 1))  # NxD gathers along dim 0 here, whatever its other layers do
-        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        if self.sequence_parallel_enabled:  # NxD gathers along dim 0 here, whatever its other layers do
+            q, k, v = (y.transpose(0, 1) for y in super(_QKVLinear, self).forward(x.transpose(0, 1)))
+        else:
+            q, k, v = super().forward(x)
+        return q, _OwnGradient.apply(k), _OwnGradient.apply(v)
 
 
 class NxdBackend:

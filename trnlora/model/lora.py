@@ -27,7 +27,7 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer
         self.r = lora.r
         self.scaling = lora.scaling
-        self.dropout = round(lora.lora_dropout * 2**16) / 2**16  # what `random_mask` can draw
+        self.dropout = min(round(lora.lora_dropout * 2**16), 2**16 - 1) / 2**16  # what `random_mask` can draw
 
     def dropped(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
         """x (…, inputs), with values set to 0 at random while training; `scale` makes up for them.

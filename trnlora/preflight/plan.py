@@ -110,6 +110,8 @@ def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
     q = config.q_size / tp
     kv = config.kv_size * params.convert.kv_size_multiplier / tp
     attention = tokens * (q + 2 * kv) * dtype
+    if config.family.qk_norm:
+        attention += tokens * (q + kv) * dtype  # the norms' inputs
     if not on_neuron:
         attention += tokens * q * dtype  # the fused kernel's output
     elif not params.neuron.selective_checkpointing:

@@ -9,6 +9,7 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import atomic_dir, read_json, write_json
+from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.reporting.provenance import data_revision, what_was_run
 from trnlora.reporting.results import Results
@@ -99,6 +100,7 @@ def card(now: Results, base: str | None) -> str:
             "digest": now.get("fetch_model", "sha256.model.safetensors"),
             "data": data_revision(data).replace(data, public(data)),
             "params": now.params,
+            "modules": ", ".join(peft_modules(now.params["lora.target_modules"])),
             "prompt": fenced(now.answers[0]["prompt"].rstrip()),
             "scores": "\n".join(score_table(now)),
             "count": count,

@@ -1,10 +1,14 @@
-"""Load a run's base model and adapter with NxD's own code: torchrun … load_adapter.py, in the run's folder."""
+"""Load a run's base model and adapter with NxD's own LoRA: torchrun … load_adapter.py, in the run's folder.
+
+Its logits must equal those of our layers with the same adapter.
+"""
 
 import os
 
 import neuronx_distributed as nxd
+import torch
 import torch.distributed as dist
-from neuronx_distributed.modules.lora import LoraConfig
+from neuronx_distributed.modules.lora import LoraConfig, LoraModel
 from neuronx_distributed.parallel_layers import parallel_state
 
 from trnlora import paths
@@ -12,6 +16,7 @@ from trnlora.backends import nxd as backend
 from trnlora.backends import nxd_training
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
+from trnlora.model.lora import add_lora
 from trnlora.params import load_params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file
 
@@ -19,14 +24,26 @@ params = load_params()
 dist.init_process_group("gloo")
 nxd_config = nxd_training._nxd_config(params)
 parallel_state.initialize_kv_group(params.convert.kv_size_multiplier)
-model = DecoderLM.empty(
-    ModelConfig.from_folder(paths.MODEL),
-    backend.NxdBackend(params.neuron, nxd_config),
-    params.convert.kv_size_multiplier,
-)
-model.to_empty(device="cpu")
-nxd.load_checkpoint(str(paths.SHARDS), tag=PRETRAINED_TAG, model=model, strict=True)
-adapter = backend.NxdLoraModel(
+config = ModelConfig.from_folder(paths.MODEL)
+
+
+def base_model() -> DecoderLM:
+    model = DecoderLM.empty(
+        config, backend.NxdBackend(params.neuron, nxd_config), params.convert.kv_size_multiplier
+    ).to_empty(device="cpu")
+    nxd.load_checkpoint(str(paths.SHARDS), tag=PRETRAINED_TAG, model=model, strict=True)
+    return model.eval()
+
+
+def logits(model: DecoderLM) -> torch.Tensor:
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        return model.logits(model(ids, ids, torch.ones_like(ids)))
+
+
+model = base_model()
+plain = logits(model)
+adapter = LoraModel(
     model,
     LoraConfig(
         load_lora_from_ckpt=True,
@@ -45,3 +62,13 @@ loaded = adapter.state_dict()
 assert loaded.keys() == stored.keys(), sorted(loaded.keys() ^ stored.keys())
 assert all(loaded[name].equal(tensor) for name, tensor in stored.items())
 assert all(tensor.any() for tensor in stored.values())
+
+ours = base_model()
+add_lora(ours, params.lora)
+with torch.no_grad():
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(stored[name])
+found, expected = logits(model.eval()), logits(ours)
+assert (expected - plain).abs().max() > 1e-3
+assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
