@@ -33,8 +33,8 @@ class _Embedding(ParallelEmbedding):
 class _OwnGradient(torch.autograd.Function):
     """Passes a copy of the gradient on.
 
-    NxD's layer adds up the gradients of k and v over the ranks in place. The sum of a base layer and its LoRA gives both
-    the same gradient tensor, which would then be added up twice.
+    NxD's layer adds up the gradients of k and v over the ranks in place. The sum of a base layer and its LoRA gives
+    both the same gradient tensor, which would then be added up twice.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class _QKVLinear(GQAQKVColumnParallelLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.sequence_parallel_enabled:  # NxD gathers along dim 0 here, whatever its other layers do
-            q, k, v = (y.transpose(0, 1) for y in super(_QKVLinear, self).forward(x.transpose(0, 1)))
+            q, k, v = (y.transpose(0, 1) for y in super().forward(x.transpose(0, 1)))
         else:
             q, k, v = super().forward(x)
         return q, _OwnGradient.apply(k), _OwnGradient.apply(v)
