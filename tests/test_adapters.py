@@ -102,7 +102,7 @@ def test_vllm_applies_every_target(
     prepared: Path, tiny_llama: Path, eval_worker: EvalWorker, tmp_path: Path, targets: list[str]
 ) -> None:
     """Each target alone, and all: vLLM's loss is that of HF + PEFT, and not the base model's."""
-    folder = write_adapter(tiny_llama, tmp_path / "adapter", r=8, targets=targets, scale=0.1)
+    folder = write_adapter(tiny_llama, tmp_path / "adapter", r=8, targets=targets, scale=0.4)
     run = Path(shutil.copytree(prepared, tmp_path / "run", symlinks=True))
     values = yaml.safe_load((run / "params.yaml").read_text("utf-8"))
     values["eval"] |= {
@@ -115,4 +115,4 @@ def test_vllm_applies_every_target(
     expected, _ = peft_loss(tiny_llama, folder, "float32", read_examples(run / "artifacts/prepared/validation.jsonl"))
     print(f"{'+'.join(targets)}: base {found['base']['loss']:.6f}, {found['tuned']['loss']:.6f}, PEFT {expected:.6f}")
     assert found["tuned"]["loss"] == pytest.approx(expected, abs=1e-3)
-    assert abs(found["tuned"]["loss"] - found["base"]["loss"]) > 0.02
+    assert abs(found["tuned"]["loss"] - found["base"]["loss"]) > 0.01  # ten times what is tolerated above

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_losses_are_equal(family: str, family_model: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = prepare(tmp_path / "run", family_model(family))
+    folder = prepare(tmp_path, family_model(family))
     set_params(
         folder,
         lora={"target_modules": "all-linear"},
