@@ -74,7 +74,7 @@ LORAS = [
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("family", "lora"), [*(("llama", lora) for lora in LORAS), ("qwen3", LORAS[1])])
-def test_activations_are_those_autograd_keeps(  # type: ignore[no-untyped-def]
+def test_activations_are_those_autograd_keeps(
     tmp_path: Path, family: str, lora: dict[str, Any], recompute: bool
 ) -> None:
     """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward."""
@@ -90,7 +90,7 @@ def test_activations_are_those_autograd_keeps(  # type: ignore[no-untyped-def]
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
         }
     )
-    config = ModelConfig.from_folder(write_model(tmp_path / "model", family, num_hidden_layers=6))
+    config = ModelConfig.from_folder(write_model(tmp_path / "model", family, num_hidden_layers=6, head_dim=32))
     (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert))
     model = DecoderLM.empty(config, backend, 1).to_empty(device="cpu")
     add_lora(model, params.lora)

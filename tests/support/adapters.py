@@ -31,9 +31,10 @@ def write_adapter(
     from transformers import AutoModelForCausalLM
 
     lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets), task_type="CAUSAL_LM", **config)
-    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), lora)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
+        peft_model = get_peft_model(base, lora)  # draws lora_A
         for name, weight in peft_model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=scale)

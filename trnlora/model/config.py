@@ -1,6 +1,6 @@
 """The configuration of a decoder: what layouts, the model and the plan need of an HF config.json.
 
-FAMILIES is the one table of the supported model families. docs/architecture.md says how to add one.
+FAMILIES is the one table of the supported model families. docs/adding_a_model_family.md says how to add one.
 """
 
 import dataclasses

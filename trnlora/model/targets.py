@@ -1,7 +1,7 @@
 """The one table of what LoRA trains: the decoder's linear layers under each library's names, and the adapter's tensors.
 
 The layers, the initial values, the gradient norm, the checks of adapter shards, the PEFT export, the plan and the
-serving arguments all read it. Pure arithmetic: no torch. docs/architecture.md says how to add a target.
+serving arguments all read it. Pure arithmetic: no torch. docs/adding_a_lora_target.md says how to add one.
 
 NxD (0.18, modules/lora/tp_layer.py) trains q, k and v as one layer with a shared lora_A, and so gate and up. Layers
 that are cut by rows (column-parallel: q, k, v, gate, up) have a whole lora_A and a cut lora_B; layers that are cut by

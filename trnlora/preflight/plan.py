@@ -65,11 +65,11 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
     micro_batches = train.global_batch_size // (train.micro_batch_size * train.dp_size)  # per replica
     on_neuron, layers = params.backend == "nxd", config.num_hidden_layers
     # Per layer, an all-reduce after attention and one after the MLP in the forward pass, one before each in the
-    # backward pass, and LoRA's narrow ones; one more for the embedding and one for the loss's gradient. With sequence
-    # parallelism each becomes an all-gather and a reduce-scatter of the same volume.
+    # backward pass, and with NxD's layers LoRA's narrow ones; one more for the embedding and one for the loss's
+    # gradient. With sequence parallelism each becomes an all-gather and a reduce-scatter of the same volume.
     hidden_bytes = tokens * config.hidden_size * dtype
     modules = peft_modules(lora.target_modules)
-    narrow = len(fused_layers(modules) if lora.share_a else modules)  # one for each lora_A of a layer
+    narrow = len(fused_layers(modules)) if on_neuron else 0
     tp_bytes = (4 * layers + 2) * hidden_bytes + layers * narrow * tokens * lora.r * 4
     logit_rows = tokens if on_neuron else min(LOSS_CHUNK, tokens)
     # Forward, and backward to the activations (frozen weights have no gradients): 2 FLOPs each per weight and token.
@@ -127,9 +127,8 @@ def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
     }
     item = 4 + (params.lora.lora_dropout > 0)  # float32, and the dropout's mask
     lora = sum(inputs[layer] for layer in fused_layers(modules)) * item
-    lora += (
-        len(fused_layers(modules) if params.lora.share_a else modules) * tokens * params.lora.r * 4
-    )  # lora_B's inputs
+    low = len(fused_layers(modules) if params.lora.share_a else modules) * params.lora.r  # the inputs of lora_B
+    lora += tokens * low * 4
     mlp = tokens * 2 * config.intermediate_size / tp * dtype
     layer = 2 * residual + attention + lora + mlp
     if params.train.activation_checkpointing:
