@@ -122,10 +122,14 @@ def planned(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def with_targets(params: Params, target_modules: Any) -> Params:
+    return params.model_copy(update={"lora": params.lora.model_copy(update={"target_modules": target_modules})})
+
+
 def test_llama3_8b_on_trn2() -> None:
-    """The plan's numbers, compared with a calculation by hand."""
+    """The plan's numbers with LoRA on q, k and v, compared with a calculation by hand."""
     params, config = profile("llama3-8b-trn2")
-    plan = make_plan(params, config, packed_rows=721)
+    plan = make_plan(with_targets(params, ["qkv_proj"]), config, packed_rows=721)
     assert (plan.ranks, plan.shards) == (64, 32)
     # embedding and lm_head; per layer: q and o, gate, up and down, k and v, two norms; the last norm
     layer = 4096 * (2 * 4096 + 3 * 14336 + 2 * 1024) + 2 * 4096
@@ -157,9 +161,8 @@ def test_llama3_8b_on_trn2() -> None:
 def test_all_linear_llama3_8b_on_trn2() -> None:
     """The adapter's share of the plan, with LoRA on all linear layers, compared with a calculation by hand."""
     params, config = profile("llama3-8b-trn2")
-    plan = make_plan(params, config, None)
-    lora = params.lora.model_copy(update={"target_modules": "all-linear"})
-    all_linear = make_plan(params.model_copy(update={"lora": lora}), config, None)
+    plan = make_plan(with_targets(params, ["qkv_proj"]), config, None)
+    all_linear = make_plan(with_targets(params, "all-linear"), config, None)
     # A and B of qkv, o, gate and up, down; of cut matrices, a rank's 1/32 (k and v: 1/8).
     per_rank = (4096 + 3 * 128) + (128 + 4096) + (4096 + 2 * 448) + (448 + 4096)
     assert all_linear.trainable_per_rank == 32 * 16 * per_rank
@@ -190,7 +193,7 @@ def test_several_nodes_keep_the_global_batch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instance", "tp_size", "multiplier"),
-    [("llama3-8b-trn2", "trn2.48xlarge", 2, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
+    [("llama3-8b-trn2", "trn2.48xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
 )
 def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
     """The model fits there, but not with half the tp_size."""
@@ -218,11 +221,11 @@ def test_trn1_needs_a_kv_head_per_rank() -> None:
 def test_plan_is_printed_offline() -> None:
     printed = planned(*chosen("llama3-8b-trn2"), "--nodes", "2").stdout
     assert re.search(r"^model .*: 8\.030 B parameters, bfloat16$", printed, re.M)
-    assert re.search(r"^per core +1\.13 GiB: weights 0\.515 GiB, ", printed, re.M)
+    assert re.search(r"^per core +1\.69 GiB: weights 0\.515 GiB, ", printed, re.M)
     assert "138 in total (721 packed rows, estimated from the size of data.source" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
-    # DP ms: 8.75 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
-    assert rows == [["2", "4", "4", "1.13", "16.28", "8.8", "0.73", "0.092", "138"]]
+    # DP ms: 35.6 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
+    assert rows == [["2", "4", "4", "1.69", "16.38", "35.6", "2.99", "0.092", "138"]]
     refused = planned(*chosen("llama3-8b-trn2"), "--nodes", "16")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: train.global_batch_size 16 is not a multiple of")

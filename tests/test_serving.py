@@ -185,7 +185,7 @@ def neuron_workdir(workdir: Path, tmp_path: Path) -> Path:
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     values = profile_values("llama3-8b-trn2", ROOT / "profiles")
-    values["lora"]["r"] = R
+    values["lora"] |= {"r": R, "target_modules": ["qkv_proj"]}
     values["neuron"]["vllm_python"] = str(python)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
     return tmp_path

@@ -87,7 +87,7 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
     if missing := [key for key in _CONFIG_KEYS if not config.get(key)]:
         raise UserError(f"{where} lacks {', '.join(missing)}: {_REBUILD}")
     if config["peft_type"] != "LORA" or set(config["target_modules"]) != set(trained):
-        raise UserError(f"{where} must have peft_type LORA and target_modules {', '.join(trained)}")
+        raise UserError(f"{where} must have peft_type LORA and target_modules {', '.join(trained)}: {_REBUILD}")
     if config["r"] != lora.r:
         raise UserError(f"{where} has r {config['r']}, but lora.r is {lora.r}: {_REBUILD}")
     model_config = ModelConfig.from_folder(model)
