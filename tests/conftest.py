@@ -27,7 +27,8 @@ sys.dont_write_bytecode = False
 # `make test` runs two workers of pytest-xdist. Tests that share one of these fixtures run in the same worker, so that
 # each is made once. `tryfirst`: xdist's hook of the same name reads the groups, so they must be set before it.
 SHARED_FIXTURES = {
-    "server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training"
+    "server": "vllm", "eval_worker": "vllm", "browser": "vllm", "finished": "pipeline", "runs": "training",
+    "eight_heads": "all-linear",
 }  # fmt: skip
 
 
