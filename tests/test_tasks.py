@@ -67,8 +67,8 @@ def test_numbers_of_rows(make_tasks: ModuleType, rows: list[dict[str, str]]) -> 
 
 
 def test_train_rows_keep_within_the_training_budget(rows: list[dict[str, str]]) -> None:
-    # For SmolLM2, these 53 180 characters and dolly's headings are 26 404 tokens. The default training, two epochs on
-    # two CPU cores, has time for 27 000.
+    # For SmolLM2, these 53 180 characters and dolly's headings are 26 404 tokens. The default training, on two CPU
+    # cores, has time for 27 000.
     assert sum(len(text(row)) - 2 for row in rows if row["split"] == "train") < 54_000
 
 

@@ -83,6 +83,7 @@ def make_project(root: Path, model: Path) -> Project:
     copy.set_params(
         model={"source": f"path://{model}", "sha256": None},
         data={"seq_len": 256},
+        lora={"lora_dropout": 0.05},
         train={"max_steps": 20, "lr": 1.0e-2},
         eval={"max_tokens": 16, "max_prompts": 8, "min_changed_fraction": 0.0},
         serve={"max_model_len": 512},
