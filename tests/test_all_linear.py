@@ -1,8 +1,7 @@
-"""LoRA on all linear layers with the real stages: the losses of HF + PEFT for every cut, resuming, further training."""
+"""LoRA on all linear layers with the real stages: the losses of HF + PEFT for every cut, and further training."""
 
 import csv
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.models import write_model
 from support.runs import Runs, prepare
-from support.stages import metrics, run_stage, set_params, stage
+from support.stages import metrics, run_stage
 from transformers import AutoModelForCausalLM
 
 from trnlora.model.config import ModelConfig
@@ -128,30 +127,13 @@ def train_with_peft(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]
     raise AssertionError("too few rows for the steps")
 
 
-def test_a_killed_run_ends_in_the_same_bytes(train: Callable[..., Path], tmp_path: Path) -> None:
-    from test_resume import Training, assert_same_run
-
-    whole = train("whole", 2, lora_dropout=0.1)  # also of the test of cuts
-    broken = Path(shutil.copytree(whole, tmp_path / "broken", symlinks=True))
-    for made in ("artifacts/lora_adapter", "metrics/finetune_lora.json", "plots"):
-        path = broken / made
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    set_params(broken, train={"checkpoint_every_steps": 3})
-    Training(broken).stopped_at(6)
-    done = stage("finetune_lora", broken)
-    assert done.returncode == 0, done.stderr
-    assert "resuming from step" in done.stdout
-    assert_same_run(whole, broken)
-
-
-def test_training_goes_on_from_a_peft_adapter(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_goes_on_from_a_peft_adapter(train: Callable[..., Path], eight_heads: Runs, tmp_path: Path) -> None:
     """With a learning rate near zero, the loss stays the adapter's. The base model's is still measured."""
-    first = train("first", share_a=False)
+    first = train("first", 2, share_a=False)  # also of the test above
     run_stage("flatten_adapter", first)
-    further = train("further", 4, share_a=False)
-    shutil.rmtree(further / "artifacts/lora_adapter")
-    lora = {"init_adapter": f"path://{first}/artifacts/adapter"}
-    set_params(further, lora=lora, train={"lr": 1.0e-12, "max_steps": 1})
+    lora = {**LORA, "share_a": False, "init_adapter": f"path://{first}/artifacts/adapter"}
+    once = {**TRAIN, "lr": 1.0e-12, "max_steps": 1}
+    further = eight_heads.converted(tmp_path / "further", convert={"tp_size": 4}, lora=lora, train=once)
     run_stage("finetune_lora", further)
     before, after = metrics(first, "finetune_lora"), metrics(further, "finetune_lora")
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)

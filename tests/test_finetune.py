@@ -39,28 +39,19 @@ NO_DROPOUT = {"lora_dropout": 0.0}  # its masks differ between replicas
 @pytest.mark.parametrize(
     "sharding",
     [
-        pytest.param({"convert": {"tp_size": 3}}, id="tp3"),
         pytest.param({"convert": ONE_RANK, "train": {"dp_size": 2}}, id="tp1-dp2"),
         # Two copies of every KV head. tests/test_decoder.py checks the gradients for every sharding.
         pytest.param({"convert": {"tp_size": 6, "kv_size_multiplier": 2}}, id="tp6x2"),
     ],
 )
 def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path], sharding: dict[str, Any]) -> None:
+    """tests/test_all_linear.py has tp 1, 2 and 4, with dropout."""
     one = metrics(trained("one", lora=NO_DROPOUT, convert=ONE_RANK), "finetune_lora")
     several = metrics(trained("several", lora=NO_DROPOUT, **sharding), "finetune_lora")
     for key in ("base_validation_loss", "train_loss", "validation_loss"):
         assert several[key] == pytest.approx(one[key], abs=1e-3), key
     assert several["train_tokens"] == one["train_tokens"]
     assert several["steps"] == one["steps"]
-
-
-def test_dropout_is_the_same_on_tensor_parallel_ranks(trained: Callable[..., Path]) -> None:
-    """If the masks differed between ranks, the copies of lora_A would diverge and flatten_adapter would refuse them."""
-    lora = {"lora_dropout": 0.3}
-    one, three = trained("one", lora=lora, convert=ONE_RANK), trained("three", lora=lora)
-    losses = [metrics(folder, "finetune_lora")["validation_loss"] for folder in (one, three)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
-    run_stage("flatten_adapter", three)
 
 
 def test_max_steps_ends_the_schedule_and_is_validated(trained: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ def prepare(folder: Path, model: Path) -> Path:
     set_params(
         folder,
         data={"source": "path://rows.jsonl", "sha256": None, "seq_len": 256},
-        lora={"lora_dropout": 0.05},
+        lora={"target_modules": "all-linear", "lora_dropout": 0.05},
         train={"epochs": 1, "lr": 1.0e-2, "global_batch_size": 2},
     )
     run_stage("prepare_data", folder)
