@@ -70,9 +70,13 @@ def assert_same_curves(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut[2]}-tp{cut[0]}x{cut[1]}")
 def test_losses_do_not_depend_on_the_cut(train: Callable[..., Path], cut: tuple[int, int, str]) -> None:
-    """With dropout: a row-parallel layer's inputs are cut, and its masks are parts of one mask of all inputs."""
-    several = train("several", *cut, lora_dropout=0.1)
-    assert_same_curves(several, train("one", lora_dropout=0.1))
+    """With dropout: a row-parallel layer's inputs are cut, and its masks are parts of one mask of all inputs.
+
+    Without it for trn1 and copies of KV heads: o_proj's inputs are in another order there, and so are its masks.
+    """
+    dropout = 0.0 if cut[2] == "trn1" else 0.1
+    several = train("several", *cut, lora_dropout=dropout)
+    assert_same_curves(several, train("one", lora_dropout=dropout))
     run_stage("flatten_adapter", several)
     assert metrics(several, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 

@@ -32,8 +32,9 @@ class LoraLayer(nn.Module):
     def dropped(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
         """x (…, inputs), with values set to 0 at random while training; `scale` makes up for them.
 
-        x may be one of several equal parts of the inputs. The mask of all inputs is drawn then: a mask of the part
-        alone would be the same on every rank, because they share a seed.
+        x may be one of several equal parts of the inputs, in the order of ranks. The mask of all inputs is drawn then,
+        because a mask of the part alone would be the same on every rank: they share a seed. The losses are then those
+        of any other cut, unless ranks hold the inputs in another order: o_proj on trn1 with copies of KV heads.
         """
         if not self.training or self.dropout == 0:
             return x
