@@ -35,9 +35,9 @@ def main() -> None:
 
     params = load_params(args.params).data
     source = fetch_rows_file(params.source, params.sha256)
-    chosen = prepare.choose_rows(source, params)
     tokenizer = load_fetched_tokenizer(paths.MODEL)
     ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
+    chosen = prepare.choose_rows(source, params)
     encoder = RowEncoder(tokenizer, params.prompt_template, params.seq_len, params.overlong)
     if args.show is not None:
         prepare.print_examples(chosen, encoder, args.show)

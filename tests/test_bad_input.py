@@ -101,6 +101,7 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("lora.r", 0, "lora.r"),
     ("lora.lora_dropout", 1.0, "lora.lora_dropout"),
     ("lora.target_modules", ["lm_head"], "lora.target_modules"),
+    ("lora.use_dora", True, "use_dora is not supported: DoRA needs"),
     ("data.seq_len", 4, "data.seq_len"),
     ("data.test_fraction", 0.95, "must be below 1"),
     ("data.prompt_template", "vicuna", "data.prompt_template"),

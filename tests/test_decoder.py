@@ -20,7 +20,7 @@ from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
 from trnlora.model.config import Family, ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import LoraLayer, add_lora, random_mask
+from trnlora.model.lora import add_lora, random_mask, whole_weights
 from trnlora.model.targets import adapter_tensors, peft_modules
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
@@ -187,8 +187,7 @@ def sharded_gradients(
         model = models[backend.tp_rank]
         loss, _ = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
         loss.backward()
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        whole = [weight.grad for layer in layers for weight in layer.whole_weights()]
+        whole = [weight.grad for weight in whole_weights(model)]
         backend.add_over_ranks([gradient for gradient in whole if gradient is not None])
         return loss.detach()
 

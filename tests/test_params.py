@@ -2,15 +2,16 @@
 
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from support import ROOT
 
 from trnlora.errors import UserError
-from trnlora.params import load_params
-from trnlora.profiles import load_profile
+from trnlora.model.targets import TARGETS
+from trnlora.params import TargetModule, check_params, load_params
+from trnlora.profiles import load_profile, profile_values
 from trnlora.sources import parse_source
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -43,10 +44,21 @@ def test_params_is_the_default_profile() -> None:
     assert (ROOT / "params.yaml").read_text("utf-8") == (ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8")
 
 
+def test_params_name_the_targets_that_the_table_has() -> None:
+    assert set(get_args(TargetModule)) == {*TARGETS, "qkv_proj"}
+
+
 def test_trn2_profile_divides_llama3_8b() -> None:
     params = load_profile("llama3-8b-trn2", ROOT / "profiles")
     check_divisible(LLAMA3_8B, params.convert)
     assert params.convert.tp_size * params.train.dp_size == 64  # logical cores of a trn2.48xlarge
+
+
+def test_a_lora_a_for_each_layer_is_refused_on_nxd() -> None:
+    values = profile_values("llama3-8b-trn2", ROOT / "profiles")
+    values["lora"]["share_a"] = False
+    with pytest.raises(UserError, match=r"lora\.share_a: false is not supported on nxd: "):
+        check_params(values, ROOT / "params.yaml")
 
 
 @pytest.mark.parametrize(

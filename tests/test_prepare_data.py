@@ -222,6 +222,14 @@ def test_stage_errors_are_one_line(stage_root: Path, tmp_path: Path) -> None:
     write_params(root / "params.yaml", seq_len=8)
     assert "all 576 train rows exceed data.seq_len 8 tokens" in error()
     write_params(root / "params.yaml")
+    config = root / "artifacts" / "model" / "config.json"
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 256}
+    whole = config.read_text("utf-8")
+    config.write_text(json.dumps(json.loads(whole) | mistral), "utf-8")
+    write_sums(root / "artifacts" / "model")
+    assert "data.seq_len 512 is above the model's sliding_window 256" in error()
+    config.write_text(whole, "utf-8")
+    write_sums(root / "artifacts" / "model")
     (root / "artifacts" / "model" / "tokenizer.json").write_text('{"version": "1.0", "trunca')
     assert "artifacts/model/tokenizer.json is damaged" in error()
     write_sums(root / "artifacts" / "model")

@@ -40,6 +40,7 @@ from trnlora.serving.adapters import Adapter, check_adapter, check_own_adapter
 from trnlora.serving.client import base_url
 from trnlora.serving.server import reason, relay
 from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
+from trnlora.serving.vllm_neuron import neuron_launch
 
 R = 16  # conftest.py's `workdir`
 LORA = lora_params(r=R, lora_alpha=2 * R, target_modules=["qkv_proj"])
@@ -204,6 +205,22 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     image = script("tools/serve.py", "--dry-run", "--container", "image:1", cwd=neuron_workdir)
     assert "docker run --rm" in image.stdout
     assert " image:1 -m vllm.entrypoints.openai.api_server --model artifacts/model" in image.stdout
+
+
+def test_serve_on_neuron_refuses_a_family_that_nxdi_does_not_have(
+    neuron_workdir: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (neuron_workdir / "artifacts").unlink()
+    model = neuron_workdir / "artifacts" / "model"
+    model.mkdir(parents=True)
+    config = json.loads((tiny_llama / "config.json").read_text("utf-8"))
+    granite = {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config | granite), "utf-8")
+    params = Params.model_validate(yaml.safe_load((neuron_workdir / "params.yaml").read_text("utf-8")))
+    monkeypatch.chdir(neuron_workdir)
+    with pytest.raises(UserError, match="NxDI, which has no GraniteForCausalLM"):
+        neuron_launch(params, "127.0.0.1", 8000, neuron_workdir / "chat.jinja")
+    assert not (neuron_workdir / "lora.json").exists()
 
 
 def test_serve_on_neuron_refuses_replicas_and_other_adapters(neuron_workdir: Path) -> None:

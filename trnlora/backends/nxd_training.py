@@ -26,7 +26,7 @@ from trnlora.backends.nxd import NxdBackend
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import LoraLayer, adapter_state, add_lora
+from trnlora.model.lora import adapter_state, add_lora, whole_weights
 from trnlora.params import Params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file, save_rank
 
@@ -51,11 +51,10 @@ def build_model(
     nxd.load_checkpoint(str(shards), tag=PRETRAINED_TAG, model=model, strict=True)
     add_lora(model, params.lora)
     model.to(xm.xla_device())  # LoRA's layers
-    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
-        for weight in layer.whole_weights():
-            # With sequence parallelism each rank has its own tokens' part of this gradient. NxDOptimizer adds up the
-            # gradients of parameters with this mark; NxD's own LoRA does not set it.
-            setattr(weight, "sequence_parallel_enabled", params.neuron.sequence_parallel)  # noqa: B010 (mypy)
+    for weight in whole_weights(model):
+        # With sequence parallelism each rank has its own tokens' part of this gradient. NxDOptimizer adds up the
+        # gradients of parameters with this mark; NxD's own LoRA does not set it.
+        setattr(weight, "sequence_parallel_enabled", params.neuron.sequence_parallel)  # noqa: B010 (mypy)
     return model
 
 

@@ -23,7 +23,9 @@ class Family:
     qkv_bias: bool = False  # q_proj, k_proj and v_proj have a bias
     qk_norm: bool = False  # RMSNorm over each head of q and k before the rotation
     multipliers: bool = False  # Granite's four factors
-    sliding_window: bool = False  # attention may be limited to the last `sliding_window` tokens
+    # Whether attention is limited to the last `sliding_window` tokens if config.json has no use_sliding_window; None:
+    # never.
+    sliding_window: bool | None = None
     served_by_nxdi: bool = True  # NxDI 4bcdc54, utils/constants.py, MODEL_TYPES
     required: tuple[str, ...] = ()  # keys of config.json for which HF has a default that is a number of its own
 
@@ -33,10 +35,10 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM", sliding_window=True, required=("num_key_value_heads",)),
     "qwen2": Family(  # Qwen2.5 too
-        "Qwen2ForCausalLM", qkv_bias=True, sliding_window=True, required=("num_key_value_heads",)
+        "Qwen2ForCausalLM", qkv_bias=True, sliding_window=False, required=("num_key_value_heads",)
     ),
     "qwen3": Family(
-        "Qwen3ForCausalLM", qk_norm=True, sliding_window=True, required=("num_key_value_heads", "head_dim")
+        "Qwen3ForCausalLM", qk_norm=True, sliding_window=False, required=("num_key_value_heads", "head_dim")
     ),
     "granite": Family("GraniteForCausalLM", multipliers=True, served_by_nxdi=False),  # Granite 3
 }
@@ -122,9 +124,10 @@ class ModelConfig:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         factors = dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": head_dim**-0.5}
         if family.multipliers:
-            factors = {name: float(config.get(name, 1.0)) for name in _MULTIPLIERS}  # 1: HF's defaults
-        # Qwen2 and Qwen3 have the key use_sliding_window, Mistral has not.
-        windowed = family.sliding_window and config.get("use_sliding_window", "use_sliding_window" not in config)
+            factors = {name: config.get(name, 1.0) for name in _MULTIPLIERS}  # 1: HF's defaults
+            if wrong := [name for name, factor in factors.items() if not isinstance(factor, int | float)]:
+                raise UserError(f"the model's config.json has no number as {', '.join(wrong)}: fetch it again")
+        windowed = family.sliding_window is not None and config.get("use_sliding_window", family.sliding_window)
         return cls(
             model_type=config["model_type"],
             vocab_size=config["vocab_size"],

@@ -161,6 +161,12 @@ def add_lora(model: DecoderLM, lora: Lora) -> None:
                 module.down_proj = LoraRowParallelLinear(module.down_proj, config.intermediate_size, model, lora)
 
 
+def whole_weights(model: DecoderLM) -> list[nn.Parameter]:
+    """The trained weights that are whole on every rank, in the order of the model."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return [weight for layer in layers for weight in layer.whole_weights()]
+
+
 def random_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
     """A bool tensor whose values are True with probability `p`, a multiple of 2⁻¹⁶."""
     if device.type != "cpu":

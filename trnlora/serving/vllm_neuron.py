@@ -95,7 +95,7 @@ _MODELS = {NeuronServer.PLUGIN: _plugin, NeuronServer.FORK: _fork, NeuronServer.
 def neuron_launch(params: Params, host: str, port: int, chat_template: Path) -> tuple[dict[str, str], list[str]]:
     """Environment and command of the server that neuron.vllm_python has; writes LORA_JSON next to `chat_template`.
 
-    Raises UserError if there is no vLLM, if it needs the merged model and there is none, or if it has not the model.
+    Raises UserError if there is no vLLM, if it needs the merged model and there is none, or if NxDI lacks the model.
     """
     versions = installed(params.neuron.vllm_python or sys.executable, ("vllm", "vllm-neuron")) or {}
     server, family = detect_server(versions), ModelConfig.from_folder(paths.MODEL).family

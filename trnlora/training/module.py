@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import LoraLayer
+from trnlora.model.lora import whole_weights
 from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
@@ -174,9 +174,8 @@ class LoraFinetuner(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum the ranks' and the replicas' gradients. Each is divided by the number of tokens in the global batch."""
         assert self.model is not None
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        whole = [weight.grad for layer in layers for weight in layer.whole_weights() if weight.grad is not None]
-        self.model.backend.add_over_ranks(whole)
+        whole = [weight.grad for weight in whole_weights(self.model)]
+        self.model.backend.add_over_ranks([gradient for gradient in whole if gradient is not None])
         if dist.get_world_size(self.dp_group) > 1:
             gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
             self.model.backend.add_over_replicas(gradients, self.dp_group)

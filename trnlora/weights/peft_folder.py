@@ -1,6 +1,5 @@
-"""A PEFT folder that training goes on from: fetched, checked against this run's params, and read tensor by tensor."""
+"""PEFT folders: where their two files come from; and one to train further, checked and read tensor by tensor."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,14 +50,11 @@ def check_init_adapter(folder: Path, config: ModelConfig, lora: Lora) -> None:
         raise UserError(f"{where} has {', '.join(special)}, which cannot be trained: choose a plain LoRA adapter")
     if found.get("r") != lora.r:
         raise UserError(f"{where} has r {found.get('r')}: set lora.r to it (it is {lora.r})")
-    alpha = found.get("lora_alpha")
-    scaling = (
-        alpha / (math.sqrt(lora.r) if found.get("use_rslora") else lora.r) if isinstance(alpha, int | float) else 0
-    )
-    if not math.isclose(scaling, lora.scaling):
+    alpha, use_rslora = found.get("lora_alpha"), bool(found.get("use_rslora"))
+    if (alpha, use_rslora) != (lora.lora_alpha, lora.use_rslora):
         raise UserError(
-            f"{where} has lora_alpha {alpha} and use_rslora {bool(found.get('use_rslora'))}: set lora.lora_alpha and "
-            f"lora.use_rslora to them (they are {lora.lora_alpha} and {lora.use_rslora})"
+            f"{where} has lora_alpha {alpha} and use_rslora {use_rslora}: set lora.lora_alpha and lora.use_rslora to "
+            f"them (they are {lora.lora_alpha} and {lora.use_rslora})"
         )
     for tensor, values in _tensors(folder, config, lora):
         if not values[0].isfinite().all():
