@@ -3,22 +3,29 @@
     python stages/prepare_data.py [--params FILE]
     python stages/prepare_data.py --show 3      # print examples, the masked part dimmed; writes nothing
 
-Reads   params.yaml (data), the data set, artifacts/model (the tokenizer)
+Reads   params.yaml (data), what data.source and data.prompt_template name, artifacts/model (the tokenizer)
 Writes  artifacts/prepared/{train,validation}.parquet   packed rows of data.seq_len tokens
         artifacts/prepared/{validation,test}.jsonl      one example per line, with its prompt and token ids
+        artifacts/prepared/sources.json                 the files of the data, and what was found in them
         metrics/prepare_data.json, metrics/timing/prepare_data.json
 """
 
+import tempfile
 import time
+from pathlib import Path
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.data import prepare
 from trnlora.data.encode import RowEncoder
-from trnlora.data.rows import fetch_rows_file
+from trnlora.data.examples import SOURCES
+from trnlora.data.rows import file_table
+from trnlora.data.source_files import data_sources, open_sources
+from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_fetched_tokenizer
+from trnlora.data.tracking import check_tracked
 from trnlora.errors import run
-from trnlora.files import atomic_dir, write_sums
+from trnlora.files import atomic_dir, write_json, write_sums
 from trnlora.metrics import write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
@@ -34,22 +41,28 @@ def main() -> None:
     started = time.perf_counter()
 
     params = load_params(args.params).data
-    source = fetch_rows_file(params.source, params.sha256)
+    check_tracked(params)
     tokenizer = load_fetched_tokenizer(paths.MODEL)
     ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
-    chosen = prepare.choose_rows(source, params)
-    encoder = RowEncoder(tokenizer, params.prompt_template, params.seq_len, params.overlong)
-    if args.show is not None:
-        prepare.print_examples(chosen, encoder, args.show)
-        return
+    template = load_template(params.prompt_template, params.template_kwargs, tokenizer)
+    encoder = RowEncoder(
+        tokenizer, template, params.seq_len, params.overlong, params.mask_history, params.special_tokens
+    )
+    with tempfile.TemporaryDirectory(prefix="prepare-data-") as folder:
+        chosen = prepare.choose_rows(open_sources(data_sources(params), Path(folder)), params)
+        if args.show is not None:
+            prepare.print_examples(chosen, encoder, args.show)
+            return
 
-    with atomic_dir(paths.PREPARED) as out:
-        splits = prepare.encode_all(chosen, encoder, out)
-        counts = prepare.write_splits(splits, encoder, params, out)
-        write_sums(out)
+        with atomic_dir(paths.PREPARED) as out:
+            splits = prepare.encode_all(chosen, encoder, out)
+            counts = prepare.write_splits(splits, chosen, encoder, params, out)
+            write_json(out / SOURCES, file_table(chosen.files))
+            write_sums(out)
     metrics = prepare.dataset_metrics(chosen, splits, counts)
     write_metrics("prepare_data", metrics, {"seconds": time.perf_counter() - started})
     prepare.print_counts(metrics)
+    prepare.print_warnings(chosen, splits, params)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,13 @@ PARAMS: list[tuple[str, Any, str]] = [
     ("train.epochs", True, "train.epochs"),
     ("train.max_steps", -1, "max_steps: -1 is refused"),
     ("train.seed", -1, "train.seed"),
+    ("train.schedule", "polynomial", "train.schedule"),
+    ("train.decay_ratio", 0.0, "train.decay_ratio"),
+    ("train.validate_every_steps", 0, "train.validate_every_steps"),
+    ("train.keep", "lowest", "train.keep"),
+    ("train.early_stopping_patience", 0, "train.early_stopping_patience"),
+    ("train.loggers", ["comet"], "train.loggers"),
+    ("train.loggers", "wandb", "train.loggers"),
     ("train.warmup_ratio", 1.1, "train.warmup_ratio"),
     ("train.global_batch_size", "8", "write it unquoted"),
     ("train.checkpoint_every_steps", 0, "train.checkpoint_every_steps"),
@@ -218,7 +225,7 @@ DATA: dict[str, tuple[bytes, str]] = {
     "missing column": (GOOD + b'{"instruction": "a"}\n', "line 2 has no column"),
     "non-string": (GOOD + GOOD.replace(b'"it"', b"7"), "line 2: response must be a string"),
     "null": (GOOD + GOOD.replace(b'"it"', b"null"), "line 2: response must be a string"),
-    "empty response": (GOOD + GOOD.replace(b'"it"', b'" "'), "line 2: response is empty"),
+    "empty responses": (2 * GOOD.replace(b'"it"', b'" "'), "all 2 rows have a turn without text"),
     "invalid UTF-8": (GOOD + b'{"instruction": "\xff"}\n', "line 2 is not valid UTF-8"),
     "one row": (GOOD, "no rows are left for the"),
     "1 MB responses": (
@@ -248,7 +255,7 @@ def test_data(bench: Bench, case: str) -> None:
         ({"categories": []}, "the list is empty"),
         ({"seq_len": 8}, "rows exceed data.seq_len 8"),
         ({"sha256": "0" * 64}, "but data.sha256 pins"),
-        ({"source": "path://absent.jsonl"}, "absent.jsonl is not a file"),
+        ({"source": "path://absent.jsonl"}, "data.source: there is no absent.jsonl; path:// is relative to"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -365,8 +372,16 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")
-    tokens = {"id": 1, "prompt": "A", "prompt_token_ids": [1], "response_token_ids": [2]}
-    examples = [row | tokens for row in bench.rows]
+    examples = [
+        {
+            "id": 1,
+            "category": "talk",
+            "messages": [{"role": "user", "content": "A", "context": ""}, {"role": "assistant", "content": "B"}],
+            "prompt": "A",
+            "token_ids": [1, 2],
+            "labelled": [[1, 2]],
+        }
+    ]
     for split in ("validation", "test"):
         write_jsonl(artifacts / f"prepared/{split}.jsonl", examples)
     write_sums(artifacts / "prepared")

@@ -52,12 +52,10 @@ def example(number: int, category: str, response: str) -> PreparedExample:
     return {
         "id": number,
         "category": category,
-        "instruction": "?",
-        "context": "",
-        "response": response,
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": response}],
         "prompt": f"prompt {number}",
-        "prompt_token_ids": [1],
-        "response_token_ids": [2],
+        "token_ids": [1, 2],
+        "labelled": [[1, 2]],
     }
 
 

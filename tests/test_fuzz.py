@@ -10,8 +10,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import ROOT
+from support.rows import rows_of
 
-from trnlora.data.rows import read_jsonl_rows
 from trnlora.errors import UserError
 from trnlora.files import read_json, read_jsonl
 from trnlora.params import Params, load_params
@@ -100,8 +100,8 @@ def test_params(path: Path, content: bytes) -> None:
 @example(content=b"[" * 5000)
 @example(content=b'{"instruction": ' + b"[" * 900 + b"]" * 900 + b"}")
 def test_rows(path: Path, content: bytes) -> None:
-    rows = value_or_line(read_jsonl_rows, path, content)
-    assert rows is None or all(row.response for row in rows)
+    rows = value_or_line(rows_of, path, content)
+    assert rows is None or all(row.messages[-1].content for row in rows)
 
 
 @fuzz

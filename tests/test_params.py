@@ -8,6 +8,7 @@ import pytest
 import yaml
 from support import ROOT
 
+from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.model.targets import TARGETS
 from trnlora.params import TargetModule, check_params, load_params
@@ -34,7 +35,8 @@ LLAMA3_8B = {
 def test_is_valid() -> None:
     params = load_params(ROOT / "params.yaml")
     parse_source(params.model.source)
-    parse_source(params.data.source)
+    for source in data_sources(params.data):
+        parse_source(source.source)
 
 
 def test_params_is_the_default_profile() -> None:
@@ -69,6 +71,11 @@ def test_a_lora_a_for_each_layer_is_refused_on_nxd() -> None:
             "train",
             {"global_batch_size": 3, "micro_batch_size": 2},
             "must be a multiple of micro_batch_size × dp_size = 2",
+        ),
+        (
+            "train",
+            {"schedule": "wsd", "warmup_ratio": 0.9},
+            "schedule wsd: warmup_ratio 0.9 + decay_ratio 0.2 must be at most 1",
         ),
         ("data", {"seq_len": 1024}, "must be above data.seq_len 1024"),
         ("model", {"sha256": "abc"}, "model.sha256"),

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from support import ROOT
 
+from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import load_params
 from trnlora.profiles import DEFAULT, load_profile, profile_names, profile_text, profile_values, write_profile
@@ -51,7 +52,8 @@ def test_all_profiles_exist() -> None:
 def test_a_profile_resolves_and_is_written_in_full(name: str, tmp_path: Path) -> None:
     params = load_profile(name, ROOT / "profiles")
     parse_source(params.model.source)
-    parse_source(params.data.source)
+    for source in data_sources(params.data):
+        parse_source(source.source)
     target = tmp_path / "params.yaml"
     write_profile(name, target, ROOT / "profiles")
     written = target.read_text("utf-8")

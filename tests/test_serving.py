@@ -29,10 +29,11 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT
 from support.adapters import lora_params, write_adapter
 from support.evaluation import EvalWorker
+from support.rows import rows_of
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
-from trnlora.files import write_sums
+from trnlora.files import write_jsonl, write_sums
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.profiles import profile_values
@@ -456,6 +457,34 @@ def test_the_server_exports_what_the_dashboard_queries(server: Server) -> None:
 
 
 @pytest.mark.slow
+def test_a_conversation_has_the_token_ids_of_training(server: Server, tiny_llama: Path) -> None:
+    """What the chat endpoint gives the model for the last of several answers, against what training gave it."""
+    from transformers import AutoTokenizer
+
+    from trnlora.data.encode import RowEncoder
+    from trnlora.data.formats import Message, Row
+    from trnlora.data.templates import chat_messages, load_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    data = params().data
+    template = load_template(data.prompt_template, data.template_kwargs, tokenizer)
+    encoder = RowEncoder(tokenizer, template, 512, "drop", data.mask_history, data.special_tokens)
+    turns = (
+        Message("system", "Be brief."),
+        Message("user", "What is it?", "A lamp — 등불."),
+        Message("assistant", "A lamp."),
+        Message("user", "And two of them?"),
+        Message("assistant", "Lamps."),
+    )
+    [example], _ = encoder.encode([Row(1, turns, "talk", None)])
+    asked = {"messages": chat_messages(template.name, turns[:-1]), "max_tokens": 1, "return_token_ids": True}
+    body = json.dumps({"model": "tuned", **asked}).encode()
+    status, reply = send(server.port, "/v1/chat/completions", body)
+    assert status == 200, reply
+    assert reply["prompt_token_ids"] == example.tokens[: example.labelled[-1][0]]
+
+
+@pytest.mark.slow
 def test_serving_load_prints_a_line_for_each_number_of_clients(server: Server, workdir: Path) -> None:
     options = ("--requests", "2", "--input-len", "16", "--output-len", "8")
     url = f"http://127.0.0.1:{server.port}"
@@ -517,8 +546,8 @@ def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
     total, count = 0.0, 0
     for row in rows:
-        ids = torch.tensor([row["prompt_token_ids"] + row["response_token_ids"]])
-        begin = len(row["prompt_token_ids"])
+        ids = torch.tensor([row["token_ids"]])
+        [(begin, _)] = row["labelled"]
         with torch.no_grad():
             logits = tuned(input_ids=ids).logits[0, begin - 1 : -1].double()
         total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
@@ -531,19 +560,17 @@ def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: 
     """A copy of `workdir` with prepared rows of the default data set and PEFT's losses on them."""
     from transformers import AutoTokenizer
 
-    from trnlora.data.templates import render_prompt, tokenize_pair
+    from trnlora.data.encode import RowEncoder, prepared_example
+    from trnlora.data.templates import load_template
 
     workdir = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "workdir", symlinks=True))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    rows = [json.loads(line) for line in (ROOT / "data" / "tasks.jsonl").read_text("utf-8").splitlines()]
+    rows = rows_of(ROOT / "data" / "tasks.jsonl")
+    encoder = RowEncoder(tokenizer, load_template("dolly", {}, tokenizer), 512, "drop", False, "as_text")
     (workdir / "artifacts" / "prepared").mkdir()
     for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
-        prompts = [render_prompt(tokenizer, "dolly", row["instruction"], row["context"]) for row in part]
-        pairs = tokenize_pair(tokenizer, prompts, [row["response"] for row in part])
-        with (workdir / "artifacts" / "prepared" / f"{split}.jsonl").open("w", encoding="utf-8") as out:
-            for number, (row, prompt, (prompt_ids, response_ids)) in enumerate(zip(part, prompts, pairs, strict=True)):
-                extra = {"prompt": prompt, "prompt_token_ids": prompt_ids, "response_token_ids": response_ids}
-                out.write(json.dumps({**row, "id": f"{split}-{number}", **extra}) + "\n")
+        examples, _ = encoder.encode(part)
+        write_jsonl(workdir / "artifacts" / "prepared" / f"{split}.jsonl", map(prepared_example, examples))
     write_sums(workdir / "artifacts" / "prepared")
     write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
     validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
@@ -588,7 +615,7 @@ def test_eval_scores_base_and_adapter(evaluated: Path) -> None:
     assert abs(metrics["base"]["loss"] - metrics["tuned"]["loss"]) > 1e-3
     answers = [json.loads(line) for line in (evaluated / "artifacts" / "answers.jsonl").read_text("utf-8").splitlines()]
     assert len(answers) == 10
-    assert answers[0]["id"] == "test-0"
+    assert answers[0]["id"] == 2  # the line in tasks.jsonl
     assert all(row["tuned_finish_reason"] in ("stop", "length") for row in answers)
     categories = {row["category"] for row in answers}
     for model in ("base", "tuned"):
@@ -632,7 +659,8 @@ def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, eval_worker
     copy = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
     path = copy / "artifacts" / "prepared" / "test.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    rows[0]["prompt_token_ids"] *= 100
+    rows[0]["token_ids"] *= 100
+    rows[0]["labelled"][-1] = [len(rows[0]["token_ids"]) - 1, len(rows[0]["token_ids"])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     write_sums(path.parent)
     (copy / "artifacts" / "answers.jsonl").unlink(missing_ok=True)

@@ -2,18 +2,29 @@
 
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.rows import question
 
-from trnlora.data.rows import Row
-from trnlora.data.split import SplitKey, keep_categories, split_key, split_of_line, split_rows
+from trnlora.data.formats import Row, detect
+from trnlora.data.rows import RowsFile
+from trnlora.data.split import (
+    SplitKey,
+    copies_of_row,
+    keep_categories,
+    split_key,
+    split_of_row,
+    split_rows,
+    without_duplicates,
+)
 from trnlora.errors import UserError
 
 
 def row(number: int, category: str = "talk", split: str | None = None, prompt: int | None = None) -> Row:
-    return Row(number, f"Say {number if prompt is None else prompt}.", "", f"It is {number}.", category, split)
+    return question(number, f"Say {number if prompt is None else prompt}.", "", f"It is {number}.", category, split)
 
 
 def keys(rows: Iterable[Row], seed: int = 17) -> list[SplitKey]:
@@ -23,7 +34,7 @@ def keys(rows: Iterable[Row], seed: int = 17) -> list[SplitKey]:
 def test_categories() -> None:
     rows = keys([row(1, "talk"), row(2, "list"), row(3, "talk")])
     assert keep_categories(rows, None) == rows
-    assert [kept.line for kept in keep_categories(rows, ["talk"])] == [1, 3]
+    assert [kept.id for kept in keep_categories(rows, ["talk"])] == [1, 3]
     with pytest.raises(UserError, match=r"^data\.categories: no row has lists, tlak; the rows have list, talk$"):
         keep_categories(rows, ["talk", "tlak", "lists"])
     with pytest.raises(UserError, match="the list is empty; null keeps all; the rows have list, talk"):
@@ -39,10 +50,10 @@ def test_a_drawn_split(prompts: list[int], seed: int, shuffled: random.Random) -
     rows = keys((row(number, prompt=prompt) for number, prompt in enumerate(prompts)), seed)
     splits = split_rows(rows, 0.2, 0.25)
     # Each row once, in the order of the file.
-    assert sorted(member.line for members in splits.values() for member in members) == list(range(len(rows)))
-    assert all(members == sorted(members, key=lambda member: member.line) for members in splits.values())
+    assert sorted(member.id for members in splits.values() for member in members) == list(range(len(rows)))
+    assert all(members == sorted(members, key=lambda member: member.id) for members in splits.values())
     # No prompt is in two splits. The fractions refer to distinct prompts.
-    prompts_of = {name: {prompts[member.line] for member in members} for name, members in splits.items()}
+    prompts_of = {name: {prompts[member.id] for member in members} for name, members in splits.items()}
     assert not prompts_of["train"] & prompts_of["test"]
     assert not prompts_of["train"] & prompts_of["validation"]
     assert not prompts_of["validation"] & prompts_of["test"]
@@ -52,15 +63,15 @@ def test_a_drawn_split(prompts: list[int], seed: int, shuffled: random.Random) -
     # The order of the rows does not matter.
     shuffled.shuffle(rows)
     again = split_rows(rows, 0.2, 0.25)
-    assert {name: {member.line for member in members} for name, members in splits.items()} == {
-        name: {member.line for member in members} for name, members in again.items()
+    assert {name: {member.id for member in members} for name, members in splits.items()} == {
+        name: {member.id for member in members} for name, members in again.items()
     }
 
 
 def test_the_seed_changes_what_is_drawn() -> None:
     rows = [row(number) for number in range(50)]
     splits = [split_rows(keys(rows, seed), 0.2, 0.2) for seed in (0, 0, 1)]
-    drawn = [{name: [member.line for member in members] for name, members in one.items()} for one in splits]
+    drawn = [{name: [member.id for member in members] for name, members in one.items()} for one in splits]
     assert drawn[0] == drawn[1]
     assert drawn[0]["test"] != drawn[2]["test"]
     assert drawn[0]["validation"] != drawn[2]["validation"]
@@ -69,7 +80,7 @@ def test_the_seed_changes_what_is_drawn() -> None:
 def test_the_column_split_is_respected() -> None:
     rows = keys(row(number, split="test" if number % 3 == 0 else "train") for number in range(30))
     splits = split_rows(rows, 0.9, 0.1)
-    assert [member.line for member in splits["test"]] == list(range(0, 30, 3))
+    assert [member.id for member in splits["test"]] == list(range(0, 30, 3))
     assert len(splits["validation"]) == 2
 
 
@@ -80,6 +91,27 @@ def test_a_split_without_rows() -> None:
         split_rows(keys([row(1)]), 0.2, 0.1)
 
 
-def test_the_split_of_every_line() -> None:
+def test_the_split_of_every_row() -> None:
     splits = {"train": keys([row(1), row(4)]), "validation": keys([row(2)]), "test": keys([row(5)])}
-    assert split_of_line(splits, 6) == bytes([0, 1, 2, 0, 1, 3, 0])
+    assert split_of_row(splits, 6) == bytes([0, 1, 2, 0, 1, 3, 0])
+
+
+def test_rows_that_repeat_a_prompt_and_its_answer() -> None:
+    rows = [question(1, "a", "", "b"), question(2, "a", "", "c"), question(3, "a", "", "b"), question(4, "a", "x", "b")]
+    assert [key.id for key in without_duplicates(keys(rows))] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("weight", "rows", "copies"),
+    [(1.0, None, [20]), (2.0, None, [0, 20]), (0.25, None, [5]), (2.5, None, [0, 10, 10]), (1.5, 10, [5, 5])],
+)
+def test_how_often_a_row_is_used(weight: float, rows: int | None, copies: list[int]) -> None:
+    """copies: the number of rows of the source that are used once, twice, …"""
+    form = detect({"prompt": "", "completion": ""}, "auto", {}, "f line 1")
+    plain = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", source=0)
+    weighted = RowsFile(Path("b.jsonl"), form, 10, "b.jsonl", "line", source=1, weight=weight, rows=rows)
+    train = keys(row(number) for number in range(1, 31))
+    used = copies_of_row(train, [plain, weighted], 30)
+    assert used[1:11] == bytes(10 * [1])
+    assert [used[11:].count(times) for times in range(1, len(copies) + 1)] == copies
+    assert used == copies_of_row(train[::-1], [plain, weighted], 30)  # drawn by the prompts, not by their order

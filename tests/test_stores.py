@@ -1,5 +1,6 @@
 """A DVC remote on an S3-compatible server: what one machine has made, another one need not make again."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from support.project import Project
 from support.repro import ran
@@ -70,3 +72,34 @@ def test_a_run_is_pushed_cloned_pulled_and_up_to_date(finished_copy: Project, s3
     shutil.rmtree(elsewhere.root / ".dvc/cache")  # so that the next command reads from the store
     elsewhere.dvc("get", "--rev", "HEAD~1", "--out", "reports/first", ".", "artifacts/adapter")
     assert digests(elsewhere.root / "reports/first") == made["adapter"]
+
+
+@pytest.mark.slow
+def test_rows_in_a_bucket_are_imported_and_a_newer_version_is_noticed(finished_copy: Project, s3: str) -> None:
+    project = finished_copy
+    project.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+
+    bucket = boto3.client("s3", endpoint_url=s3)
+
+    def put(last: int) -> None:
+        lines = (json.dumps({"prompt": f"{n} + 1?", "completion": str(n + 1)}) + "\n" for n in range(last))
+        bucket.put_object(Bucket="store", Key="mine.jsonl", Body="".join(lines).encode())
+
+    def doctor() -> str:
+        return project.run(".venv/bin/python", "tools/doctor.py", check=False)
+
+    put(60)
+    project.dvc("remote", "add", "store", "s3://store")
+    project.dvc("remote", "modify", "store", "endpointurl", s3)
+    project.dvc("import-url", "remote://store/mine.jsonl", "data/mine.jsonl")
+    assert "data/mine.jsonl.dvc is what remote://store/mine.jsonl has" in doctor()
+    project.set_params(data={"source": "path://data/mine.jsonl"})
+    assert ran(project.dvc("repro", "prepare_data")) == ["prepare_data"]
+    assert ran(project.dvc("repro", "prepare_data")) == []
+    put(70)
+    assert ran(project.dvc("repro", "prepare_data")) == []  # the version that was imported
+    assert "data/mine.jsonl.dvc: remote://store/mine.jsonl has changed; `dvc update" in doctor()
+    project.dvc("update", "data/mine.jsonl.dvc")
+    assert ran(project.dvc("repro", "prepare_data")) == ["prepare_data"]
+    metrics = json.loads((project.root / "metrics/prepare_data.json").read_text("utf-8"))
+    assert metrics["rows_read"] == 70

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from trnlora.data import templates
+from trnlora.data.formats import Message
 from trnlora.errors import UserError
 
 NOTE = "Write a response that appropriately completes the request.\n\n"
@@ -17,6 +18,10 @@ def tokenizer(tiny_llama: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def rendered(tokenizer: Any, name: str, content: str, context: str, **variables: Any) -> str:
+    return templates.load_template(name, variables, tokenizer).render(tokenizer, [Message("user", content, context)])
 
 
 @pytest.mark.parametrize(
@@ -40,26 +45,23 @@ def tokenizer(tiny_llama: Path) -> Any:
     ],
 )
 def test_prompt_text(tokenizer: Any, name: str, context: str, prompt: str) -> None:
-    assert templates.render_prompt(tokenizer, name, "Name it.", context) == prompt
+    assert rendered(tokenizer, name, "Name it.", context) == prompt
 
 
 @pytest.mark.parametrize("name", ["alpaca", "dolly"])
 def test_jinja_syntax_in_a_row_is_not_interpreted(tokenizer: Any, name: str) -> None:
     text = "{{ 7 * 7 }} {% if x %} \\n 'quoted' \"twice\" — 한국어"
-    assert f"### Instruction:\n{text}\n\n" in templates.render_prompt(tokenizer, name, text, "")
+    assert f"### Instruction:\n{text}\n\n" in rendered(tokenizer, name, text, "")
 
 
 def test_a_conversation(tokenizer: Any) -> None:
     messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two."},
-        {"role": "user", "content": "Three?"},
+        Message("system", "Be brief."),
+        Message("user", "One?"),
+        Message("assistant", "Two."),
+        Message("user", "Three?"),
     ]
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=templates.chat_template("dolly", tokenizer), add_generation_prompt=True, tokenize=False
-    )
-    assert text == (
+    assert templates.load_template("dolly", {}, tokenizer).render(tokenizer, messages) == (
         "Be brief.\n\n### Instruction:\nOne?\n\n### Response:\nTwo.<|im_end|>\n\n"
         "### Instruction:\nThree?\n\n### Response:\n"
     )
@@ -68,26 +70,83 @@ def test_a_conversation(tokenizer: Any) -> None:
 def test_chat_needs_a_chat_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"data\.prompt_template: chat needs .* use dolly or alpaca"):
-        templates.render_prompt(tokenizer, "chat", "Name it.", "")
-    assert templates.render_prompt(tokenizer, "dolly", "Name it.", "").startswith("### Instruction")
+        rendered(tokenizer, "chat", "Name it.", "")
+    assert rendered(tokenizer, "dolly", "Name it.", "").startswith("### Instruction")
 
 
-def test_unknown_template(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="'vicuna' is not known: use one of alpaca, dolly, chat"):
-        templates.chat_template("vicuna", tokenizer)
+def test_a_template_of_ones_own(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    name = f"path://{file}"
+    with pytest.raises(UserError, match=r"data\.prompt_template: .*own\.jinja cannot be read"):
+        rendered(tokenizer, name, "Name it.", "")
+    turns = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    file.write_text("{{ date }}|{{ strict }}|" + turns + "A:", "utf-8")
+    text = rendered(tokenizer, name, "Name it.", "A cat.", date='26 "Jul" 2024', strict=True)
+    assert text == '26 "Jul" 2024|True|Name it.\n\nA cat.<|im_end|>A:'
+    file.write_text("{{ messages[1].content }}", "utf-8")
+    with pytest.raises(UserError, match=rf"data\.prompt_template {name} refuses a conversation: "):
+        rendered(tokenizer, name, "Name it.", "")
+    file.write_text("{{ raise_exception('no system role') }}", "utf-8")
+    with pytest.raises(UserError, match="refuses a conversation: no system role"):
+        rendered(tokenizer, name, "Name it.", "")
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}A:",  # no special token ends a turn
+        # The text of an answer changes when a turn follows.
+        "{% for m in messages %}{% if not loop.last %}- {% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_separate_turns_is_refused(tokenizer: Any, tmp_path: Path, jinja: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(jinja, "utf-8")
+    template = templates.load_template(f"path://{file}", {}, tokenizer)
+    turns = [Message("user", "a?"), Message("assistant", "b."), Message("user", "c?"), Message("assistant", "d.")]
+    with pytest.raises(UserError, match=r"data\.prompt_template does not separate the turns"):
+        templates.segments(template, tokenizer, turns)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "role"),
+    [
+        ("{{ messages[0].content }}{{ messages[-1].content }}{{ eos_token }}", "user"),
+        ("{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}", "system"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endfor %}",
+            "system",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | replace('b.', '') }}{{ eos_token }}{% endfor %}",
+            "assistant",
+        ),
+    ],
+)
+def test_a_template_that_loses_text_is_refused(tokenizer: Any, tmp_path: Path, jinja: str, role: str) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text(jinja, "utf-8")
+    template = templates.load_template(f"path://{file}", {}, tokenizer)
+    turns = [
+        Message("system", "s."), Message("user", "a?"), Message("assistant", "b."), Message("user", "c?"),
+        Message("assistant", "d."),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=f"leaves out or changes the text of a {role} message"):
+        templates.segments(template, tokenizer, turns)
 
 
 def test_a_tokenizer_needs_eos(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
-        templates.tokenize_pair(tokenizer, ["a"], ["b"])
+        templates.end_of_answer(tokenizer)
 
 
 def test_prompt_tokens_do_not_depend_on_the_response(tokenizer: Any) -> None:
     prompt_ids = tokenizer("1. Un", add_special_tokens=False)["input_ids"]
     joint_ids = tokenizer("1. Unplug it.", add_special_tokens=False)["input_ids"]
     assert joint_ids[: len(prompt_ids)] != prompt_ids  # in one string, both would merge into the token `Unplug`
-    [(prompt, response)] = templates.tokenize_pair(tokenizer, ["1. Un"], ["plug it."])
+    segments = [templates.Segment("1. Un", None), templates.Segment("plug it.", tokenizer.eos_token_id)]
+    [[prompt, response]] = templates.tokenize(tokenizer, [segments])
     assert prompt == prompt_ids
     assert tokenizer.decode(response) == "plug it.<|im_end|>"
     assert response[-1] == tokenizer.eos_token_id
@@ -113,17 +172,20 @@ def test_vllms_chat_endpoint_builds_the_same_prompt(tmp_path: Path, tokenizer: A
 
     for name in templates.NAMES:
         file = tmp_path / f"{name}.jinja"
-        file.write_text(templates.chat_template(name, tokenizer), "utf-8")
-        for given in (str(file), templates.chat_template(name, tokenizer)):  # both forms that `--chat-template` accepts
+        template = templates.load_template(name, {}, tokenizer)
+        file.write_text(template.jinja, "utf-8")
+        for given in (str(file), template.jinja):  # both forms that `--chat-template` accepts
             for context in ("", "5 lamps for Mia, Oslo.\n\nToday — 한국어, {{ braces }}"):
-                message = {"role": "user", "content": templates.user_message(name, "Order to JSON.", context)}
-                request = ChatCompletionRequest.model_validate({"model": "adapter", "messages": [message]})
+                first = [Message("user", "Order to JSON.", context), Message("assistant", '{"qty":5}')]
+                turns = [*first, Message("user", "Again?"), Message("assistant", "x")]
+                chat = templates.chat_messages(name, turns[:-1])
+                request = ChatCompletionRequest.model_validate({"model": "adapter", "messages": chat})
                 _, [served] = renderer.render_chat(
                     [request.messages],
                     request.build_chat_params(load_chat_template(given), "auto"),
                     request.build_tok_params(renderer.model_config),
                 )
-                prompt = templates.render_prompt(tokenizer, name, "Order to JSON.", context)
-                [(prompt_ids, _)] = templates.tokenize_pair(tokenizer, [prompt], ["x"])
-                assert tokenizer.decode(served["prompt_token_ids"]) == prompt
-                assert served["prompt_token_ids"] == prompt_ids
+                segments = templates.segments(template, tokenizer, turns)
+                [parts] = templates.tokenize(tokenizer, [segments])
+                assert tokenizer.decode(served["prompt_token_ids"]) == template.render(tokenizer, turns[:-1])
+                assert served["prompt_token_ids"] == [id for part in parts[:-1] for id in part]

@@ -16,7 +16,7 @@ def main() -> None:
     add_params_or_profile(parser)
     parser.add_argument("--repro", action="store_true", help="only what `make repro` needs; print failures only")
     args = parser.parse_args()
-    if not run_checks(chosen_params(args), port=not args.repro, quiet=args.repro):
+    if not run_checks(chosen_params(args), repro=args.repro, quiet=args.repro):
         raise UserError(
             f"{args.profile or args.params} cannot run on this machine: fix the lines with ✗, then run `make doctor`"
         )

@@ -89,8 +89,8 @@ def ask(driver: Any, url: str) -> None:
     try:
         driver.get(url)
         wait.until(enabled)
-        find("#instruction").send_keys(row["instruction"])
-        find("#context").send_keys(row["context"])
+        find("#instruction").send_keys(row["messages"][-2]["content"])
+        find("#context").send_keys(row["messages"][-2]["context"])
         find("#ask").click()
         wait.until(enabled)
     except (TimeoutException, WebDriverException) as error:

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from trnlora import paths
 from trnlora.cli import add_params, add_server, script_parser, server_address
-from trnlora.data.examples import read_examples
-from trnlora.data.templates import user_message
+from trnlora.data.examples import read_examples, reference
+from trnlora.data.formats import Message
+from trnlora.data.templates import chat_messages
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
 from trnlora.serving import client
@@ -30,26 +31,27 @@ def main() -> None:
 
     params = load_params(args.params)
     url = client.base_url(*server_address(args, params))
-    question, reference = args.question, None
-    if question is None:
+    chat, answer = [{"role": "user", "content": args.question}], None
+    if args.question is None:
         rows = read_examples(paths.PREPARED / "test.jsonl")
         if not rows:
             raise UserError(f"{paths.PREPARED / 'test.jsonl'} has no rows: give a --question")
-        question = user_message(params.data.prompt_template, rows[0]["instruction"], rows[0]["context"])
-        reference = rows[0]["response"]
+        messages = [Message(**message) for message in rows[0]["messages"][:-1]]  # type: ignore[arg-type]
+        chat = chat_messages(params.data.prompt_template, messages)
+        answer = reference(rows[0])
 
     table = Table(show_lines=True)
     answers = []
     for model in (BASE, TUNED):
         begun = time.perf_counter()
-        answers.append(client.chat(url, model, [{"role": "user", "content": question}], params.eval.max_tokens))
+        answers.append(client.chat(url, model, chat, params.eval.max_tokens))
         table.add_column(f"{model} ({time.perf_counter() - begun:.2f} s)", ratio=1, overflow="fold")
     table.add_row(*map(Text, answers))  # Text: an answer may contain what looks like rich's markup
     console = Console()
-    console.print(Text(question), style="bold")
+    console.print(Text("\n\n".join(message["content"] for message in chat)), style="bold")
     console.print(table)
-    if reference is not None:
-        console.print(Text(f"reference: {reference}"))
+    if answer is not None:
+        console.print(Text(f"reference: {answer}"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from trnlora import paths
 from trnlora.errors import UserError
@@ -30,11 +41,50 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16", "float16"]
 
 
+def _not_s3(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("s3://"):
+        name = value.rpartition("/")[2] or "NAME"
+        raise ValueError(
+            f"import it with `dvc import-url {value} data/{name}`, which keeps its version, and write path://data/{name}"
+        )
+    return value
+
+
+DataUri = Annotated[str, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
+FormatName = Literal["auto", "instruction", "prompt_completion", "messages", "sharegpt"]
+
+
+class DataSource(Section):
+    """One of several sources of rows. Keys that it leaves out are those of `data`."""
+
+    source: DataUri
+    sha256: Sha256 | None = None
+    format: FormatName | None = None
+    columns: dict[str, str] | None = None
+    config: str | None = None  # of a hub data set
+    split: str | None = None  # of a hub data set
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0  # how often each training row is used; a fraction draws rows
+    rows: PositiveInt | None = None  # at most so many training rows
+
+
+# One URI or a list of sources. The tags choose which of the two an error is about, and are not shown: see `_explain`.
+DataSources = Annotated[
+    Annotated[DataUri, Tag("")] | Annotated[list[DataSource], Field(min_length=1), Tag(" ")],
+    Discriminator(lambda value: " " if isinstance(value, list) else ""),
+]
+
+
 class Data(Section):
-    source: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")]
+    source: DataSources
     sha256: Sha256 | None
+    format: FormatName
+    columns: dict[str, str]
     categories: list[str] | None
-    prompt_template: Literal["alpaca", "dolly", "chat"]
+    prompt_template: Annotated[str, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]
+    template_kwargs: dict[str, str | int | float | bool | None]
+    mask_history: bool
+    deduplicate: bool
+    special_tokens: Literal["refuse", "as_text", "keep"]
     seq_len: Annotated[int, Field(ge=8)]
     overlong: Literal["drop", "truncate"]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
@@ -46,6 +96,12 @@ class Data(Section):
     def leaves_rows_to_train_on(self) -> "Data":
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or no row is left to train on")
+        return self
+
+    @model_validator(mode="after")
+    def checksums_are_of_sources(self) -> "Data":
+        if self.sha256 is not None and not isinstance(self.source, str):
+            raise ValueError("sha256 is that of a single data.source: with a list, each source has its own sha256")
         return self
 
 
@@ -112,7 +168,9 @@ class Train(Section):
     epochs: PositiveInt
     max_steps: PositiveInt | None
     lr: Annotated[float, Field(gt=0)]
+    schedule: Literal["linear", "cosine", "constant", "wsd"]
     warmup_ratio: Fraction
+    decay_ratio: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     dp_size: PositiveInt
@@ -120,8 +178,12 @@ class Train(Section):
     global_batch_size: PositiveInt
     activation_checkpointing: bool
     threads: PositiveInt | None
+    validate_every_steps: PositiveInt | None
+    keep: Literal["last", "best"]
+    early_stopping_patience: PositiveInt | None
     checkpoint_every_steps: PositiveInt
     checkpoints_kept: PositiveInt
+    loggers: list[Literal["tensorboard", "mlflow", "wandb"]]
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="before")
@@ -140,6 +202,14 @@ class Train(Section):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} must be a multiple of "
                 f"micro_batch_size × dp_size = {self.micro_batch_size * self.dp_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def warmup_ends_before_decay(self) -> "Train":
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"schedule wsd: warmup_ratio {self.warmup_ratio} + decay_ratio {self.decay_ratio} must be at most 1"
             )
         return self
 
@@ -244,7 +314,7 @@ def check_params(values: dict[str, Any], path: Path) -> Params:
 
 
 def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
+    key = ".".join(name for part in detail["loc"] if (name := str(part).strip()))
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] == "extra_forbidden":

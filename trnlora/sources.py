@@ -30,6 +30,11 @@ class Source:
         """path://: the file or folder, relative to the working directory unless it was given absolute."""
         return Path(self.name)
 
+    @property
+    def is_pinned(self) -> bool:
+        """hf://: is the revision the hash of a commit, which cannot change?"""
+        return re.fullmatch("[0-9a-f]{40}", self.revision) is not None
+
 
 _FORMS = {
     "hf": (
@@ -99,6 +104,19 @@ def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") 
         if line is None:
             raise
         raise UserError(line) from None
+
+
+def newest_commit(source: Source, repo_type: str = "model") -> str | None:
+    """The commit of the hub's branch or tag now, or of its main branch for a pinned source; None without an answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=os.environ.get("HF_TOKEN") or False)
+        branch = None if source.is_pinned else source.revision
+        info = api.repo_info(source.name, revision=branch, repo_type=repo_type, timeout=HUB_TIMEOUT)
+    except Exception:  # of the network, or of huggingface_hub: offline mode, no access, no such branch any more
+        return None
+    return info.sha
 
 
 def hub_error_line(error: Exception, source: Source, repo_type: str = "model") -> str | None:

@@ -34,8 +34,9 @@ import os as _os, sys as _sys
 def _noted(self, name):
     if name in type(self).model_fields and _sys._getframe(1).f_code.co_filename != __file__:
         section = type(self).__name__.lower()
+        key = {"params": name, "datasource": "data.source"}.get(section, f"{section}.{name}")
         with open(".params_read", "a") as notes:
-            notes.write(f"{_os.environ.get('DVC_STAGE')} {name if section == 'params' else section + '.' + name}\\n")
+            notes.write(f"{_os.environ.get('DVC_STAGE')} {key}\\n")
     return BaseModel.__getattribute__(self, name)
 
 Section.__getattribute__ = _noted

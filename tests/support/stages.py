@@ -1,12 +1,15 @@
 """Stages run as a user runs them, in a folder without Git and DVC."""
 
+import contextlib
 import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from support import ROOT
@@ -20,6 +23,19 @@ def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
 def run_stage(name: str, folder: Path) -> None:
     done = stage(name, folder)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def peak_memory(name: str, folder: Path) -> int:
+    """Run a stage. Returns the peak of the sum over its processes (proportional set size, sampled) in bytes."""
+    running = psutil.Popen([sys.executable, str(ROOT / "stages" / f"{name}.py")], cwd=folder)
+    peak = 0
+    while running.poll() is None:
+        with contextlib.suppress(psutil.Error):  # a process has just ended
+            tree = (running, *running.children(recursive=True))
+            peak = max(peak, sum(process.memory_full_info().pss for process in tree))
+        time.sleep(0.2)
+    assert running.returncode == 0
+    return peak
 
 
 def set_params(folder: Path, **sections: dict[str, Any]) -> None:

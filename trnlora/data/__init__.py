@@ -1,1 +1,1 @@
-"""From a JSONL file of rows to packed token ids with labels: the prepare_data stage, and the prompt templates."""
+"""From files of rows to packed token ids with labels: the prepare_data stage, and the prompt templates."""

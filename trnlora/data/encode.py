@@ -1,52 +1,70 @@
-"""Rendering rows with the prompt template and tokenizing them."""
+"""Rendering conversations with the prompt template and tokenizing them."""
 
+import functools
 import itertools
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from trnlora.data import templates
 from trnlora.data.examples import PreparedExample
-from trnlora.data.rows import Chunk, Row, chunks, read_jsonl_rows
+from trnlora.data.formats import Message, Row
+from trnlora.data.packing import with_labels
+from trnlora.data.rows import Chunk, RowsFile, chunks, read_rows
+from trnlora.data.special_tokens import MARK, has_special_tokens, marked, special_token_pattern
 from trnlora.data.split import SPLIT_CODES
+from trnlora.data.templates import PromptTemplate, Segment, segments, tokenize
+from trnlora.errors import UserError
 
 JSONL_SPLITS = ("validation", "test")  # written as JSONL too, for evaluation
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row, rendered and tokenized. `response_ids` are the tokens with labels: EOS is the last unless truncated."""
+    """A row, rendered and tokenized.
+
+    messages: the row's, without turns that do not fit. prompt: the text up to the last answer. labelled: the spans
+    (start, end) of `tokens` that are trained on, in order; the last one is the last answer, whose last token is EOS
+    unless it is truncated.
+    """
 
     row: Row
+    messages: tuple[Message, ...]
     prompt: str
-    prompt_ids: list[int]
-    response_ids: list[int]
+    tokens: list[int]
+    labelled: list[tuple[int, int]]
 
     def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+        return len(self.tokens)
 
     @property
-    def line(self) -> int:
-        return self.row.line
+    def id(self) -> int:
+        return self.row.id
+
+    @property
+    def labels(self) -> int:
+        """The number of tokens that are trained on."""
+        return sum(end - start for start, end in self.labelled)
 
 
 @dataclass
-class Overlong:
-    """How many rows were longer than seq_len, by what was done with them."""
+class Counts:
+    """How many rows were longer than seq_len, by what was done with them; and the ids of special ones."""
 
     dropped: int = 0
     truncated: int = 0
+    with_special_tokens: list[int] = field(default_factory=list)  # rows whose text spells a special token
+    unreachable: list[int] = field(default_factory=list)  # whose reference has one that is dropped when it is decoded
 
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """A chunk of a JSONL file, and the `split_of_line` codes of its lines, the first of which is byte 0."""
+    """A chunk of a file, and the `split_of_row` codes of its lines, the first of which is byte 0."""
 
-    path: Path
     chunk: Chunk
     split_codes: bytes
 
@@ -55,12 +73,12 @@ class ChunkTask:
 class EncodedChunk:
     """What a chunk adds to one split: the token ids of its documents end to end, their lengths, and counts."""
 
-    documents: np.ndarray  # (documents, 3) int32: line, number of prompt tokens, number of response tokens
-    tokens: np.ndarray  # (tokens of all documents,) int32: prompt and response of each in turn
+    documents: np.ndarray  # (documents, 3) int32: the row's id, number of tokens, number of tokens with a label
+    tokens: np.ndarray  # (tokens of all documents,) int32, as `packing.with_labels` has them
     categories: Counter[str]
     responses: list[str]
     jsonl: str  # the examples as lines of JSON; empty unless the split is one of JSONL_SPLITS
-    overlong: Overlong
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -68,74 +86,132 @@ class RowEncoder:
     """Renders and tokenizes rows. Workers get a copy with the tokenizer when they start."""
 
     tokenizer: Any  # a Hugging Face tokenizer
-    template: str  # one of templates.NAMES
+    template: PromptTemplate
     seq_len: int
     overlong: Literal["drop", "truncate"]
+    mask_history: bool  # labels on the last answer only
+    special_tokens: Literal["refuse", "as_text", "keep"]
 
-    def encode(self, rows: list[Row]) -> tuple[list[Example], Overlong]:
+    @functools.cached_property
+    def special_token_pattern(self) -> re.Pattern[str] | None:
+        """Compiled once: for each row anew, it takes a tenth of the encoding."""
+        return special_token_pattern(self.tokenizer)
+
+    def encode(
+        self, rows: Sequence[Row], where: Callable[[int], str] = "row {}".format
+    ) -> tuple[list[Example], Counts]:
         """Rows as examples; rows of more than `seq_len` tokens are dropped or truncated, and counted.
 
-        `truncate` cuts the end of the response, EOS included, so that the model is not taught to stop in mid-sentence.
-        The row keeps its whole text as the reference for scores. A row whose prompt alone fills seq_len has no token
-        left to learn from and is dropped either way.
+        `truncate` leaves out turns whose prompt does not fit, then cuts the end of the last answer, EOS included, so
+        that the model is not taught to stop in mid-sentence. The answer stays whole as the reference for scores. A row
+        whose first prompt alone fills seq_len has no token left to learn from and is dropped either way.
+
+        where: what errors call the row with an id. Raises UserError for a template that does not separate turns, and
+        for the text of a special token where special_tokens is `refuse`.
         """
-        prompts = [templates.render_prompt(self.tokenizer, self.template, row.instruction, row.context) for row in rows]
-        pairs = templates.tokenize_pair(self.tokenizer, prompts, [row.response for row in rows])
-        examples, counts = [], Overlong()
-        for row, prompt, (prompt_ids, response_ids) in zip(rows, prompts, pairs, strict=True):
-            room = self.seq_len - len(prompt_ids)
-            if len(response_ids) > room:
-                if room <= 0 or self.overlong == "drop":
+        pattern = self.special_token_pattern
+        examples, counts = [], Counts()
+        for row in rows:
+            if has_special_tokens(pattern, row.messages):
+                counts.with_special_tokens.append(row.id)
+                if self.special_tokens == "refuse":
+                    raise UserError(
+                        f"{where(row.id)} spells a special token of the tokenizer: remove it, or set "
+                        "data.special_tokens to as_text"
+                    )
+                if self.special_tokens == "keep" and has_special_tokens(pattern, row.messages[-1:]):
+                    counts.unreachable.append(row.id)
+        parts = [self._segments(row.messages) for row in rows]
+        for row, its, ids in zip(rows, parts, tokenize(self.tokenizer, parts), strict=True):
+            example = self._example(row, row.messages, its, ids)
+            if len(example) > self.seq_len:
+                cut = self._truncated(example) if self.overlong == "truncate" else None
+                if cut is None:
                     counts.dropped += 1
                     continue
-                response_ids = response_ids[:room]
                 counts.truncated += 1
-            examples.append(Example(row, prompt, prompt_ids, response_ids))
+                example = cut
+            examples.append(example)
         return examples, counts
+
+    def _segments(self, messages: Sequence[Message]) -> list[Segment]:
+        pattern = self.special_token_pattern
+        if self.special_tokens == "as_text" and pattern and has_special_tokens(pattern, messages):
+            messages = marked(pattern, messages)
+        return segments(self.template, self.tokenizer, messages)
+
+    def _example(self, row: Row, messages: tuple[Message, ...], its: list[Segment], ids: list[list[int]]) -> Example:
+        ends = list(itertools.accumulate(map(len, ids)))
+        spans = [(end - len(i), end) for i, end, part in zip(ids, ends, its, strict=True) if part.end is not None]
+        tokens = list(itertools.chain.from_iterable(ids))
+        prompt = self.template.render(self.tokenizer, messages[:-1]) if len(its) > 2 else its[0].text.replace(MARK, "")
+        if len(its) > 2 and not any(MARK in part.text for part in its):
+            together = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if together != tokens[: spans[-1][0]]:
+                raise UserError(
+                    f"row {row.id}: data.prompt_template and the tokenizer give other tokens turn by turn than for the "
+                    "whole conversation, which the server tokenizes: choose another data.prompt_template"
+                )
+        return Example(row, messages, prompt, tokens, spans[-1:] if self.mask_history else spans)
+
+    def _truncated(self, example: Example) -> Example | None:
+        messages = example.messages
+        while example.labelled[-1][0] >= self.seq_len:
+            messages = messages[:-2]
+            if not any(message.role == "assistant" for message in messages):
+                return None
+            its = self._segments(messages)
+            example = self._example(example.row, messages, its, tokenize(self.tokenizer, [its])[0])
+        start, end = example.labelled[-1]
+        spans = [*example.labelled[:-1], (start, min(end, self.seq_len))]
+        return Example(example.row, messages, example.prompt, example.tokens[: self.seq_len], spans)
 
     def encode_chunk(self, task: ChunkTask) -> dict[str, EncodedChunk]:
         """Read a chunk and encode its rows, by split."""
         members: dict[int, list[Row]] = {code: [] for code in SPLIT_CODES.values()}
-        for row in read_jsonl_rows(task.path, task.chunk):
-            if code := task.split_codes[row.line - task.chunk.line]:
+        for row in read_rows(task.chunk):
+            if code := task.split_codes[row.id - task.chunk.first_id]:
                 members[code].append(row)
+        file = task.chunk.file
+
+        def where(id: int) -> str:
+            return file.where(id - file.offset)
+
         return {
-            split: _encoded_chunk(*self.encode(members[code]), as_jsonl=split in JSONL_SPLITS)
+            split: _encoded_chunk(*self.encode(members[code], where), as_jsonl=split in JSONL_SPLITS)
             for split, code in SPLIT_CODES.items()
         }
 
 
-def chunk_tasks(path: Path, split_codes: bytes) -> list[ChunkTask]:
-    """A task for each chunk of a file. `split_codes`: what `split_of_line` returns for the whole file."""
-    of_file = chunks(path)
-    ends = [chunk.line for chunk in of_file[1:]] + [len(split_codes)]
-    return [ChunkTask(path, chunk, split_codes[chunk.line : end]) for chunk, end in zip(of_file, ends, strict=True)]
+def chunk_tasks(files: Sequence[RowsFile], split_codes: bytes) -> list[ChunkTask]:
+    """A task for each chunk of the files. `split_codes`: what `split_of_row` returns for all of them."""
+    found = [chunk for file in files for chunk in chunks(file)]
+    ends = [chunk.first_id for chunk in found[1:]] + [len(split_codes)]
+    return [ChunkTask(chunk, split_codes[chunk.first_id : end]) for chunk, end in zip(found, ends, strict=True)]
 
 
-def _encoded_chunk(examples: list[Example], overlong: Overlong, as_jsonl: bool) -> EncodedChunk:
-    lengths = [(example.line, len(example.prompt_ids), len(example.response_ids)) for example in examples]
-    tokens = itertools.chain.from_iterable(ids for one in examples for ids in (one.prompt_ids, one.response_ids))
+def _encoded_chunk(examples: list[Example], counts: Counts, as_jsonl: bool) -> EncodedChunk:
     lines = (json.dumps(prepared_example(example), ensure_ascii=False) + "\n" for example in examples)
     return EncodedChunk(
-        documents=np.array(lengths, np.int32).reshape(-1, 3),
-        tokens=np.fromiter(tokens, np.int32),
+        documents=np.array([(one.id, len(one), one.labels) for one in examples], np.int32).reshape(-1, 3),
+        tokens=np.concatenate([with_labels(example.tokens, example.labelled) for example in examples] or [_NONE]),
         categories=Counter(example.row.category for example in examples),
-        responses=[example.row.response for example in examples],
+        responses=[turn.content for example in examples for turn in example.messages if turn.role == "assistant"],
         jsonl="".join(lines) if as_jsonl else "",
-        overlong=overlong,
+        counts=counts,
     )
+
+
+_NONE = np.empty(0, np.int32)
 
 
 def prepared_example(example: Example) -> PreparedExample:
     """An example as validation.jsonl and test.jsonl hold it."""
-    row = example.row
     return {
-        "id": row.line,
-        "category": row.category,
-        "instruction": row.instruction,
-        "context": row.context,
-        "response": row.response,
+        "id": example.id,
+        "category": example.row.category,
+        "messages": [message._asdict() for message in example.messages],
         "prompt": example.prompt,
-        "prompt_token_ids": example.prompt_ids,
-        "response_token_ids": example.response_ids,
+        "token_ids": example.tokens,
+        "labelled": [list(span) for span in example.labelled],
     }

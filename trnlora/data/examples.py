@@ -1,4 +1,4 @@
-"""The rows of the JSONL files that stages hand to each other and to the tools."""
+"""What the JSON files hold that stages hand to each other and to the tools, and the names of rows."""
 
 from pathlib import Path
 from typing import TypedDict, cast
@@ -6,22 +6,37 @@ from typing import TypedDict, cast
 from trnlora.errors import UserError
 from trnlora.files import read_jsonl
 
+SOURCES = "sources.json"  # in artifacts/prepared: a FileEntry for each file of the data
+
+
+class FileEntry(TypedDict):
+    """A file of the data. A row's id is its line or row number plus the offset of its file."""
+
+    file: str
+    unit: str
+    offset: int
+    format: str
+
+
+def row_name(table: list[FileEntry], id: int) -> str:
+    """What errors and warnings call the row with an id: `data/mine.csv row 5`."""
+    entry = next(entry for entry in reversed(table) if entry["offset"] < id)
+    return f"{entry['file']} {entry['unit']} {id - entry['offset']}"
+
 
 class PreparedExample(TypedDict):
     """A row of artifacts/prepared/validation.jsonl and test.jsonl: a tokenized row that is not trained on.
 
-    The model is given `prompt_token_ids` and should continue with `response_token_ids`, whose last token is EOS unless
-    the response was truncated to data.seq_len.
+    Its loss is that of the tokens in `labelled`. For its answer, the model is given the tokens before the last of these
+    spans, which is the last message and ends with EOS unless it was truncated to data.seq_len.
     """
 
-    id: int  # the row's line in the data set, from 1
+    id: int  # the row's line or row number in the data, from 1
     category: str
-    instruction: str
-    context: str  # may be empty
-    response: str  # the reference; whole even where response_token_ids are truncated
-    prompt: str  # the rendered template, up to where the response begins
-    prompt_token_ids: list[int]
-    response_token_ids: list[int]
+    messages: list[dict[str, str]]  # role, content, context; the last one, which is never truncated, is the reference
+    prompt: str  # the rendered template, up to where the last message begins
+    token_ids: list[int]
+    labelled: list[list[int]]  # spans (start, end) of token_ids
 
 
 class Answer(TypedDict):
@@ -30,13 +45,23 @@ class Answer(TypedDict):
     id: int  # PreparedExample.id
     category: str
     prompt: str
-    reference: str  # PreparedExample.response
+    reference: str  # the example's last message
     base: str
     tuned: str
     base_exact: bool  # equal to the reference, as evaluation/scoring.py compares
     tuned_exact: bool
     base_finish_reason: str | None  # vLLM's: "stop" after EOS, "length" at eval.max_tokens
     tuned_finish_reason: str | None
+
+
+def reference(example: PreparedExample) -> str:
+    """What the answer to an example is compared with."""
+    return example["messages"][-1]["content"]
+
+
+def prompt_token_ids(example: PreparedExample) -> list[int]:
+    """What the model is given for its answer to an example."""
+    return example["token_ids"][: example["labelled"][-1][0]]
 
 
 def read_examples(path: Path) -> list[PreparedExample]:

@@ -1,6 +1,6 @@
 """Packing documents into rows of seq_len tokens, and the Parquet files of packed rows.
 
-A document is an encoded row of the data set: the prompt's token ids, then the response's.
+A document is an encoded row of the data set.
 """
 
 import heapq
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,27 +22,26 @@ IGNORED = -100  # the label of tokens that are not trained on: the default ignor
 GROUP_TOKENS = 4 << 20  # of a Parquet file's row group, which is held in memory as a whole
 
 
-class Document(Protocol):
-    """A document as packing sees it."""
+def with_labels(tokens: Iterable[int], labelled: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Token ids in which those that are trained on stand as their bitwise complement, a negative number: int32.
 
-    @property
-    def line(self) -> int: ...  # of the data set, from 1
-    @property
-    def prompt_ids(self) -> Any: ...  # a sequence or an array of ints
-    @property
-    def response_ids(self) -> Any: ...
+    labelled: spans (start, end) of `tokens`.
+    """
+    marked = np.fromiter(tokens, np.int32)
+    for start, end in labelled:
+        marked[start:end] = ~marked[start:end]
+    return marked
 
 
-class StoredDocument(NamedTuple):
-    """A document of a DocumentStore."""
+class Document(NamedTuple):
+    """A document: the id of its row, and its tokens as `with_labels` has them."""
 
-    line: int
-    prompt_ids: np.ndarray  # int32
-    response_ids: np.ndarray  # int32
+    id: int
+    tokens: np.ndarray  # int32
 
 
 @dataclass
-class DocumentStore(Sequence[StoredDocument]):
+class DocumentStore(Sequence[Document]):
     """The documents of a split, which may be larger than the memory.
 
     Their lengths are in memory, their token ids in a temporary file in `folder` that is deleted with this object.
@@ -60,8 +59,8 @@ class DocumentStore(Sequence[StoredDocument]):
     def add(self, documents: np.ndarray, tokens: np.ndarray) -> None:
         """Append documents.
 
-        documents: (n, 3) int32, the line, the number of prompt tokens and the number of response tokens of each.
-        tokens: int32, their token ids end to end.
+        documents: (n, 3) int32, of each the row's id, the number of tokens, and that of tokens with a label. tokens:
+        int32, their tokens end to end, as `with_labels` has them.
         """
         self._added.append(documents)
         tokens.tofile(self._file)
@@ -74,24 +73,28 @@ class DocumentStore(Sequence[StoredDocument]):
         self._starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document: (documents,) int64."""
-        return self._table[:, 1:].sum(1, dtype=np.int64)
+    def ids(self) -> np.ndarray:
+        """The id of each document's row: (documents,) int32."""
+        return self._table[:, 0]
 
     @property
-    def labelled_tokens(self) -> int:
-        """The number of response tokens of all documents."""
-        return int(self._table[:, 2].sum(dtype=np.int64))
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document: (documents,) int32."""
+        return self._table[:, 1]
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Tokens with a label of each document: (documents,) int32."""
+        return self._table[:, 2]
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, number: int) -> StoredDocument:  # type: ignore[override]
-        line, prompt, response = (int(value) for value in self._table[number])
+    def __getitem__(self, number: int) -> Document:  # type: ignore[override]
+        id, length, _ = (int(value) for value in self._table[number])
         # Read, not mapped: mapped pages would count as memory of this process.
-        read = os.pread(self._file.fileno(), 4 * (prompt + response), 4 * int(self._starts[number]))
-        ids = np.frombuffer(read, np.int32)
-        return StoredDocument(line, ids[:prompt], ids[prompt:])
+        read = os.pread(self._file.fileno(), 4 * length, 4 * int(self._starts[number]))
+        return Document(id, np.frombuffer(read, np.int32))
 
 
 def assign(lengths: Sequence[int] | np.ndarray, seq_len: int, seed: int) -> list[list[int]]:
@@ -150,38 +153,42 @@ def smallest_room(rooms: int, at_least: int) -> int | None:
 
 
 def packed_row(documents: Sequence[Document], seq_len: int, pad_token_id: int) -> dict[str, np.ndarray]:
-    """Lay documents into one row: four int32 arrays of `seq_len`, and `row_ids`, the documents' lines in the data set.
+    """Lay documents into one row: four int32 arrays of `seq_len`, and `row_ids`, the ids of the documents' rows.
 
-    input_ids; labels (aligned with input_ids as HF has them, IGNORED on prompts and padding); position_ids, which
-    restart at 0 in each document; document_ids, 1, 2, … and 0 for padding. Each document begins with prompt tokens,
-    so the shifted loss never asks one document to predict the next.
+    input_ids; labels (aligned with input_ids as HF has them, IGNORED where nothing is trained on); position_ids, which
+    restart at 0 in each document; document_ids, 1, 2, … and 0 for padding. Each document begins with tokens without
+    labels, so the shifted loss never asks one document to predict the next.
     """
     fill = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0, "document_ids": 0}
     row = {column: np.full(seq_len, value, np.int32) for column, value in fill.items()}
     start = 0
     for number, document in enumerate(documents, 1):
-        middle = start + len(document.prompt_ids)
-        end = middle + len(document.response_ids)
-        row["input_ids"][start:middle] = document.prompt_ids
-        row["input_ids"][middle:end] = row["labels"][middle:end] = document.response_ids
-        row["position_ids"][start:end] = np.arange(end - start)
+        tokens = document.tokens
+        end = start + len(tokens)
+        row["input_ids"][start:end] = np.where(tokens < 0, ~tokens, tokens)
+        row["labels"][start:end] = np.where(tokens < 0, ~tokens, IGNORED)
+        row["position_ids"][start:end] = np.arange(len(tokens))
         row["document_ids"][start:end] = number
         start = end
-    return row | {"row_ids": np.array([document.line for document in documents], np.int32)}
+    return row | {"row_ids": np.array([document.id for document in documents], np.int32)}
 
 
 def pack(
     documents: Sequence[Document],
+    numbers: Sequence[int] | np.ndarray,
     lengths: Sequence[int] | np.ndarray,
     seq_len: int,
     pad_token_id: int,
     packing: bool,
     seed: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """All packed rows, one by one; without `packing`, one document per row in the order of the file."""
-    assigned = assign(lengths, seq_len, seed) if packing else [[number] for number in range(len(lengths))]
-    for numbers in assigned:
-        yield packed_row([documents[number] for number in numbers], seq_len, pad_token_id)
+    """All packed rows, one by one; without `packing`, one document per row in the order of the file.
+
+    numbers: which of `documents` to pack, some perhaps more than once. lengths: the tokens of each of these.
+    """
+    assigned = assign(lengths, seq_len, seed) if packing else [[place] for place in range(len(lengths))]
+    for places in assigned:
+        yield packed_row([documents[int(numbers[place])] for place in places], seq_len, pad_token_id)
 
 
 def write_parquet(path: Path, packed: Iterable[dict[str, Any]]) -> int:

@@ -12,10 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trnlora.data.encode import JSONL_SPLITS, ChunkTask, EncodedChunk, Overlong, RowEncoder, chunk_tasks
+import numpy as np
+
+from trnlora.data.encode import JSONL_SPLITS, ChunkTask, Counts, EncodedChunk, RowEncoder, chunk_tasks
+from trnlora.data.examples import row_name
 from trnlora.data.packing import DocumentStore, pack, write_parquet
-from trnlora.data.rows import chunks, read_jsonl_rows
-from trnlora.data.split import SPLIT_CODES, keep_categories, read_split_keys, split_of_line, split_rows
+from trnlora.data.rows import RowsFile, chunks, file_table, read_rows
+from trnlora.data.split import (
+    SPLIT_CODES,
+    copies_of_row,
+    keep_categories,
+    read_split_keys,
+    shared_prompts,
+    split_of_row,
+    split_rows,
+    without_duplicates,
+)
 from trnlora.data.statistics import STATISTICS_ROWS, response_statistics
 from trnlora.data.tokenizer import padding_token_id
 from trnlora.data.workers import map_in_order, worker_count
@@ -25,11 +37,15 @@ from trnlora.params import Data
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Which rows of a file are used, and in which split. Small beside the file: a byte per line."""
+    """Which rows of the files are used, and in which split. Small beside the files: two bytes per row."""
 
-    path: Path
+    files: list[RowsFile]
     rows_read: int
-    split_codes: bytes  # split.split_of_line
+    empty: list[int]  # ids of rows that have a turn without text, and are not used
+    duplicates: int  # rows whose prompt and answer an earlier row has
+    shared_prompts: int  # split.shared_prompts
+    split_codes: bytes  # split.split_of_row
+    copies: bytes  # split.copies_of_row
 
     def rows_in(self, split: str) -> int:
         return self.split_codes.count(SPLIT_CODES[split])
@@ -42,21 +58,38 @@ class EncodedSplit:
     documents: DocumentStore
     categories: Counter[str] = field(default_factory=Counter)
     responses: list[str] = field(default_factory=list)  # the first STATISTICS_ROWS
-    overlong: Overlong = field(default_factory=Overlong)
+    counts: Counts = field(default_factory=Counts)
 
     def add(self, chunk: EncodedChunk) -> None:
         self.documents.add(chunk.documents, chunk.tokens)
         self.categories += chunk.categories
         self.responses += chunk.responses[: STATISTICS_ROWS - len(self.responses)]
-        self.overlong.dropped += chunk.overlong.dropped
-        self.overlong.truncated += chunk.overlong.truncated
+        self.counts.dropped += chunk.counts.dropped
+        self.counts.truncated += chunk.counts.truncated
+        self.counts.with_special_tokens += chunk.counts.with_special_tokens
+        self.counts.unreachable += chunk.counts.unreachable
 
 
-def choose_rows(path: Path, params: Data) -> ChosenRows:
-    """Read all rows of a file and divide those of data.categories into splits."""
-    keys = read_split_keys(path, params.seed)
-    splits = split_rows(keep_categories(keys, params.categories), params.test_fraction, params.validation_fraction)
-    return ChosenRows(path, len(keys), split_of_line(splits, keys[-1].line))
+def choose_rows(files: list[RowsFile], params: Data) -> ChosenRows:
+    """Read all rows of the files and divide those of data.categories into splits."""
+    read = read_split_keys(files, params.seed)
+    chosen = keep_categories(read, params.categories)
+    kept = [key for key in chosen if not key.is_empty]
+    if not kept:
+        raise UserError(f"all {len(chosen)} rows have a turn without text")
+    distinct = without_duplicates(kept)
+    keys = distinct if params.deduplicate else kept
+    splits = split_rows(keys, params.test_fraction, params.validation_fraction)
+    last = read[-1].id
+    return ChosenRows(
+        files=files,
+        rows_read=len(read),
+        empty=[key.id for key in chosen if key.is_empty],
+        duplicates=len(kept) - len(distinct),
+        shared_prompts=shared_prompts(splits),
+        split_codes=split_of_row(splits, last),
+        copies=copies_of_row(splits["train"], files, last),
+    )
 
 
 def encode_all(chosen: ChosenRows, encoder: RowEncoder, out: Path) -> dict[str, EncodedSplit]:
@@ -65,12 +98,12 @@ def encode_all(chosen: ChosenRows, encoder: RowEncoder, out: Path) -> dict[str, 
     Raises UserError if a split has no row that fits into seq_len.
     """
     splits = {split: EncodedSplit(DocumentStore(out)) for split in SPLIT_CODES}
-    tasks: list[ChunkTask] = chunk_tasks(chosen.path, chosen.split_codes)
+    tasks: list[ChunkTask] = chunk_tasks(chosen.files, chosen.split_codes)
     with contextlib.ExitStack() as stack:
         jsonl = {
             split: stack.enter_context((out / f"{split}.jsonl").open("w", encoding="utf-8")) for split in JSONL_SPLITS
         }
-        for encoded in stack.enter_context(map_in_order(encoder.encode_chunk, tasks, worker_count(chosen.path))):
+        for encoded in stack.enter_context(map_in_order(encoder.encode_chunk, tasks, worker_count(chosen.files))):
             for split, chunk in encoded.items():
                 splits[split].add(chunk)
                 if split in jsonl:
@@ -84,17 +117,23 @@ def encode_all(chosen: ChosenRows, encoder: RowEncoder, out: Path) -> dict[str, 
     return splits
 
 
-def write_splits(splits: dict[str, EncodedSplit], encoder: RowEncoder, params: Data, out: Path) -> dict[str, Any]:
+def write_splits(
+    splits: dict[str, EncodedSplit], chosen: ChosenRows, encoder: RowEncoder, params: Data, out: Path
+) -> dict[str, Any]:
     """Write out/train.parquet and out/validation.parquet, and return the counts of all splits, by split."""
     pad_token_id = padding_token_id(encoder.tokenizer)
     counts: dict[str, Any] = {}
     for split, members in splits.items():
         documents = members.documents
-        lengths = documents.lengths
+        numbers = np.arange(len(documents))
+        if split == "train":
+            numbers = np.repeat(numbers, np.frombuffer(chosen.copies, np.uint8)[documents.ids])
+        lengths = documents.lengths[numbers]
         tokens = int(lengths.sum())
-        counts[split] = {"rows": len(documents), "tokens": tokens, "labelled_tokens": documents.labelled_tokens}
+        labelled = int(documents.labelled[numbers].sum())
+        counts[split] = {"rows": len(numbers), "tokens": tokens, "labelled_tokens": labelled}
         if split != "test":  # the test rows are asked one by one, in evaluation
-            packed = pack(documents, lengths, params.seq_len, pad_token_id, params.packing, params.seed)
+            packed = pack(documents, numbers, lengths, params.seq_len, pad_token_id, params.packing, params.seed)
             rows = write_parquet(out / f"{split}.parquet", packed)
             counts[split] |= {
                 "packed_rows": rows,
@@ -110,34 +149,52 @@ def dataset_metrics(chosen: ChosenRows, splits: dict[str, EncodedSplit], counts:
     responses = [response for split in members for response in split.responses]
     return {
         "rows_read": chosen.rows_read,
-        "rows_dropped": sum(split.overlong.dropped for split in members),
-        "rows_truncated": sum(split.overlong.truncated for split in members),
+        "rows_empty": len(chosen.empty),
+        "rows_dropped": sum(split.counts.dropped for split in members),
+        "rows_truncated": sum(split.counts.truncated for split in members),
+        "rows_with_special_tokens": sum(len(split.counts.with_special_tokens) for split in members),
+        "unreachable_references": sum(len(split.counts.unreachable) for split in members),
+        "duplicate_rows": chosen.duplicates,
+        "prompts_in_train_and_test": chosen.shared_prompts,
         **counts,
+        "labels_per_row": percentiles(np.concatenate([split.documents.labelled for split in members])),
         "rows_by_category": dict(sorted(categories.items())),
         "responses": response_statistics(responses[:STATISTICS_ROWS]),
+    }
+
+
+def percentiles(values: np.ndarray) -> dict[str, int]:
+    """The 50th, 90th and 99th percentile and the largest of some numbers."""
+    return {f"p{share}": int(np.percentile(values, share, method="lower")) for share in (50, 90, 99)} | {
+        "max": int(values.max())
     }
 
 
 def print_examples(chosen: ChosenRows, encoder: RowEncoder, number: int) -> None:
     """Print the first `number` training examples, decoded from their token ids: what is seen is what is trained on.
 
-    The prompt, which has no labels, is dim and the response bold green; without colors, the response stands in ⟦ ⟧.
+    What has no labels is dim, and what has is bold green; without colors, it stands in ⟦ ⟧.
     """
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False)
     left, right = ("", "") if console.color_system else ("⟦", "⟧")
-    for chunk in chunks(chosen.path):
-        rows = [
-            row for row in read_jsonl_rows(chosen.path, chunk) if chosen.split_codes[row.line] == SPLIT_CODES["train"]
-        ]
+    for chunk in (chunk for file in chosen.files for chunk in chunks(file)):
+        rows = [row for row in read_rows(chunk) if chosen.split_codes[row.id] == SPLIT_CODES["train"]]
         examples, _ = encoder.encode(rows[:number])
         for example in examples:
-            prompt, response = len(example.prompt_ids), len(example.response_ids)
-            console.rule(f"line {example.line} · {example.row.category} · {prompt} masked, {response} labelled")
-            text = Text(encoder.tokenizer.decode(example.prompt_ids), style="dim")
-            text.append(left + encoder.tokenizer.decode(example.response_ids) + right, style="not dim bold green")
+            where = chunk.file.where(example.id - chunk.file.offset)
+            console.rule(
+                f"{where} · {example.row.category} · {len(example) - example.labels} masked, {example.labels} labelled"
+            )
+            text, done = Text(style="dim"), 0
+            for start, end in example.labelled:
+                text.append(encoder.tokenizer.decode(example.tokens[done:start]))
+                text.append(
+                    left + encoder.tokenizer.decode(example.tokens[start:end]) + right, style="not dim bold green"
+                )
+                done = end
             console.print(text, soft_wrap=True)
         number -= len(examples)
         if not number:
@@ -153,3 +210,34 @@ def print_counts(metrics: dict[str, Any]) -> None:
             line += f", packed into {counts['packed_rows']} rows with {counts['padding_fraction']:.1%} padding"
         print(line)
     print(f"longer than data.seq_len: {metrics['rows_dropped']} dropped, {metrics['rows_truncated']} truncated")
+
+
+def print_warnings(chosen: ChosenRows, splits: dict[str, EncodedSplit], params: Data) -> None:
+    """Print what is probably not meant: rows that stand there twice, tested prompts that are trained on, and so on."""
+
+    def first(ids: list[int]) -> str:
+        return f"the first are {', '.join(row_name(table, id) for id in ids[:3])}"
+
+    table = file_table(chosen.files)
+
+    special = sorted(id for split in splits.values() for id in split.counts.with_special_tokens)
+    unreachable = sorted(id for split in splits.values() for id in split.counts.unreachable)
+    if chosen.empty:
+        print(f"warning: {len(chosen.empty)} rows have a turn without text and are left out; {first(chosen.empty)}")
+    if chosen.duplicates and not params.deduplicate:
+        print(f"warning: {chosen.duplicates} rows repeat an earlier row's prompt and answer: see data.deduplicate")
+    if chosen.shared_prompts:
+        print(
+            f"warning: {chosen.shared_prompts} prompts of test rows are trained on too, so their scores say little: "
+            "change the column split"
+        )
+    if special:
+        print(
+            f"warning: {len(special)} rows spell a special token (data.special_tokens: {params.special_tokens}); "
+            f"{first(special)}"
+        )
+    if unreachable:
+        print(
+            f"warning: {len(unreachable)} answers have special tokens, which no answer of a model shows, so that they "
+            f"cannot match; {first(unreachable)}"
+        )

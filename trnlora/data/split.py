@@ -1,64 +1,78 @@
 """Which rows are used, and which of them belong to the train, the validation and the test split."""
 
+import bisect
+import dataclasses
 import functools
 import hashlib
 import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from trnlora.data.rows import Chunk, Row, chunks, read_jsonl_rows
+from trnlora.data.formats import Row
+from trnlora.data.rows import Chunk, RowsFile, chunks, read_rows
 from trnlora.data.workers import map_in_order, worker_count
 from trnlora.errors import UserError
 
-SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}  # what `split_of_line` writes; 0: the line is in no split
+SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}  # what `split_of_row` writes; 0: the row is in no split
 
 
 @dataclass(frozen=True, slots=True)
 class SplitKey:
-    """What choosing and splitting need to know of a row. Rows with the same prompt have the same hashes."""
+    """What choosing and splitting need to know of a row.
 
-    line: int
+    test_hash, validation_hash: equal for rows with the same prompt. row_hash: for rows with the same prompt and answer.
+    is_empty: as `Row.is_empty`.
+    """
+
+    id: int
     category: str
     split: str | None
     test_hash: bytes
     validation_hash: bytes
+    row_hash: bytes
+    is_empty: bool
 
 
 def split_key(row: Row, seed: int) -> SplitKey:
     """The split key of a row. The seed goes into its hashes, which decide what is drawn."""
-    hashes = (
-        hashlib.sha256(json.dumps([f"{seed} {split}", row.instruction, row.context]).encode()).digest()
-        for split in ("test", "validation")
-    )
-    return SplitKey(row.line, row.category, row.split, *hashes)
+    *before, question = row.messages[:-1]
+    prompt = json.dumps([question.content, question.context, *(list(message) for message in before)])
+    return SplitKey(
+        row.id, row.category, row.split, _hash(f"{seed} test", prompt), _hash(f"{seed} validation", prompt),
+        _hash("row", f"{prompt[:-1]}, {json.dumps(row.messages[-1].content)}]"), row.is_empty,
+    )  # fmt: skip
 
 
-def read_split_keys(path: Path, seed: int) -> list[SplitKey]:
-    """The split keys of all rows of a JSONL file, in its order.
+def _hash(salt: str, values: str) -> bytes:
+    """The hash of a list in JSON, `values`, with `salt` as a first element before its own."""
+    return hashlib.sha256(f'["{salt}", {values[1:]}'.encode()).digest()[:16]
 
-    Raises UserError for the first bad line, for a file without rows and for one where only some rows have a `split`.
+
+def read_split_keys(files: Sequence[RowsFile], seed: int) -> list[SplitKey]:
+    """The split keys of all rows of the files, in their order.
+
+    Raises UserError for the first bad row, and where only some files have a column `split`.
     """
     category: dict[str, str] = {}  # one string object for each, however many rows have it
-    with map_in_order(functools.partial(_split_keys, path, seed), chunks(path), worker_count(path)) as of_chunks:
+    tasks = [chunk for file in files for chunk in chunks(file)]
+    with map_in_order(functools.partial(_split_keys, seed), tasks, worker_count(files)) as of_chunks:
         keys = [
-            SplitKey(
-                key.line, category.setdefault(key.category, key.category), key.split, key.test_hash, key.validation_hash
-            )
+            dataclasses.replace(key, category=category.setdefault(key.category, key.category))
             for of_chunk in of_chunks
             for key in of_chunk
         ]
-    if not keys:
-        raise UserError(f"{path} holds no rows")
-    without = next((key.line for key in keys if key.split is None), None)
-    if without is not None and any(key.split is not None for key in keys):
-        raise UserError(f"{path} line {without} has no column 'split', but other lines do: add it to all rows or none")
+    with_split = [file for file in files if "split" in file.format.columns]
+    if with_split and len(with_split) < len(files):
+        without = next(file for file in files if "split" not in file.format.columns)
+        raise UserError(
+            f"{without.shown} has no column 'split', but {with_split[0].shown} has: add it to all rows or none"
+        )
     return keys
 
 
-def _split_keys(path: Path, seed: int, chunk: Chunk) -> list[SplitKey]:
-    return [split_key(row, seed) for row in read_jsonl_rows(path, chunk)]
+def _split_keys(seed: int, chunk: Chunk) -> list[SplitKey]:
+    return [split_key(row, seed) for row in read_rows(chunk)]
 
 
 def keep_categories(keys: list[SplitKey], categories: list[str] | None) -> list[SplitKey]:
@@ -71,6 +85,18 @@ def keep_categories(keys: list[SplitKey], categories: list[str] | None) -> list[
         wrong = f"no row has {', '.join(unknown)}" if unknown else "the list is empty; null keeps all"
         raise UserError(f"data.categories: {wrong}; the rows have {', '.join(existing)}")
     return [key for key in keys if key.category in categories]
+
+
+def without_duplicates(keys: list[SplitKey]) -> list[SplitKey]:
+    """The rows without those whose prompt and answer an earlier row has."""
+    first: dict[bytes, int] = {}
+    return [key for key in keys if first.setdefault(key.row_hash, key.id) == key.id]
+
+
+def shared_prompts(splits: dict[str, list[SplitKey]]) -> int:
+    """How many prompts stand in the test rows and in the others too, where a column `split` puts them there."""
+    test = {key.test_hash for key in splits["test"]}
+    return len(test & {key.test_hash for split in ("train", "validation") for key in splits[split]})
 
 
 def split_rows(keys: list[SplitKey], test_fraction: float, validation_fraction: float) -> dict[str, list[SplitKey]]:
@@ -104,10 +130,33 @@ def _draw(hashes: Iterable[bytes], fraction: float) -> set[bytes]:
     return set(heapq.nsmallest(max(1, round(fraction * len(distinct))), distinct))
 
 
-def split_of_line(splits: dict[str, list[SplitKey]], lines: int) -> bytes:
-    """The split of each line of a file, as SPLIT_CODES has it: byte n is that of line n, from 1 to `lines`."""
-    codes = bytearray(lines + 1)
+def split_of_row(splits: dict[str, list[SplitKey]], last_id: int) -> bytes:
+    """The split of each row, as SPLIT_CODES has it: byte n is that of the row with id n, from 1 to `last_id`."""
+    codes = bytearray(last_id + 1)
     for split, members in splits.items():
         for key in members:
-            codes[key.line] = SPLIT_CODES[split]
+            codes[key.id] = SPLIT_CODES[split]
     return bytes(codes)
+
+
+def copies_of_row(train: list[SplitKey], files: Sequence[RowsFile], last_id: int) -> bytes:
+    """How often each training row is used: byte n is that of the row with id n, from 1 to `last_id`.
+
+    A source's `rows` keeps that many of its training rows, and its `weight` uses each so often: 2.5 twice, and half of
+    them once more. Which rows are drawn depends on their prompts and the seed.
+    """
+    copies = bytearray(last_id + 1)
+    starts = [file.offset for file in files]
+    by_source: dict[int, list[SplitKey]] = {}
+    for key in train:
+        by_source.setdefault(files[bisect.bisect_left(starts, key.id) - 1].source, []).append(key)
+    of_source = {file.source: file for file in files}
+    for source, members in by_source.items():
+        file = of_source[source]
+        drawn = members if file.rows is None else heapq.nsmallest(file.rows, members, key=lambda key: key.test_hash)
+        whole = int(file.weight)
+        more = heapq.nsmallest(round((file.weight - whole) * len(drawn)), drawn, key=lambda key: key.test_hash)
+        for members_of_part, times in ((drawn, whole), (more, 1)):
+            for key in members_of_part:
+                copies[key.id] += times
+    return bytes(copies)

@@ -1,13 +1,18 @@
 """The prompt templates: training, evaluation and the server all build their prompts here.
 
-A template is a Jinja chat template, as tokenizers have them. A row becomes one user message, which the template turns
-into the prompt. The same string is passed to `vllm serve --chat-template`, so that a chat request whose user message is
-`user_message(...)` becomes the very prompt that a training row had.
+A template is a Jinja chat template, as tokenizers have them. The same string is passed to `vllm serve --chat-template`,
+so that a chat request with a row's messages becomes the very prompt that the row had in training.
 """
 
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from trnlora.data.formats import Message
+from trnlora.data.special_tokens import MARK, special_token_pattern, tokenize_marked
 from trnlora.errors import UserError
+from trnlora.sources import parse_source
 
 # From one user message to `…### Response:\n`. System and assistant messages are rendered too, because chat clients send
 # them to the server; rows have none. An assistant's turn ends with EOS, as the responses in training do.
@@ -43,51 +48,153 @@ _CONTEXT_HEADINGS = {"alpaca": "\n\n### Input:\n", "dolly": "\n\n### Context:\n"
 
 NAMES = tuple(_CONTEXT_HEADINGS)
 
+# That the tokenizer gets at a time. It returns offsets, masks and texts too: of a whole chunk, more than 100 MB.
+BATCH_TEXTS = 1024
 
-def chat_template(name: str, tokenizer: Any) -> str:
-    """The Jinja chat template called `name`, as `vllm serve --chat-template` takes it.
 
-    tokenizer: a Hugging Face tokenizer, needed for the name `chat` alone, which is the tokenizer's own template.
-    Raises UserError for `chat` if the tokenizer has none, and for an unknown name.
+@dataclass(frozen=True)
+class PromptTemplate:
+    """How messages become the text of a prompt.
+
+    name: data.prompt_template. jinja: a chat template, as `vllm serve --chat-template` takes it.
     """
+
+    name: str
+    jinja: str
+
+    def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+        """The text of messages up to where the assistant's answer begins, with the special tokens that it has.
+
+        Raises UserError if the template refuses the messages or fails.
+        """
+        try:
+            text: str = tokenizer.apply_chat_template(
+                chat_messages(self.name, messages), chat_template=self.jinja, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # jinja2's, and any that a function of the template raises
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"data.prompt_template {self.name} refuses a conversation: {reason}") from None
+        return text
+
+
+def load_template(name: str, variables: Mapping[str, Any], tokenizer: Any) -> PromptTemplate:
+    """The template `name`: one of NAMES, or path:// and a Jinja file.
+
+    variables: values that the template's variables get, e.g. date_string of Llama 3.2's. They are written into it, so
+    that they are the same wherever it is used. tokenizer: a Hugging Face tokenizer, needed for `chat` alone, which is
+    its own template. Raises UserError for `chat` if it has none, and for a file that cannot be read.
+    """
+    settings = "".join(f"{{%- set {key} = {_literal(value)} -%}}\n" for key, value in variables.items())
     if name in _CHAT_TEMPLATES:
-        return _CHAT_TEMPLATES[name]
-    if name != "chat":
-        raise UserError(f"prompt template {name!r} is not known: use one of {', '.join(NAMES)}")
-    if not tokenizer.chat_template:
-        raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; use dolly or alpaca")
-    template: str = tokenizer.get_chat_template()
-    return template
+        return PromptTemplate(name, settings + _CHAT_TEMPLATES[name])
+    if name == "chat":
+        if not tokenizer.chat_template:
+            raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; use dolly or alpaca")
+        return PromptTemplate(name, settings + tokenizer.get_chat_template())
+    file = parse_source(name).path
+    try:
+        return PromptTemplate(name, settings + file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompt_template: {file} cannot be read: {error}") from None
 
 
-def user_message(name: str, instruction: str, context: str) -> str:
-    """The user message of a row: the instruction and, if there is one, the context under the template's heading."""
-    return instruction + _CONTEXT_HEADINGS[name] + context if context else instruction
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def render_prompt(tokenizer: Any, name: str, instruction: str, context: str) -> str:
-    """The prompt of a row, up to where the response begins, with the special tokens that the template writes."""
-    messages = [{"role": "user", "content": user_message(name, instruction, context)}]
-    prompt: str = tokenizer.apply_chat_template(
-        messages, chat_template=chat_template(name, tokenizer), add_generation_prompt=True, tokenize=False
-    )
-    return prompt
+def user_message(name: str, content: str, context: str) -> str:
+    """The text of a turn: the content and, if there is one, the context under the heading of the template `name`."""
+    return content + _CONTEXT_HEADINGS.get(name, _CONTEXT_HEADINGS["chat"]) + context if context else content
 
 
-def tokenize_pair(tokenizer: Any, prompts: list[str], responses: list[str]) -> list[tuple[list[int], list[int]]]:
-    """The token ids of each prompt and of its response with EOS, to be concatenated.
+def chat_messages(name: str, messages: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages as a chat request to the server has them."""
+    return [{"role": role, "content": user_message(name, content, context)} for role, content, context in messages]
 
-    Prompt and response are tokenized separately. In one string, the last characters of the prompt could merge with the
-    first of the response (`:\\n` + `\\n`), and the model would be trained on a prompt that never occurs when it is
-    served, where the prompt is tokenized alone. No special tokens are added: a template that needs them (BOS,
-    `<|im_start|>`) writes them itself, and the server's chat endpoint adds none either.
 
-    Raises UserError for a tokenizer without EOS: the model could not learn to stop.
+class Segment(NamedTuple):
+    """A part of a conversation's text that is tokenized by itself. `end`: the id of the token that ends an answer."""
+
+    text: str
+    end: int | None  # None: not an answer
+
+
+def segments(template: PromptTemplate, tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
+    """A conversation as what the model is given and what it answers, in turn. The last segment is the last answer.
+
+    The text up to the last answer is exactly what the server builds for the messages before it; every earlier answer is
+    found in it again, with the special token that ends it. Raises UserError for a template that does not separate the
+    turns in this way, or that leaves out the text of a message.
     """
-    if tokenizer.eos_token_id is None:
+    prompt = template.render(tokenizer, messages[:-1])
+    _check_whole(template, prompt, messages[:-1])
+    found, done = [], 0
+    for number, message in enumerate(messages[:-1]):
+        if message.role != "assistant":
+            continue
+        before = template.render(tokenizer, messages[:number])
+        answer = before + message.content
+        token = _special_token_at(tokenizer, prompt, len(answer)) if prompt.startswith(answer) else None
+        if token is None:
+            raise UserError(
+                "data.prompt_template does not separate the turns: after a further turn, an answer no longer follows "
+                "the prompt that it was given to, or no special token ends it"
+            )
+        text, end = token
+        found += [Segment(prompt[done : len(before)], None), Segment(message.content, end)]
+        done = len(answer) + len(text)
+    return [*found, Segment(prompt[done:], None), Segment(messages[-1].content, end_of_answer(tokenizer))]
+
+
+def _check_whole(template: PromptTemplate, prompt: str, messages: Sequence[Message]) -> None:
+    """Raise UserError unless a prompt has the text of all messages in their order, a system message's anywhere."""
+    position = 0
+    for role, content, context in messages:
+        text = user_message(template.name, content, context)
+        found = prompt.find(text, 0 if role == "system" else position)
+        if found < 0:
+            raise UserError(
+                f"data.prompt_template {template.name} leaves out or changes the text of a {role} message, which would "
+                f"be lost in silence: {text[:60]!r}"
+            )
+        if role != "system":
+            position = found + len(text)
+
+
+def end_of_answer(tokenizer: Any) -> int:
+    """The token that ends an answer: EOS. Raises UserError if there is none: the model could not learn to stop."""
+    end: int | None = tokenizer.eos_token_id
+    if end is None:
         raise UserError("the model's tokenizer has no EOS token, so a response would never end: set its eos_token")
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    return end
+
+
+def _special_token_at(tokenizer: Any, text: str, position: int) -> tuple[str, int] | None:
+    """The text and the id of the special token at a position of a text, the longest of several."""
+    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    matching = [content for content in special if text.startswith(content, position)]
+    return (longest := max(matching, key=len), special[longest]) if matching else None
+
+
+def tokenize(tokenizer: Any, conversations: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+    """The token ids of each segment of each conversation, to be concatenated; an answer's with its end.
+
+    Segments are tokenized separately. In one string, the last characters of a prompt could merge with the first of the
+    answer (`:\\n` + `\\n`), and the model would be trained on a prompt that never occurs when it is served, where the
+    prompt is tokenized alone. No special tokens are added: a template that needs them (BOS, `<|im_start|>`) writes them
+    itself, and the server's chat endpoint adds none either.
+    """
+    texts = [segment.text for conversation in conversations for segment in conversation]
+    batches = (texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS))
+    ids = (each for batch in batches for each in tokenizer(batch, add_special_tokens=False)["input_ids"])
+    pattern = special_token_pattern(tokenizer)
+
+    def of(segment: Segment) -> list[int]:
+        plain: list[int] = next(ids)
+        return tokenize_marked(tokenizer, pattern, segment.text) if pattern and MARK in segment.text else plain
+
     return [
-        (prompt, [*response, tokenizer.eos_token_id]) for prompt, response in zip(prompt_ids, response_ids, strict=True)
+        [[*of(segment), *([] if segment.end is None else [segment.end])] for segment in conversation]
+        for conversation in conversations
     ]

@@ -31,7 +31,7 @@ def load_fetched_tokenizer(folder: Path) -> Any:
 def padding_token_id(tokenizer: Any) -> int:
     """The token to pad rows with. Padding is neither attended to nor trained on, so EOS will do if there is no other.
 
-    `tokenizer` must have an EOS token, which `templates.tokenize_pair` checks.
+    `tokenizer` must have an EOS token, which `templates.end_of_answer` checks.
     """
     token: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return token

@@ -6,7 +6,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 from trnlora.data import rows
@@ -17,9 +16,10 @@ Result = TypeVar("Result")
 _work: Callable[[Any], Any]  # of a worker process, set when it starts
 
 
-def worker_count(path: Path) -> int:
-    """How many processes share the chunks of a file: one per core, but not more than it has full chunks."""
-    return min(len(os.sched_getaffinity(0)), path.stat().st_size // rows.CHUNK_BYTES)
+def worker_count(files: Sequence[rows.RowsFile]) -> int:
+    """How many processes share the chunks of files: one per core, but not more than they have full chunks."""
+    size = sum(file.path.stat().st_size for file in files)
+    return min(len(os.sched_getaffinity(0)), size // rows.CHUNK_BYTES)
 
 
 @contextlib.contextmanager

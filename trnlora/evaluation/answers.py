@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
-from trnlora.data.examples import Answer, PreparedExample
+from trnlora.data.examples import Answer, PreparedExample, reference
 from trnlora.evaluation import scoring
 from trnlora.serving.engine import Completion
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 class Scored:
     """One model's evaluation: the base model's or the adapter's."""
 
-    loss: float  # nats per response token of the validation rows
+    loss: float  # nats per labelled token of the validation rows
     answers: list[Completion]  # in the order of the test rows
     seconds: float  # for all answers
 
@@ -25,7 +25,7 @@ class Scored:
 
     def metrics(self, rows: Sequence[PreparedExample]) -> dict[str, Any]:
         """The loss and the scores of the answers to `rows`; exact_match_by_category is nested."""
-        references, categories = [row["response"] for row in rows], [row["category"] for row in rows]
+        references, categories = [reference(row) for row in rows], [row["category"] for row in rows]
         return {
             "loss": self.loss,
             **scoring.scores(self.texts(), references),
@@ -56,11 +56,11 @@ def answer_rows(rows: Sequence[PreparedExample], base: Scored, tuned: Scored) ->
             "id": row["id"],
             "category": row["category"],
             "prompt": row["prompt"],
-            "reference": row["response"],
+            "reference": reference(row),
             "base": of_base.text,
             "tuned": of_tuned.text,
-            "base_exact": scoring.is_exact(of_base.text, row["response"]),
-            "tuned_exact": scoring.is_exact(of_tuned.text, row["response"]),
+            "base_exact": scoring.is_exact(of_base.text, reference(row)),
+            "tuned_exact": scoring.is_exact(of_tuned.text, reference(row)),
             "base_finish_reason": of_base.finish_reason,
             "tuned_finish_reason": of_tuned.finish_reason,
         }

@@ -17,7 +17,7 @@ BATCH_TOKENS = 1024
 
 
 def peft_loss(model: Path, adapter: Path, dtype: str, examples: Iterable[PreparedExample]) -> tuple[float, int]:
-    """Mean cross-entropy in nats per labelled token of the examples' responses, and the number of those tokens.
+    """Mean cross-entropy in nats per labelled token of the examples, and the number of those tokens.
 
     model: an HF folder; adapter: a PEFT folder; dtype: that of params.model.
     """
@@ -27,16 +27,15 @@ def peft_loss(model: Path, adapter: Path, dtype: str, examples: Iterable[Prepare
     nats, labelled = 0.0, 0
     with torch.no_grad():
         for batch in track(batches(examples), description="scoring with HF + PEFT"):
-            rows = [torch.tensor(example["prompt_token_ids"] + example["response_token_ids"]) for example in batch]
+            rows = [torch.tensor(example["token_ids"]) for example in batch]
             ids = pad_sequence(rows, batch_first=True)  # (B, T), padded on the right, where no label is
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
             logits = tuned(ids, attention_mask=mask).logits
-            for example, row_logits in zip(batch, logits, strict=True):
-                response = torch.tensor(example["response_token_ids"])
-                first = len(example["prompt_token_ids"]) - 1  # the position that predicts the response's first token
-                predicted = row_logits[first : first + len(response)].float()
-                nats += F.cross_entropy(predicted, response, reduction="sum").item()
-                labelled += len(response)
+            for example, row, row_logits in zip(batch, rows, logits, strict=True):
+                for start, end in example["labelled"]:
+                    predicted = row_logits[start - 1 : end - 1].float()  # each position predicts the next token
+                    nats += F.cross_entropy(predicted, row[start:end], reduction="sum").item()
+                    labelled += end - start
     return nats / labelled, labelled
 
 
@@ -51,4 +50,4 @@ def batches(examples: Iterable[PreparedExample]) -> list[list[PreparedExample]]:
 
 
 def _length(example: PreparedExample) -> int:
-    return len(example["prompt_token_ids"]) + len(example["response_token_ids"])
+    return len(example["token_ids"])

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from trnlora import requirements
 from trnlora.backends import nxd_environment
+from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
 from trnlora.preflight.plan import GIB
-from trnlora.sources import parse_source
+from trnlora.sources import Source, newest_commit, parse_source
+from trnlora.training.loggers import check_installed
 from trnlora.weights.nxd_layout import check_divisible
 
 PYTHON = (3, 11)
@@ -31,25 +33,29 @@ DRIVER = Path("/sys/module/neuron/version")
 Check = Callable[[], str]
 
 
-def checks(params: Params, port: bool = True) -> Iterator[Check]:
-    """The checks for these params; `port`: whether to check serve.port."""
+def checks(params: Params, repro: bool = False) -> Iterator[Check]:
+    """The checks for these params; `repro`: only those of what a run of the pipeline needs."""
     yield check_python
     yield check_packages
     yield check_repository
     yield partial(check_neuron if params.backend == "nxd" else check_backend, params)
+    if params.train.loggers and params.backend != "nxd":  # which may train with another Python
+        yield partial(check_loggers, params)
     yield partial(check_model, params)
     if parse_source(params.model.source).scheme == "hf":
         yield check_token
     yield partial(check_disk, params)
     yield partial(check_memory, params)
-    if port:
+    if not repro:
+        yield from (partial(check_hub_data, source) for source in hub_data(params))
+        yield from (partial(check_imported_data, file) for file in sorted(Path("data").rglob("*.dvc")))
         yield partial(check_port, params)
 
 
-def run_checks(params: Params, port: bool = True, quiet: bool = False) -> bool:
+def run_checks(params: Params, repro: bool = False, quiet: bool = False) -> bool:
     """Print a line per check (quiet: only of those that fail) and return whether all passed."""
     passed = True
-    for check in checks(params, port):
+    for check in checks(params, repro):
         try:
             found = check()
         except UserError as error:
@@ -112,6 +118,12 @@ def check_backend(params: Params) -> str:
         if not torch.cuda.is_available():
             raise UserError(f"backend cuda: torch {torch.__version__} finds no GPU; set backend: cpu")
     return f"backend {params.backend}, {os.cpu_count()} cores for {training_processes(params)} training processes"
+
+
+def check_loggers(params: Params) -> str:
+    """The packages of train.loggers. They are not in the lock file."""
+    check_installed(params.train.loggers)
+    return f"{', '.join(params.train.loggers)} installed"
 
 
 def training_processes(params: Params) -> int:
@@ -225,6 +237,45 @@ def check_token() -> str:
     """Whether there is a token. Whether the hub accepts it is what `check_model` finds out."""
     is_set = "is set" if os.environ.get("HF_TOKEN") else "is not set (only gated and private models need it)"
     return f"HF_TOKEN {is_set}"
+
+
+def hub_data(params: Params) -> list[Source]:
+    """The data sources that are on the hub."""
+    parsed = [parse_source(source.source) for source in data_sources(params.data)]
+    return [source for source in parsed if source.scheme == "hf"]
+
+
+def check_hub_data(source: Source) -> str:
+    """Whether a data set is pinned, and whether the hub has a newer version of it."""
+    newest = newest_commit(source, "dataset")
+    if not source.is_pinned:
+        raise UserError(
+            f"data.source {source.uri} may change: write a commit in place of {source.revision}"
+            + (f", which is now {newest}" if newest else "")
+        )
+    if newest is None:
+        return f"data {source.name} is pinned; the hub did not say whether there is a newer version"
+    if newest == source.revision:
+        return f"data {source.name} is pinned, and is the newest version"
+    return f"data {source.name} is pinned; the hub's main branch has changed, to {newest}"
+
+
+def check_imported_data(file: Path) -> str:
+    """Whether what `dvc import-url` has fetched has changed where it came from. file: the .dvc file that it wrote."""
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            (stage,) = repo.stage.load_file(str(file))
+            if not stage.is_import:
+                return f"{file} is not imported from elsewhere"
+            (origin,) = stage.deps
+            changed = origin.workspace_status()
+    except Exception as error:  # DVC's, or the store's client's: no access, no network
+        raise UserError(f"{file}: its origin does not answer: {' '.join(str(error).split())[:200]}") from None
+    if changed:
+        return f"{file}: {origin} has changed; `dvc update {file}` fetches it"
+    return f"{file} is what {origin} has"
 
 
 def check_disk(params: Params) -> str:

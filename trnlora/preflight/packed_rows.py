@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.params import Params
+from trnlora.data.source_files import data_sources
+from trnlora.params import DataSource, Params
 from trnlora.sources import parse_source
 
 HUB_DATA_BYTES = {"databricks/databricks-dolly-15k": 13_085_339}  # size of the JSONL file
@@ -29,17 +30,26 @@ def is_prepared(params: Params) -> bool:
 
     stage = yaml.safe_load(lock.read_text("utf-8")).get("stages", {}).get("prepare_data", {})
     recorded = stage.get("params", {}).get("params.yaml", {})
-    return all(recorded.get(f"data.{name}") == value for name, value in params.data.model_dump().items())
+    given = params.data.model_dump(exclude_unset=True)
+    return all(recorded.get(f"data.{name}") == value for name, value in given.items())
 
 
 def estimated_rows(params: Params) -> int | None:
     """An estimate from the size of the data file; None if the size or the share of it that is used is unknown."""
-    source = parse_source(params.data.source)
-    if source.scheme == "hf":
-        size = HUB_DATA_BYTES.get(source.name)
-    else:
-        size = source.path.stat().st_size if source.path.exists() else None
-    if size is None or not params.data.packing or params.data.categories is not None:
+    sizes = [source_bytes(source) for source in data_sources(params.data)]
+    if None in sizes or not params.data.packing or params.data.categories is not None:
         return None
     share = (1 - params.data.test_fraction) * (1 - params.data.validation_fraction)
-    return math.ceil(size / BYTES_PER_TOKEN * share / params.data.seq_len)
+    return math.ceil(sum(filter(None, sizes)) / BYTES_PER_TOKEN * share / params.data.seq_len)
+
+
+def source_bytes(source: DataSource) -> float | None:
+    """The bytes of text of a source that are trained on; None if they are unknown."""
+    parsed = parse_source(source.source)
+    if parsed.scheme == "hf":
+        size = HUB_DATA_BYTES.get(parsed.name)
+    elif parsed.path.is_file() and parsed.path.suffix in (".jsonl", ".json", ".csv", ".tsv"):
+        size = parsed.path.stat().st_size
+    else:
+        size = None
+    return None if size is None or source.rows is not None else size * source.weight

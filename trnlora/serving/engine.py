@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trnlora.data.examples import PreparedExample
+from trnlora.data.examples import PreparedExample, prompt_token_ids
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.serving.adapters import Adapter
@@ -74,7 +74,7 @@ class Engine:
         return outputs, time.perf_counter() - begun
 
     def teacher_forced_loss(self, name: str, adapter: Adapter | None, rows: Sequence[PreparedExample]) -> float:
-        """Mean cross-entropy in nats over the response tokens (EOS included) of all rows, as the trainer computes it.
+        """Mean cross-entropy in nats over the labelled tokens of all rows, as the trainer computes it.
 
         name: the model's name in what is printed. Raises as `generate` does.
         """
@@ -83,11 +83,11 @@ class Engine:
         # prompt_logprobs 0: only the actual token's log-probability (vllm/sampling_params.py). vLLM must generate at
         # least one token.
         sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        prompts = [row["prompt_token_ids"] + row["response_token_ids"] for row in rows]
+        prompts = [row["token_ids"] for row in rows]
         outputs, seconds = self.generate(f"{name} loss", adapter, prompts, sampling)
         total, count = 0.0, 0
         for row, tokens, output in zip(rows, prompts, outputs, strict=True):
-            for position in range(len(row["prompt_token_ids"]), len(tokens)):
+            for position in (position for start, end in row["labelled"] for position in range(start, end)):
                 total -= output.prompt_logprobs[position][tokens[position]].logprob
                 count += 1
         print(f"{name}: loss {total / count:.6f} over {count} tokens of {len(rows)} rows, {seconds:.1f} s", flush=True)
@@ -100,7 +100,7 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
-        prompts = [row["prompt_token_ids"] for row in rows]
+        prompts = [prompt_token_ids(row) for row in rows]
         outputs, seconds = self.generate(f"{name} answers", adapter, prompts, sampling)
         completions = [output.outputs[0] for output in outputs]
         answers = [Completion(c.text, len(c.token_ids), c.finish_reason) for c in completions]

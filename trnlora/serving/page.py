@@ -22,7 +22,8 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from trnlora import paths
-from trnlora.data.templates import render_prompt
+from trnlora.data.formats import Message
+from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
@@ -34,10 +35,11 @@ PAGE = Path(__file__).with_name("page.html")
 def application(params: Params, url: str) -> Starlette:
     """The page and the three requests it makes: /models, /render and /complete. url: vLLM's server."""
     tokenizer = load_tokenizer(paths.MODEL)
-    template = params.data.prompt_template
+    template = load_template(params.data.prompt_template, params.data.template_kwargs, tokenizer)
 
     def prompt_of(question: dict[str, Any]) -> str:
-        return render_prompt(tokenizer, template, question["instruction"].strip(), question["context"].strip())
+        message = Message("user", question["instruction"].strip(), question["context"].strip())
+        return template.render(tokenizer, [message])
 
     async def page(_: Request) -> Response:
         return FileResponse(PAGE)
@@ -47,7 +49,7 @@ def application(params: Params, url: str) -> Starlette:
             names = await run_in_threadpool(client.served_models, url, 5)
         except UserError as error:
             return JSONResponse({"error": f"{error}"}, 502)
-        return JSONResponse({"models": names, "template": template, "max_tokens": params.eval.max_tokens})
+        return JSONResponse({"models": names, "template": template.name, "max_tokens": params.eval.max_tokens})
 
     async def render(request: Request) -> Response:
         return JSONResponse({"prompt": prompt_of(await request.json())})

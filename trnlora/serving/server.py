@@ -15,7 +15,7 @@ from collections import deque
 from typing import Any
 
 from trnlora import paths
-from trnlora.data import templates
+from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
@@ -57,7 +57,7 @@ def chat_template(params: Params) -> str:
     tokenizer: Any = None
     if params.data.prompt_template == "chat":  # the tokenizer's own template: only this one needs transformers
         tokenizer = load_tokenizer(paths.MODEL)
-    return templates.chat_template(params.data.prompt_template, tokenizer)
+    return load_template(params.data.prompt_template, params.data.template_kwargs, tokenizer).jinja
 
 
 def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:

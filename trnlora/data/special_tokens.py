@@ -1,0 +1,67 @@
+"""Text that spells one of the tokenizer's special tokens, such as <|im_end|> in a question about chat templates.
+
+A tokenizer turns such text into the token itself, so that data could end a turn or begin one. `as_text` tokenizes it as
+the plain text that it is: a mark is put into it before the template is rendered, so that the special tokens that the
+template writes can be told from it, and taken out again before it is tokenized.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trnlora.data.formats import Message
+from trnlora.errors import UserError
+
+MARK = "\U0010fffd"  # a private-use character that no text has
+
+
+def special_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the text of a special token; None if the tokenizer has none."""
+    texts = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def has_special_tokens(pattern: re.Pattern[str] | None, messages: Sequence[Message]) -> bool:
+    """Does a message spell a special token?"""
+    return pattern is not None and any(pattern.search(text) for m in messages for text in (m.content, m.context))
+
+
+def marked(pattern: re.Pattern[str], messages: Sequence[Message]) -> list[Message]:
+    """The messages with a mark behind the first character of every special token that they spell."""
+
+    def mark(text: str) -> str:
+        return pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+
+    return [Message(message.role, mark(message.content), mark(message.context)) for message in messages]
+
+
+def tokenize_marked(tokenizer: Any, pattern: re.Pattern[str], text: str) -> list[int]:
+    """The token ids of a text in which only unmarked special tokens are tokens.
+
+    Raises UserError for a tokenizer that does not treat the text between special tokens by itself.
+    """
+    pieces: list[str] = []
+    special: list[str] = []
+    done = 0
+    for match in pattern.finditer(text):
+        pieces.append(text[done : match.start()])
+        special.append(match[0])
+        done = match.end()
+    pieces.append(text[done:])
+    if _joined(tokenizer, pieces, special) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            "data.special_tokens: as_text is not possible with this tokenizer, which treats text after a special token "
+            "in a way of its own: set it to refuse or keep"
+        )
+    return _joined(tokenizer, [piece.replace(MARK, "") for piece in pieces], special)
+
+
+def _joined(tokenizer: Any, pieces: Sequence[str], special: Sequence[str]) -> list[int]:
+    """The ids of pieces of plain text, and of the special token behind each but the last."""
+    ids: list[int] = []
+    for piece, token in zip(pieces, [*special, None], strict=True):
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if token is not None:
+            ids.append(tokenizer.convert_tokens_to_ids(token))
+    return ids
