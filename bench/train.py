@@ -336,12 +336,11 @@ def optimizer_of(model: Any, train: Train, steps: int) -> Any:
     """AdamW and finetune_lora's learning rate schedule."""
     import torch
 
-    from trnlora.training.module import linear_schedule
+    from trnlora.training.schedule import learning_rate_factor
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay)
-    warmup = math.ceil(train.warmup_ratio * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(train, step, steps))
     return optimizer, schedule
 
 

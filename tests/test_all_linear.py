@@ -1,7 +1,6 @@
 """LoRA on all linear layers with the real stages: the losses of HF + PEFT for every cut, and further training."""
 
 import csv
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from trnlora.model.targets import TARGETS, adapter_tensors
 from trnlora.params import load_params
 from trnlora.training.batches import epoch_order, read_packed_rows
 from trnlora.training.initial_adapter import random_lora_a
-from trnlora.training.module import linear_schedule
+from trnlora.training.schedule import learning_rate_factor
 
 pytestmark = pytest.mark.slow
 
@@ -104,9 +103,7 @@ def train_with_peft(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]
         (key,) = tensor.peft_keys
         weights[key].data.copy_(values)
     optimizer = torch.optim.AdamW(weights.values(), lr=train.lr, weight_decay=train.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_schedule(step, STEPS, math.ceil(train.warmup_ratio * STEPS))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(train, step, STEPS))
     rows = read_packed_rows(folder / "artifacts/prepared/train.parquet")
     losses: list[float] = []
     for epoch in range(train.epochs):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from trnlora.errors import UserError
 from trnlora.training.batches import COLUMNS, MicroBatches, epoch_order, read_packed_rows
-from trnlora.training.module import linear_schedule
 
 
 @given(
@@ -67,13 +66,6 @@ def test_each_epoch_has_its_own_reproducible_order() -> None:
     assert epoch_order(50, 0, 17).tolist() == epoch_order(50, 0, 17).tolist()
     assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 1, 17).tolist()
     assert epoch_order(50, 0, 17).tolist() != epoch_order(50, 0, 18).tolist()
-
-
-def test_the_learning_rate_is_never_zero_while_training() -> None:
-    """The schedule of the usual recipe, over −1 steps, is 0 as soon as warm-up ends."""
-    factors = [linear_schedule(step, total_steps=10, warmup_steps=4) for step in range(10)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 not parquet"], ids=["empty", "garbage"])

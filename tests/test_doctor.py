@@ -16,7 +16,7 @@ from support import ROOT
 
 from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.preflight.doctor import check_memory, check_neuron, check_port, neuron_cores
+from trnlora.preflight.doctor import check_loggers, check_memory, check_neuron, check_port, checks, neuron_cores
 from trnlora.profiles import load_profile
 
 
@@ -36,6 +36,15 @@ def test_passes_on_this_machine() -> None:
     done = doctor("--repro")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == ""
+
+
+def test_a_logger_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = profile("smollm2-135m-cpu", train={"loggers": ["wandb"]})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused = [check for check in checks(params) if getattr(check, "func", None) is check_loggers]
+    assert len(refused) == 1
+    with pytest.raises(UserError, match=r"train\.loggers names wandb, not installed here: run "):
+        refused[0]()
 
 
 @pytest.fixture

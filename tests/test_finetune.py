@@ -1,11 +1,13 @@
 """Training with the real stages: reproducible bytes, the same losses for every sharding, errors of one line."""
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import STOPS_EARLY
 from support.stages import digests, metrics, run_stage, set_params, stage
 
 pytestmark = pytest.mark.slow
@@ -58,6 +60,25 @@ def test_max_steps_ends_the_schedule_and_is_validated(trained: Callable[..., Pat
     found = metrics(trained("short", train={"max_steps": 2}, convert=ONE_RANK), "finetune_lora")
     assert found["steps"] == 2
     assert found["validation_loss"] != found["base_validation_loss"]
+
+
+def test_the_best_adapter_is_written_with_its_loss(trained: Callable[..., Path]) -> None:
+    """HF + PEFT measure it too. Which one is the best, and when training ends, do not depend on the sharding."""
+    several = trained("several", **STOPS_EARLY)
+    found = metrics(several, "finetune_lora")
+    with (several / "plots/training/plots/metrics/validation/loss.tsv").open() as file:
+        losses = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file, delimiter="\t")}
+    assert found["kept_step"] < found["steps"]
+    assert found["validation_loss"] == losses[found["kept_step"]] == min(losses.values())
+    run_stage("flatten_adapter", several)
+    assert metrics(several, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
+    assert losses[found["steps"]] > found["validation_loss"] + 1  # another adapter would not pass
+
+    train = {**STOPS_EARLY["train"], "dp_size": 2}
+    replicas = metrics(trained("replicas", lora=STOPS_EARLY["lora"], train=train, convert=ONE_RANK), "finetune_lora")
+    for key in ("kept_step", "steps", "stopped_early", "train_tokens"):
+        assert replicas[key] == found[key], key
+    assert replicas["validation_loss"] == pytest.approx(found["validation_loss"], abs=3e-2)
 
 
 def test_damaged_inputs_end_the_run_with_one_line(trained: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from support import ROOT
+from support.runs import STOPS_EARLY
 from support.stages import digests, metrics, run_stage, set_params, stage
 
 pytestmark = pytest.mark.slow
@@ -120,14 +122,17 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
 def test_sigterm_and_the_same_bytes(
     trained: Callable[..., Path], converted: Callable[..., Path], tp_size: int, dp_size: int
 ) -> None:
-    """With accumulated micro-batches (fewer in an epoch's last step), ended by max_steps in the middle of an epoch."""
+    """With accumulated micro-batches (fewer in an epoch's last step), ended by max_steps in the middle of an epoch.
+
+    A resumed run validates within an epoch at the same steps, and once at an epoch's end.
+    """
     sections: dict[str, Any] = {
         "convert": {"tp_size": tp_size},
-        "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 11},
+        "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 11, "validate_every_steps": 3},
     }
     whole, broken = trained("whole", **sections), converted("broken", **sections)
     assert metrics(whole, "prepare_data")["train"]["packed_rows"] % 4 > 1
-    assert [row["step"] for row in curve(whole, "validation/loss")] == ["0", "6", "11"]
+    assert [row["step"] for row in curve(whole, "validation/loss")] == ["0", "3", "6", "9", "11"]
     training = Training(broken)
     training.wait_for_step(3)
     ranks = training.ranks()
@@ -136,6 +141,36 @@ def test_sigterm_and_the_same_bytes(
     assert "error: training stopped by SIGTERM; rerun to resume from the last checkpoint" in printed
     assert "Traceback" not in printed
     run_stage("finetune_lora", broken)
+    assert_same_run(whole, broken)
+
+
+def test_the_best_adapter_and_the_early_end_after_a_kill(
+    trained: Callable[..., Path], converted: Callable[..., Path]
+) -> None:
+    """Resumed after the validation with the lowest loss, and then between the decision to stop and the end."""
+    whole, broken = trained("whole", **STOPS_EARLY), converted("broken", **STOPS_EARLY)
+    assert [row["step"] for row in curve(whole, "validation/loss")] == ["0", "2", "4", "6", "8", "10"]
+    found = metrics(whole, "finetune_lora")
+    assert (found["kept_step"], found["steps"], found["stopped_early"]) == (6, 10, True)
+
+    Training(broken).stopped_at(6)
+    for saved in broken.glob(".scratch/checkpoints/*/*/step_*"):
+        if int(saved.name[5:]) > 6:
+            shutil.rmtree(saved)
+    (broken / "metrics/finetune_lora.json").mkdir()  # cannot be written: an error after the last checkpoint
+    done = stage("finetune_lora", broken)
+    assert done.returncode == 1
+    assert "resuming from step 6 of 36" in done.stdout
+    assert "stopped early at step 10 of 36: the lowest validation loss is " in done.stdout
+    assert checkpoints(broken) == [3, 6, 9, 10]
+
+    (broken / "metrics/finetune_lora.json").rmdir()
+    shutil.rmtree(broken / "artifacts/lora_adapter")
+    done = stage("finetune_lora", broken)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 10 of 36" in done.stdout
+    assert "keeping the adapter of step 6 (train.keep: best)" in done.stdout
+    assert "tokens/s" not in done.stdout  # no more steps
     assert_same_run(whole, broken)
 
 
@@ -223,12 +258,12 @@ def test_a_value_that_is_not_finite_stops_with_step_rows_and_checkpoint(trained:
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
     assert "Traceback" not in done.stderr
-    assert "at step 2 on lines " in line
+    assert "at step 2 on rows.jsonl line " in line
     assert "last good checkpoint: .scratch/checkpoints/" in line
     assert line.endswith("step_00000001")
-    numbers = line.split(" on lines ")[1].split(" of data.source")[0]
-    rows = len((folder / "rows.jsonl").read_text().splitlines())
-    assert all(1 <= int(number) <= rows for number in numbers.removesuffix(" …").split(", "))
+    numbers = [int(number) for number in re.findall(r"rows\.jsonl line (\d+)", line)]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] <= len((folder / "rows.jsonl").read_text().splitlines())
     assert digests(folder / "artifacts/lora_adapter") == before
 
 

@@ -10,7 +10,8 @@ PACKAGE = "trnlora"
 # Modules that cannot change what a stage writes: a change in them reruns nothing. Values of params are dependencies of
 # their own (`params:` in dvc.yaml).
 PLUMBING = {
-    f"{PACKAGE}/{name}.py" for name in ("cli", "errors", "metrics", "params", "paths", "profiles", "training/progress")
+    f"{PACKAGE}/{name}.py"
+    for name in ("cli", "errors", "metrics", "params", "paths", "profiles", "training/loggers", "training/progress")
 }
 
 

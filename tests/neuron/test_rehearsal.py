@@ -101,12 +101,13 @@ def train(
         tp_size = 4 // dp_size
         shutil.copytree(prepared(tp_size // multiplier), folder, symlinks=True)
         neuron = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
+        base_train = {"epochs": 9, "max_steps": STEPS, "lr": 2.0e-4, "global_batch_size": 2, "dp_size": dp_size}
         write_params(
             folder,
             backend=backend,
             convert={"hw_backend": hw_backend, "tp_size": tp_size, "kv_size_multiplier": multiplier},
             lora={"lora_dropout": 0.0, **sections.pop("lora", {})},
-            train={"epochs": 9, "max_steps": STEPS, "lr": 2.0e-4, "global_batch_size": 2, "dp_size": dp_size},
+            train={**base_train, **sections.pop("train", {})},
             neuron={**neuron, **sections.pop("neuron", {})},
             **sections,
         )
@@ -199,6 +200,20 @@ def test_ten_steps_equal_the_torch_backend(
     found = train("nxd", hw_backend, multiplier, lora=lora)
     assert_same_run(found, train("cpu", hw_backend, multiplier, lora=lora))
     run_stage("flatten_adapter", found)  # HF + PEFT have the loss that the nxd backend measured
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(train: Callable[..., Path]) -> None:
+    """The learning rate rises until the training diverges, so that an earlier adapter is the best one."""
+    options = {
+        "lr": 1.0, "warmup_ratio": 1.0, "validate_every_steps": 1, "keep": "best", "early_stopping_patience": 2
+    }  # fmt: skip
+    found, expected = (metrics(train(backend, "trn2", 1, train=options)) for backend in ("nxd", "cpu"))
+    assert found["stopped_early"]
+    assert found["kept_step"] == found["steps"] - 2
+    for key in ("kept_step", "steps"):
+        assert found[key] == expected[key], key
+    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-3)
+    run_stage("flatten_adapter", train("nxd", "trn2", 1, train=options))  # HF + PEFT have the loss of the kept adapter
 
 
 def test_some_of_the_fused_layers_targets(train: Callable[..., Path]) -> None:

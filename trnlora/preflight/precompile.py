@@ -57,4 +57,5 @@ def write_trial(params: Params) -> None:
         (SCRATCH / folder).symlink_to(folder.absolute())
     trial = params.model_dump()
     trial["train"]["max_steps"] = min(STEPS, params.train.max_steps or math.inf)
+    trial["train"] |= {"keep": "last", "early_stopping_patience": None, "loggers": []}  # its losses mean nothing
     (SCRATCH / "params.yaml").write_text(yaml.safe_dump(trial, sort_keys=False), encoding="utf-8")

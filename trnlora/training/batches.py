@@ -33,10 +33,10 @@ def read_packed_rows(path: Path) -> dict[str, Tensor]:
     return rows
 
 
-def source_lines(path: Path, packed_rows: list[int]) -> list[int]:
-    """The line numbers, in the data source, of the documents in these rows of a packed parquet file."""
-    row_ids = pq.read_table(path, columns=["row_ids"])["row_ids"]
-    return sorted(line for row in packed_rows for line in row_ids[row].as_py())
+def row_ids(path: Path, packed_rows: list[int]) -> list[int]:
+    """The ids of the rows of data in these rows of a packed parquet file: see `trnlora.data.rows.row_name`."""
+    ids = pq.read_table(path, columns=["row_ids"])["row_ids"]
+    return sorted(id for row in packed_rows for id in ids[row].as_py())
 
 
 class MicroBatches(Dataset):

@@ -39,7 +39,10 @@ CHECKPOINTS = Path(".scratch/checkpoints")
 CURVES = "curves"
 RUN = "run.json"
 # The modules that compute a run's numbers. The others read, check, show or write them.
-NUMERIC_MODULES = ("trnlora.model.", "trnlora.backends.", "trnlora.training.module", "trnlora.training.batches")
+NUMERIC_MODULES = (
+    "trnlora.model.", "trnlora.backends.",
+    "trnlora.training.module", "trnlora.training.batches", "trnlora.training.schedule",
+)  # fmt: skip
 
 
 def run_folder(identity: dict[str, Any]) -> Path:
@@ -129,6 +132,7 @@ class ResumePoint:
     replicas: int
     threads: int  # per rank
     code: dict[str, str]  # `numeric_code`
+    logger_runs: dict[str, str]  # `Loggers.runs`
 
     @staticmethod
     def read(folder: Path) -> "ResumePoint":
@@ -174,9 +178,10 @@ def fast_forward(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> None:
 
 
 class Checkpoints(pl.Callback):
-    """Writes a checkpoint every `every` optimizer steps and after each epoch, and keeps the last `kept` of them.
+    """Writes a checkpoint every `every` optimizer steps, after each epoch and at the end, and keeps the last `kept`.
 
-    Must come after `progress` among the trainer's callbacks, so that a step is counted before it is saved.
+    A step that is validated is saved after its validation, which a resumed run does not repeat. Must come after
+    `progress` among the trainer's callbacks, so that a step is counted before it is saved.
     """
 
     def __init__(self, folder: Path, progress: TrainingProgress, every: int, kept: int):
@@ -195,11 +200,16 @@ class Checkpoints(pl.Callback):
         if (index + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        if step % self.every == 0 and step % module.steps_per_epoch:  # an epoch's last step is saved after validation
+        if step % self.every == 0 and not module.is_validated(step):
             self.save(step, module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self.save(trainer.global_step, module)
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        step = trainer.global_step
+        at_the_end = step == module.total_steps or trainer.should_stop
+        if step % self.every == 0 or step % module.steps_per_epoch == 0 or at_the_end:
+            self.save(step, module)
 
     def save(self, step: int, module: Any) -> None:
         """Each rank of the first replica writes a file to a folder that the first rank renames when all are done."""
@@ -214,7 +224,7 @@ class Checkpoints(pl.Callback):
             dist.barrier()
             if self.progress.curves:
                 write_json(partial_path(target) / RUN, self._run_at(step, module.train_params.dp_size))
-                self.progress.curves.make_summary()
+                self.progress.flush()
                 shutil.copytree(self.progress.curves.dir, partial_path(target) / CURVES)
                 write_sums(partial_path(target))
         if rank == 0:
@@ -229,6 +239,7 @@ class Checkpoints(pl.Callback):
             "replicas": replicas,
             "threads": torch.get_num_threads(),
             "code": numeric_code(),
+            "logger_runs": self.progress.loggers.runs(),
         }
 
 

@@ -18,6 +18,7 @@ from trnlora.files import clear_partial
 from trnlora.params import Params
 from trnlora.training import cluster
 from trnlora.training.cluster import Nodes
+from trnlora.training.loggers import check_installed
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
 LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
@@ -27,8 +28,8 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
     train: a function at the top level of a module that does not import torch. In the batch script of a SLURM job,
-    starts the script on every node of the job instead. Raises UserError of one line if a rank fails, if a signal stops
-    the training, or if the nodes do not meet.
+    starts the script on every node of the job instead. Raises UserError of one line if a logger is not installed, if a
+    rank fails, if a signal stops the training, or if the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
@@ -36,6 +37,8 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
     nodes = cluster.from_environment()
     ranks = cluster.processes_per_node(nodes.count, params.convert.tp_size, params.train.dp_size)
     environment.enter(params, ranks, nodes.count, nodes.address)
+    if nodes.rank == 0:  # of which a rank opens the loggers
+        check_installed(params.train.loggers)
     os.environ.update(rank_environment(ranks, params.train.threads))
     if environment.ranks_may_be_forked(params):
         # A server that imports what training needs and then forks one rank per request, so the libraries are imported

@@ -1,5 +1,6 @@
-"""The LightningModule: a decoder with LoRA over any backend's parallel layers, its loss, clipping and schedule."""
+"""The LightningModule: a decoder with LoRA over any backend's parallel layers, its loss, clipping and validation."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable
@@ -18,9 +19,10 @@ from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
 from trnlora.training.batches import MicroBatches, epoch_order, steps_per_epoch
+from trnlora.training.schedule import learning_rate_factor
 
 # Values measured so far, which a resumed run does not measure again.
-MEASURED = ("base_validation_loss", "validation_loss", "validated_step", "train_loss", "grad_norm", "lr")
+MEASURED = ("base_validation_loss", "validation_loss", "train_loss", "grad_norm", "lr")
 
 
 class NotFinite(Exception):
@@ -35,11 +37,14 @@ class NotFinite(Exception):
         self.rows = rows
 
 
-def linear_schedule(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor on the peak learning rate at a step counted from 0: linear warm-up, then linear decay to 0."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return (total_steps - step) / max(1, total_steps - warmup_steps)
+@dataclasses.dataclass(frozen=True)
+class BestValidation:
+    """The validation with the lowest loss so far. That of the base model is not one of them."""
+
+    loss: float = math.inf  # nats per token
+    step: int = 0
+    later: int = 0  # validations since then
+    adapter: dict[str, Tensor] | None = None  # this rank's values at that step, on the CPU; only with train.keep: best
 
 
 class LoraFinetuner(pl.LightningModule):
@@ -83,11 +88,10 @@ class LoraFinetuner(pl.LightningModule):
         self.restored: dict[str, Any] | None = None
         self.sum_dtype = sum_dtype
         self.check_finite = check_finite
-        self.warmup_steps = math.ceil(train.warmup_ratio * total_steps)
         self.model: DecoderLM | None = None
         self.base_validation_loss = math.nan  # measured before the first step, when lora_B is 0
         self.validation_loss = math.nan
-        self.validated_step = -1
+        self.best = BestValidation()
         self.train_loss = math.nan  # of the last step, like the next two
         self.grad_norm = math.nan  # before clipping
         self.lr = math.nan
@@ -100,22 +104,26 @@ class LoraFinetuner(pl.LightningModule):
             "optimizer": optimizer.state_dict(),  # type: ignore[union-attr]
             "schedule": schedule.state_dict(),  # type: ignore[union-attr]
             "measured": {name: getattr(self, name) for name in MEASURED},
+            "best": vars(self.best),
         }
         return move_data_to_device(state, "cpu")
 
     def configure_model(self) -> None:
-        if self.model is None:  # Lightning calls this again for a validation after the fit
-            assert self.device_mesh is not None  # set by the strategy
-            self.model = self.build(self.device_mesh)
-            self.dp_group = self.device_mesh["data_parallel"].get_group()
-            self.tp_group = self.device_mesh["tensor_parallel"].get_group()
-            if self.restore:
-                self.restored = self.restore(self.device_mesh)
-                for name, value in self.restored["measured"].items():
-                    setattr(self, name, value)
-                with torch.no_grad():
-                    for name, parameter in self._trainable().items():
-                        parameter.copy_(self.restored["adapter"][name])
+        assert self.device_mesh is not None  # set by the strategy
+        self.model = self.build(self.device_mesh)
+        self.dp_group = self.device_mesh["data_parallel"].get_group()
+        self.tp_group = self.device_mesh["tensor_parallel"].get_group()
+        if self.restore:
+            self.restored = self.restore(self.device_mesh)
+            for name, value in self.restored["measured"].items():
+                setattr(self, name, value)
+            self.best = BestValidation(**self.restored["best"])
+            self._set_adapter(self.restored["adapter"])
+
+    @torch.no_grad()
+    def _set_adapter(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._trainable().items():
+            parameter.copy_(values[name])
 
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         assert self.model is not None
@@ -143,6 +151,16 @@ class LoraFinetuner(pl.LightningModule):
 
     def val_dataloader(self) -> DataLoader:
         return self._batches(self.validation_rows, torch.arange(len(self.validation_rows["labels"])))
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether train.early_stopping_patience ends the training."""
+        patience = self.train_params.early_stopping_patience
+        return patience is not None and self.best.later >= patience
+
+    def on_fit_start(self) -> None:
+        if self.out_of_patience:  # the run was interrupted after that decision
+            self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
         """After the validation of the base model, which is computed with a new adapter: its lora_B is 0."""
@@ -211,6 +229,20 @@ class LoraFinetuner(pl.LightningModule):
             rows = order[done * size : (done + 1) * size].tolist()
             raise NotFinite(f"the {what} is {value}", self.global_step + 1, rows)
 
+    def is_validated(self, step: int) -> bool:
+        """Whether there is a validation after this number of optimizer steps."""
+        every = self.train_params.validate_every_steps
+        return not step % self.steps_per_epoch or step == self.total_steps or (every is not None and not step % every)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        """Let Lightning validate after this batch, or else after the epoch's last one.
+
+        A fixed val_check_interval would count the batches of an epoch from where a resumed run begins.
+        """
+        step_is_done = (index + 1) % self.trainer.accumulate_grad_batches == 0
+        validate = step_is_done and self.is_validated(self.global_step)
+        self.trainer.val_check_batch = 1 if validate else self.trainer.num_training_batches
+
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = torch.zeros(2, dtype=self.sum_dtype, device=self.device)  # nats, labelled tokens
 
@@ -220,6 +252,8 @@ class LoraFinetuner(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         dist.all_reduce(self.validation_sums, group=self.dp_group)
+        # The ranks of a replica have computed the same sums. If one had not, it alone would stop, and the others wait.
+        dist.all_reduce(self.validation_sums, op=dist.ReduceOp.MAX, group=self.tp_group)
         loss = (self.validation_sums[0] / self.validation_sums[1]).item()
         if self.check_finite and not math.isfinite(loss):
             raise NotFinite(f"the validation loss is {loss}", self.global_step, [])
@@ -227,7 +261,27 @@ class LoraFinetuner(pl.LightningModule):
             self.base_validation_loss = loss
             return
         self.validation_loss = loss
-        self.validated_step = self.global_step
+        if loss < self.best.loss:
+            self.best = BestValidation(loss, self.global_step, adapter=self._adapter_to_keep())
+        else:
+            self.best = dataclasses.replace(self.best, later=self.best.later + 1)
+        if self.out_of_patience:
+            self.trainer.should_stop = True
+
+    def _adapter_to_keep(self) -> dict[str, Tensor] | None:
+        """A copy of this rank's adapter on the CPU; None with train.keep: last."""
+        if self.train_params.keep == "last":
+            return None
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trainable().items()}
+
+    def choose_adapter(self) -> int:
+        """After the fit, set the adapter and the validation loss to those that train.keep names. Returns their step."""
+        if self.train_params.keep == "last":
+            return self.global_step
+        assert self.best.adapter is not None  # the last step was validated, at least
+        self._set_adapter(self.best.adapter)
+        self.validation_loss = self.best.loss
+        return self.best.step
 
     def configure_optimizers(self) -> Any:
         train = self.train_params
@@ -235,7 +289,7 @@ class LoraFinetuner(pl.LightningModule):
         parameters = list(self._trainable().values())
         optimizer = self.model.backend.adamw(parameters, lr=train.lr, weight_decay=train.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: linear_schedule(step, self.total_steps, self.warmup_steps)
+            optimizer, lambda step: learning_rate_factor(train, step, self.total_steps)
         )
         if self.restored:
             optimizer.load_state_dict(self.restored["optimizer"])

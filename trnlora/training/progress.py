@@ -1,4 +1,4 @@
-"""Training progress: a progress bar or log lines, DVCLive's curves, tokens and seconds."""
+"""Training progress: a progress bar or log lines, DVCLive's curves and those of other loggers, tokens and seconds."""
 
 import resource
 import sys
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from dvclive import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from trnlora.training.loggers import Loggers
+
 LINES = 20  # progress lines in a log, for any number of steps
 
 
@@ -17,13 +19,16 @@ class TrainingProgress(pl.Callback):
     """Counts tokens (without padding) and the seconds of training steps, and writes the curves.
 
     total_steps: optimizer steps of the whole run. curves: DVCLive's, on the first rank. (DVCLive's own Lightning logger
-    counts steps from 0 and logs the first step twice.) tokens: of all replicas. seconds: without validation and
-    start-up. A resumed run starts both at the values of the checkpoint.
+    counts steps from 0 and logs the first step twice.) loggers: get the same values. tokens: of all replicas. seconds:
+    without validation and start-up. A resumed run starts both at the values of the checkpoint.
     """
 
-    def __init__(self, total_steps: int, curves: Live | None, *, tokens: int = 0, seconds: float = 0.0):
+    def __init__(
+        self, total_steps: int, curves: Live | None, loggers: Loggers, *, tokens: int = 0, seconds: float = 0.0
+    ):
         self.total_steps = total_steps
         self.curves = curves
+        self.loggers = loggers
         self.tokens = tokens
         self.seconds = seconds
         self._bar: Progress | None = None
@@ -87,6 +92,13 @@ class TrainingProgress(pl.Callback):
             self.curves.step = step
             for name, value in values.items():
                 self.curves.log_metric(name, value)
+        self.loggers.log(values, step)
+
+    def flush(self) -> None:
+        """Write the curves to disk."""
+        if self.curves:
+            self.curves.make_summary()
+        self.loggers.flush()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._bar:

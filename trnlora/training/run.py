@@ -19,17 +19,19 @@ from torch import Tensor
 
 from trnlora import paths
 from trnlora.backends.training import TrainingBackend, training_backend
+from trnlora.data.examples import SOURCES, row_name
 from trnlora.errors import UserError
-from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, write_json, write_sums
+from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, read_json, sha256, write_json, write_sums
 from trnlora.metrics import write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
 from trnlora.training import checkpoints, cluster
-from trnlora.training.batches import read_packed_rows, source_lines, steps_per_epoch
+from trnlora.training.batches import read_packed_rows, row_ids, steps_per_epoch
 from trnlora.training.checkpoints import Checkpoints, ResumePoint
 from trnlora.training.initial_adapter import random_lora_a, set_adapter
+from trnlora.training.loggers import Loggers, open_loggers
 from trnlora.training.module import LoraFinetuner, NotFinite
 from trnlora.training.progress import TrainingProgress
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS, fetch_adapter, read_init_adapter
@@ -37,7 +39,7 @@ from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
 CURVES = paths.PLOTS / "training"
 # A run may resume with other values of these: they change the result by at most about 1e-5.
-NOT_PART_OF_THE_RUN = {"checkpoint_every_steps", "checkpoints_kept", "dp_size"}
+NOT_PART_OF_THE_RUN = {"checkpoint_every_steps", "checkpoints_kept", "dp_size", "loggers"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,19 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
         sum_dtype=backend.SUM_DTYPE,
         check_finite=backend.computes(),
     )
-    progress = TrainingProgress(inputs.total_steps, curves, **(start.resume.progress if start.resume else {}))
-    trainer = make_trainer(params, backend, inputs, start, module, progress)
     started = time.perf_counter()
-    # Lock the output folder from the start, so that a second run cannot write to it.
     with cluster.name_lost_nodes(start.addresses):
-        with adapter_folder():
-            fit(trainer, module, start)
+        # Lock the output folder from the start, so that a second run cannot write to it.
+        with adapter_folder(), own_loggers(params, start) as loggers:
+            progress = TrainingProgress(
+                inputs.total_steps, curves, loggers, **(start.resume.progress if start.resume else {})
+            )
+            trainer = make_trainer(params, backend, inputs, start, module, progress)
+            kept_step = fit(trainer, module, start)
             if curves:
                 curves.end()
             save_adapter(backend, params, module)
-        write_results(params, config, inputs, trainer, progress, time.perf_counter() - started)
+        write_results(params, config, inputs, trainer, kept_step, progress, time.perf_counter() - started)
     if is_first():
         shutil.rmtree(start.folder.parent)  # the run is complete; starting it again trains from the beginning
     dist.barrier()  # no rank exits while another one still communicates
@@ -123,7 +127,7 @@ def read_inputs(params: Params) -> Inputs:
         cluster.processes_per_node(cluster.num_nodes(), params.convert.tp_size, params.train.dp_size)
         cluster.choose_interface()
     check_sums(paths.MODEL, "fetch_model", [paths.MODEL_CONFIG.name])
-    check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet"])
+    check_sums(paths.PREPARED, "prepare_data", ["train.parquet", "validation.parquet", SOURCES])
     shard = rank_file(paths.SHARDS, PRETRAINED_TAG, int(os.environ["RANK"]) % params.convert.tp_size)
     check_sums(paths.SHARDS, "convert_nxd", [str(shard.relative_to(paths.SHARDS))])
     train_rows = read_packed_rows(paths.PREPARED / "train.parquet")
@@ -179,6 +183,13 @@ def open_curves(start: Start) -> Live | None:
     if start.resume:
         checkpoints.restore_curves(Path(start.resume.folder), CURVES)
     return Live(str(CURVES), resume=start.resume is not None, dvcyaml=None, save_dvc_exp=False)
+
+
+def own_loggers(params: Params, start: Start) -> contextlib.AbstractContextManager[Loggers]:
+    """The loggers of `train.loggers` on the first rank, none on the others."""
+    if not is_first():
+        return contextlib.nullcontext(Loggers())
+    return open_loggers(params, start.resume.logger_runs if start.resume else {}, start.step)
 
 
 def build_model(
@@ -239,7 +250,7 @@ def make_trainer(
         enable_progress_bar=False,  # TrainingProgress does this, and counts tokens
         enable_model_summary=False,
         callbacks=[progress, saving, pl.callbacks.LambdaCallback(on_fit_start=on_fit_start)],
-        logger=False,  # TrainingProgress writes the curves
+        logger=False,  # TrainingProgress writes the curves and has the loggers
     )
     checkpoints.fast_forward(trainer, start.step, inputs.steps_per_epoch)
     return trainer
@@ -250,22 +261,32 @@ def adapter_folder() -> contextlib.AbstractContextManager[Any]:
     return atomic_dir(paths.LORA_SHARDS) if is_first() else contextlib.nullcontext()
 
 
-def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> None:
-    """Train. Validate once more if max_steps ended within an epoch.
+def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
+    """Train, and choose the adapter that `train.keep` names. Returns its step.
 
-    If a value is not finite, raises UserError with the step, the lines of the data and the last good checkpoint.
+    If a value is not finite, raises UserError with the step, the rows of the data and the last good checkpoint.
     """
     try:
         trainer.fit(module)
     except NotFinite as error:
-        lines = source_lines(paths.PREPARED / "train.parquet", error.rows)
-        of_lines = f" on lines {', '.join(map(str, lines[:20]))}{' …' * (len(lines) > 20)} of data.source"
+        files = read_json(paths.PREPARED / SOURCES)
+        rows = [row_name(files, id) for id in row_ids(paths.PREPARED / "train.parquet", error.rows)]
+        of_rows = f" on {', '.join(rows[:20])}{' …' * (len(rows) > 20)}"
         raise UserError(
-            f"{error}{of_lines if lines else ''}: lower train.lr or look for broken rows or weights; "
+            f"{error}{of_rows if rows else ''}: lower train.lr or look for broken rows or weights; "
             f"last good checkpoint: {checkpoints.latest(start.folder) or 'none yet'}"
         ) from None
-    if module.validated_step != trainer.global_step:
-        trainer.validate(module, verbose=False)
+    lowest = f"the lowest validation loss is {module.best.loss:.4f}, of step {module.best.step}"
+    if is_first() and trainer.global_step < module.total_steps:
+        print(
+            f"stopped early at step {trainer.global_step} of {module.total_steps}: {lowest}, and the "
+            f"{module.best.later} validations since then (train.early_stopping_patience) were not lower",
+            flush=True,
+        )
+    kept_step = module.choose_adapter()
+    if is_first() and kept_step != trainer.global_step:
+        print(f"keeping the adapter of step {kept_step} (train.keep: best): {lowest}", flush=True)
+    return kept_step
 
 
 def save_adapter(backend: TrainingBackend, params: Params, module: LoraFinetuner) -> None:
@@ -284,10 +305,14 @@ def write_results(
     config: ModelConfig,
     inputs: Inputs,
     trainer: pl.Trainer,
+    kept_step: int,
     progress: TrainingProgress,
     seconds: float,
 ) -> None:
-    """Write the metrics on the first rank. Call on all ranks, which report their memory."""
+    """Write the metrics on the first rank. Call on all ranks, which report their memory.
+
+    kept_step: of the adapter that is written. The train loss is that of the last step.
+    """
     peaks = progress.peak_rss_gib()
     if not is_first():
         return
@@ -297,6 +322,8 @@ def write_results(
         "validation_loss": module.validation_loss,
         "base_validation_loss": module.base_validation_loss,
         "steps": trainer.global_step,
+        "kept_step": kept_step,
+        "stopped_early": trainer.global_step < inputs.total_steps,
         "steps_per_epoch": inputs.steps_per_epoch,
         "train_tokens": progress.tokens,
         "documents_per_epoch": int(inputs.train_rows["document_ids"].amax(1).sum()),
