@@ -11,7 +11,7 @@ from trnlora.errors import UserError
 from trnlora.files import atomic_dir, read_json, write_json
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
-from trnlora.reporting.provenance import data_revision, what_was_run
+from trnlora.reporting.provenance import data_revision, data_uris, what_was_run
 from trnlora.reporting.results import Results
 from trnlora.reporting.summary import fenced, score_table
 from trnlora.reporting.templating import render
@@ -81,7 +81,7 @@ def public(uri: str) -> str:
 
 def card(now: Results, base: str | None) -> str:
     """README.md: YAML metadata, and text from the run's metrics and params. The run must have answers."""
-    model, data = now.params["model.source"], now.params["data.source"]
+    model, data = now.params["model.source"], data_uris(now.params)
     name = f"{Path(base).name if base else Path(public(model)).stem}-lora"
     run = what_was_run(now)
     assert now.answers, "check_publishable refuses a run without"
@@ -98,7 +98,7 @@ def card(now: Results, base: str | None) -> str:
             "source": public(model),
             "source_on_hub": hub_id(model),
             "digest": now.get("fetch_model", "sha256.model.safetensors"),
-            "data": data_revision(data).replace(data, public(data)),
+            "data": "; ".join(data_revision(uri).replace(uri, public(uri)) for uri in data),
             "params": now.params,
             "modules": ", ".join(peft_modules(now.params["lora.target_modules"])),
             "prompt": fenced(now.answers[0]["prompt"].rstrip()),
@@ -113,12 +113,13 @@ def metadata(now: Results, name: str, base: str | None) -> str:
     """The card's metadata as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    data = now.params["data.source"]
+    data = data_uris(now.params)
+    on_hub = [each for each in map(hub_id, data) if each]
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=hub_id(data) or "custom",
-            dataset_name=hub_id(data) or public(data),
+            dataset_type=on_hub[0] if on_hub else "custom",
+            dataset_name=", ".join(hub_id(uri) or public(uri) for uri in data),
             dataset_split="test",
             metric_type=kind,
             metric_name=title,
@@ -132,7 +133,7 @@ def metadata(now: Results, name: str, base: str | None) -> str:
         base_model_relation="adapter" if base else None,
         library_name="peft",
         pipeline_tag="text-generation",
-        datasets=hub_id(data),
+        datasets=on_hub or None,
         tags=["lora", "trnlora"],
         eval_results=results,
     ).to_yaml()

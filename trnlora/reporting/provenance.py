@@ -29,7 +29,7 @@ def what_was_run(now: Results) -> dict[str, str]:
         "Profile": profile + (f", {len(deviations)} params changed" if deviations else ""),
         **({"Changed params": ", ".join(deviations)} if deviations else {}),
         "Model": " · revision ".join(filter(None, model)) + (f" · weights sha256 {digest[:12]}…" if digest else ""),
-        "Data": data_revision(now.params["data.source"]),
+        "Data": "; ".join(map(data_revision, data_uris(now.params))),
         "Adapter": now.params.get("eval.adapter") or "trained by this pipeline",
         "Prompt template": now.params["data.prompt_template"],
         "Git commit": git_commit(),
@@ -46,6 +46,12 @@ def nearest_profile(params: dict[str, Any]) -> tuple[str, list[str]]:
         differences = differing(params, dict(flat(profile_values(name))))
         found.append((name, [f"{key} {value} (not {theirs})" for key, value, theirs in differences]))
     return min(found, key=lambda entry: len(entry[1]), default=("none", []))
+
+
+def data_uris(params: dict[str, Any]) -> list[str]:
+    """The sources of the data, in the order of data.source."""
+    source = params["data.source"]
+    return [source] if isinstance(source, str) else [each["source"] for each in source]
 
 
 def data_revision(uri: str) -> str:
