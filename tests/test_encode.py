@@ -153,7 +153,7 @@ def test_special_tokens_in_text(tokenizer: Any, template: str) -> None:
     assert (counts.with_special_tokens, counts.unreachable) == ([3], [3])
     assert kept.tokens.count(tokenizer.eos_token_id) == own + 2
     assert kept.prompt == text.prompt
-    with pytest.raises(UserError, match=r"^line 3 spells a special token .* set data\.special_tokens to as_text"):
+    with pytest.raises(UserError, match=r"^line 3: it spells a special token .* set data\.special_tokens to as_text"):
         encoder(tokenizer, template, special_tokens="refuse").encode([SPECIAL], "line {}".format)
 
 
@@ -177,7 +177,7 @@ def test_special_tokens_in_every_field(tokenizer: Any, field: str) -> None:
     [kept], counts = encoder(tokenizer, "chat", special_tokens="keep").encode([row])
     assert kept.tokens.count(tokenizer.eos_token_id) == 6
     assert counts.unreachable == ([1] if field == "answer" else [])
-    with pytest.raises(UserError, match="row 1 spells a special token"):
+    with pytest.raises(UserError, match="row 1: it spells a special token"):
         encoder(tokenizer, "chat", special_tokens="refuse").encode([row])
 
 

@@ -421,4 +421,4 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert metrics["unreachable_references"] == 0  # as text
     assert "data.deduplicate" not in printed
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="refuse")
-    assert "data/mine/b.jsonl line 6 spells a special token of the tokenizer" in str(run_stage(root)[1])
+    assert "data/mine/b.jsonl line 6: it spells a special token of the tokenizer" in str(run_stage(root)[1])

@@ -105,7 +105,7 @@ def test_a_template_that_does_not_separate_turns_is_refused(tokenizer: Any, tmp_
     template = templates.load_template(f"path://{file}", {}, tokenizer)
     turns = [Message("user", "a?"), Message("assistant", "b."), Message("user", "c?"), Message("assistant", "d.")]
     with pytest.raises(UserError, match=r"data\.prompt_template does not separate the turns"):
-        templates.segments(template, tokenizer, turns)
+        templates.conversation(template, tokenizer, turns)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_template_that_loses_text_is_refused(tokenizer: Any, tmp_path: Path, j
         Message("assistant", "d."),
     ]  # fmt: skip
     with pytest.raises(UserError, match=f"leaves out or changes the text of a {role} message"):
-        templates.segments(template, tokenizer, turns)
+        templates.conversation(template, tokenizer, turns)
 
 
 def test_a_tokenizer_needs_eos(tokenizer: Any) -> None:
@@ -185,7 +185,7 @@ def test_vllms_chat_endpoint_builds_the_same_prompt(tmp_path: Path, tokenizer: A
                     request.build_chat_params(load_chat_template(given), "auto"),
                     request.build_tok_params(renderer.model_config),
                 )
-                segments = templates.segments(template, tokenizer, turns)
-                [parts] = templates.tokenize(tokenizer, [segments])
+                rendered = templates.conversation(template, tokenizer, turns)
+                [parts] = templates.tokenize(tokenizer, [rendered.segments])
                 assert tokenizer.decode(served["prompt_token_ids"]) == template.render(tokenizer, turns[:-1])
                 assert served["prompt_token_ids"] == [id for part in parts[:-1] for id in part]

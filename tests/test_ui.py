@@ -1,6 +1,7 @@
 """The side-by-side page in a real browser, with a real vLLM server and its adapters."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from support import ROOT
@@ -79,6 +81,28 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
     browser.find("#ask").click()
     refused = "refused the request (400): "
     wait(lambda: [refused in error.text for error in browser.find_all(".answer .error")] == [True] * len(NAMES))
+
+
+@pytest.mark.slow
+def test_the_text_of_a_special_token_in_a_question_stays_text(ui: Ui, tiny_llama: Path) -> None:
+    """As data.special_tokens: as_text has it in training. The server says how many tokens the prompt has."""
+    from transformers import AutoTokenizer
+
+    from trnlora.data.encode import RowEncoder
+    from trnlora.data.formats import Message, Row
+    from trnlora.data.templates import load_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    encoder = RowEncoder(tokenizer, load_template("dolly", {}, tokenizer), 512, "drop", False, "as_text")
+    row = Row(1, (Message("user", "What is <|im_end|>?"), Message("assistant", "An end.")), "talk", None)
+    [example], _ = encoder.encode([row])
+    trained = example.labelled[-1][0]
+    question = {"instruction": "What is <|im_end|>?", "context": ""}
+    settings = {"model": "tuned", "temperature": 0, "top_p": 1, "max_tokens": 1}
+    reply = httpx.post(f"http://127.0.0.1:{ui.port}/complete", json=question | settings, timeout=60)
+    asked = re.findall(r'"prompt_tokens":\s*(\d+)', reply.text)
+    assert {int(count) for count in asked} == {trained}
+    assert trained > len(tokenizer(example.prompt, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def _not_s3(value: Any) -> Any:
 
 
 DataUri = Annotated[str, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
-FormatName = Literal["auto", "instruction", "prompt_completion", "messages", "sharegpt"]
+FormatName = Literal["instruction", "prompt_completion", "messages", "sharegpt"]
 
 
 class DataSource(Section):
@@ -59,7 +59,7 @@ class DataSource(Section):
 
     source: DataUri
     sha256: Sha256 | None = None
-    format: FormatName | None = None
+    format: Literal["auto"] | FormatName | None = None
     columns: dict[str, str] | None = None
     config: str | None = None  # of a hub data set
     split: str | None = None  # of a hub data set
@@ -77,7 +77,7 @@ DataSources = Annotated[
 class Data(Section):
     source: DataSources
     sha256: Sha256 | None
-    format: FormatName
+    format: Literal["auto"] | FormatName
     columns: dict[str, str]
     categories: list[str] | None
     prompt_template: Annotated[str, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]

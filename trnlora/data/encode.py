@@ -1,11 +1,10 @@
 """Rendering conversations with the prompt template and tokenizing them."""
 
-import functools
+import contextlib
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ from trnlora.data.examples import PreparedExample
 from trnlora.data.formats import Message, Row
 from trnlora.data.packing import with_labels
 from trnlora.data.rows import Chunk, RowsFile, chunks, read_rows
-from trnlora.data.special_tokens import MARK, has_special_tokens, marked, special_token_pattern
+from trnlora.data.special_tokens import MARK, apply_policy, has_special_tokens, special_token_pattern
 from trnlora.data.split import SPLIT_CODES
-from trnlora.data.templates import PromptTemplate, Segment, segments, tokenize
+from trnlora.data.templates import Conversation, PromptTemplate, conversation, tokenize
 from trnlora.errors import UserError
 
 JSONL_SPLITS = ("validation", "test")  # written as JSONL too, for evaluation
@@ -92,11 +91,6 @@ class RowEncoder:
     mask_history: bool  # labels on the last answer only
     special_tokens: Literal["refuse", "as_text", "keep"]
 
-    @functools.cached_property
-    def special_token_pattern(self) -> re.Pattern[str] | None:
-        """Compiled once: for each row anew, it takes a tenth of the encoding."""
-        return special_token_pattern(self.tokenizer)
-
     def encode(
         self, rows: Sequence[Row], where: Callable[[int], str] = "row {}".format
     ) -> tuple[list[Example], Counts]:
@@ -109,49 +103,47 @@ class RowEncoder:
         where: what errors call the row with an id. Raises UserError for a template that does not separate turns, and
         for the text of a special token where special_tokens is `refuse`.
         """
-        pattern = self.special_token_pattern
+        pattern = special_token_pattern(self.tokenizer)
         examples, counts = [], Counts()
         for row in rows:
             if has_special_tokens(pattern, row.messages):
                 counts.with_special_tokens.append(row.id)
-                if self.special_tokens == "refuse":
-                    raise UserError(
-                        f"{where(row.id)} spells a special token of the tokenizer: remove it, or set "
-                        "data.special_tokens to as_text"
-                    )
                 if self.special_tokens == "keep" and has_special_tokens(pattern, row.messages[-1:]):
                     counts.unreachable.append(row.id)
-        parts = [self._segments(row.messages) for row in rows]
-        for row, its, ids in zip(rows, parts, tokenize(self.tokenizer, parts), strict=True):
-            example = self._example(row, row.messages, its, ids)
-            if len(example) > self.seq_len:
-                cut = self._truncated(example) if self.overlong == "truncate" else None
-                if cut is None:
-                    counts.dropped += 1
-                    continue
-                counts.truncated += 1
-                example = cut
-            examples.append(example)
+        rendered = []
+        for row in rows:
+            with _naming(row, where):
+                rendered.append(self._conversation(row.messages))
+        tokens = tokenize(self.tokenizer, [one.segments for one in rendered])
+        for row, one, ids in zip(rows, rendered, tokens, strict=True):
+            with _naming(row, where):
+                example: Example | None = self._example(row, row.messages, one, ids)
+                if example and len(example) > self.seq_len:
+                    example = self._truncated(example) if self.overlong == "truncate" else None
+                    counts.truncated += example is not None
+                    counts.dropped += example is None
+            if example:
+                examples.append(example)
         return examples, counts
 
-    def _segments(self, messages: Sequence[Message]) -> list[Segment]:
-        pattern = self.special_token_pattern
-        if self.special_tokens == "as_text" and pattern and has_special_tokens(pattern, messages):
-            messages = marked(pattern, messages)
-        return segments(self.template, self.tokenizer, messages)
+    def _conversation(self, messages: Sequence[Message]) -> Conversation:
+        return conversation(self.template, self.tokenizer, apply_policy(self.special_tokens, self.tokenizer, messages))
 
-    def _example(self, row: Row, messages: tuple[Message, ...], its: list[Segment], ids: list[list[int]]) -> Example:
+    def _example(
+        self, row: Row, messages: tuple[Message, ...], rendered: Conversation, ids: list[list[int]]
+    ) -> Example:
         ends = list(itertools.accumulate(map(len, ids)))
-        spans = [(end - len(i), end) for i, end, part in zip(ids, ends, its, strict=True) if part.end is not None]
+        parts = rendered.segments
+        spans = [(end - len(i), end) for i, end, part in zip(ids, ends, parts, strict=True) if part.end is not None]
         tokens = list(itertools.chain.from_iterable(ids))
-        prompt = self.template.render(self.tokenizer, messages[:-1]) if len(its) > 2 else its[0].text.replace(MARK, "")
-        if len(its) > 2 and not any(MARK in part.text for part in its):
-            together = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if len(parts) > 2 and MARK not in rendered.prompt:
+            together = self.tokenizer(rendered.prompt, add_special_tokens=False)["input_ids"]
             if together != tokens[: spans[-1][0]]:
                 raise UserError(
-                    f"row {row.id}: data.prompt_template and the tokenizer give other tokens turn by turn than for the "
-                    "whole conversation, which the server tokenizes: choose another data.prompt_template"
+                    "data.prompt_template and the tokenizer give other tokens turn by turn than for the whole "
+                    "conversation, which the server tokenizes: choose another data.prompt_template"
                 )
+        prompt = rendered.prompt.replace(MARK, "")
         return Example(row, messages, prompt, tokens, spans[-1:] if self.mask_history else spans)
 
     def _truncated(self, example: Example) -> Example | None:
@@ -160,8 +152,8 @@ class RowEncoder:
             messages = messages[:-2]
             if not any(message.role == "assistant" for message in messages):
                 return None
-            its = self._segments(messages)
-            example = self._example(example.row, messages, its, tokenize(self.tokenizer, [its])[0])
+            shorter = self._conversation(messages)
+            example = self._example(example.row, messages, shorter, tokenize(self.tokenizer, [shorter.segments])[0])
         start, end = example.labelled[-1]
         spans = [*example.labelled[:-1], (start, min(end, self.seq_len))]
         return Example(example.row, messages, example.prompt, example.tokens[: self.seq_len], spans)
@@ -172,15 +164,20 @@ class RowEncoder:
         for row in read_rows(task.chunk):
             if code := task.split_codes[row.id - task.chunk.first_id]:
                 members[code].append(row)
-        file = task.chunk.file
-
-        def where(id: int) -> str:
-            return file.where(id - file.offset)
-
+        name = task.chunk.file.row_name
         return {
-            split: _encoded_chunk(*self.encode(members[code], where), as_jsonl=split in JSONL_SPLITS)
+            split: _encoded_chunk(*self.encode(members[code], name), as_jsonl=split in JSONL_SPLITS)
             for split, code in SPLIT_CODES.items()
         }
+
+
+@contextlib.contextmanager
+def _naming(row: Row, where: Callable[[int], str]) -> Iterator[None]:
+    """Put the row's name before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where(row.id)}: {error}") from None
 
 
 def chunk_tasks(files: Sequence[RowsFile], split_codes: bytes) -> list[ChunkTask]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from trnlora.errors import UserError
+from trnlora.params import FormatName
 
 Role = Literal["system", "user", "assistant"]
-FormatName = Literal["instruction", "prompt_completion", "messages", "sharegpt"]
 SPLIT_VALUES = ("train", "test")  # of the column `split`; validation rows are always drawn from train rows
 NO_CATEGORY = "all"  # the category of rows of a file without that column
 

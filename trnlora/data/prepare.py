@@ -182,12 +182,10 @@ def print_examples(chosen: ChosenRows, encoder: RowEncoder, number: int) -> None
     left, right = ("", "") if console.color_system else ("⟦", "⟧")
     for chunk in (chunk for file in chosen.files for chunk in chunks(file)):
         rows = [row for row in read_rows(chunk) if chosen.split_codes[row.id] == SPLIT_CODES["train"]]
-        examples, _ = encoder.encode(rows[:number])
+        examples, _ = encoder.encode(rows[:number], chunk.file.row_name)
         for example in examples:
-            where = chunk.file.where(example.id - chunk.file.offset)
-            console.rule(
-                f"{where} · {example.row.category} · {len(example) - example.labels} masked, {example.labels} labelled"
-            )
+            name, masked = chunk.file.row_name(example.id), len(example) - example.labels
+            console.rule(f"{name} · {example.row.category} · {masked} masked, {example.labels} labelled")
             text, done = Text(style="dim"), 0
             for start, end in example.labelled:
                 text.append(encoder.tokenizer.decode(example.tokens[done:start]))

@@ -32,6 +32,9 @@ class RowsFile:
         """What errors and warnings call a line or row."""
         return f"{self.shown} {self.unit} {line}"
 
+    def row_name(self, id: int) -> str:
+        return self.where(id - self.offset)
+
 
 def file_table(files: list[RowsFile]) -> list[FileEntry]:
     """What names a row by its id, also in a later stage."""

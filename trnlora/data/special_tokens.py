@@ -5,6 +5,7 @@ the plain text that it is: a mark is put into it before the template is rendered
 template writes can be told from it, and taken out again before it is tokenized.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +16,9 @@ from trnlora.errors import UserError
 MARK = "\U0010fffd"  # a private-use character that no text has
 
 
+@functools.lru_cache(maxsize=1)  # reading a tokenizer's special tokens takes longer than encoding a row
 def special_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the text of a special token; None if the tokenizer has none."""
+    """What finds the text of a special token, the longest of several; None if the tokenizer has none."""
     texts = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
@@ -26,13 +28,27 @@ def has_special_tokens(pattern: re.Pattern[str] | None, messages: Sequence[Messa
     return pattern is not None and any(pattern.search(text) for m in messages for text in (m.content, m.context))
 
 
-def marked(pattern: re.Pattern[str], messages: Sequence[Message]) -> list[Message]:
-    """The messages with a mark behind the first character of every special token that they spell."""
+def apply_policy(policy: str, tokenizer: Any, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages as they are to be rendered under data.special_tokens.
 
-    def mark(text: str) -> str:
-        return pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text)
+    as_text: with a mark behind the first character of every special token in them; `tokenize_marked` then keeps it
+    text. refuse: raises UserError if there is one.
+    """
+    pattern = special_token_pattern(tokenizer)
+    if policy == "keep" or pattern is None or not has_special_tokens(pattern, messages):
+        return messages
+    if policy == "refuse":
+        raise UserError("it spells a special token of the tokenizer: remove it, or set data.special_tokens to as_text")
+    return [
+        message._replace(
+            content=pattern.sub(_with_mark, message.content), context=pattern.sub(_with_mark, message.context)
+        )
+        for message in messages
+    ]
 
-    return [Message(message.role, mark(message.content), mark(message.context)) for message in messages]
+
+def _with_mark(found: re.Match[str]) -> str:
+    return found[0][0] + MARK + found[0][1:]
 
 
 def tokenize_marked(tokenizer: Any, pattern: re.Pattern[str], text: str) -> list[int]:

@@ -120,8 +120,15 @@ class Segment(NamedTuple):
     end: int | None  # None: not an answer
 
 
-def segments(template: PromptTemplate, tokenizer: Any, messages: Sequence[Message]) -> list[Segment]:
-    """A conversation as what the model is given and what it answers, in turn. The last segment is the last answer.
+class Conversation(NamedTuple):
+    """A rendered conversation: the text up to the last answer, and all of it in segments, the last answer included."""
+
+    prompt: str
+    segments: list[Segment]
+
+
+def conversation(template: PromptTemplate, tokenizer: Any, messages: Sequence[Message]) -> Conversation:
+    """Messages as what the model is given and what it answers, in turn.
 
     The text up to the last answer is exactly what the server builds for the messages before it; every earlier answer is
     found in it again, with the special token that ends it. Raises UserError for a template that does not separate the
@@ -144,7 +151,8 @@ def segments(template: PromptTemplate, tokenizer: Any, messages: Sequence[Messag
         text, end = token
         found += [Segment(prompt[done : len(before)], None), Segment(message.content, end)]
         done = len(answer) + len(text)
-    return [*found, Segment(prompt[done:], None), Segment(messages[-1].content, end_of_answer(tokenizer))]
+    found += [Segment(prompt[done:], None), Segment(messages[-1].content, end_of_answer(tokenizer))]
+    return Conversation(prompt, found)
 
 
 def _check_whole(template: PromptTemplate, prompt: str, messages: Sequence[Message]) -> None:
@@ -171,10 +179,10 @@ def end_of_answer(tokenizer: Any) -> int:
 
 
 def _special_token_at(tokenizer: Any, text: str, position: int) -> tuple[str, int] | None:
-    """The text and the id of the special token at a position of a text, the longest of several."""
-    special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    matching = [content for content in special if text.startswith(content, position)]
-    return (longest := max(matching, key=len), special[longest]) if matching else None
+    """The text and the id of the special token at a position of a text."""
+    pattern = special_token_pattern(tokenizer)
+    found = pattern.match(text, position) if pattern else None
+    return (found[0], tokenizer.convert_tokens_to_ids(found[0])) if found else None
 
 
 def tokenize(tokenizer: Any, conversations: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:

@@ -23,7 +23,8 @@ from starlette.routing import Route
 
 from trnlora import paths
 from trnlora.data.formats import Message
-from trnlora.data.templates import load_template
+from trnlora.data.special_tokens import apply_policy
+from trnlora.data.templates import Segment, load_template, tokenize
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
@@ -37,9 +38,8 @@ def application(params: Params, url: str) -> Starlette:
     tokenizer = load_tokenizer(paths.MODEL)
     template = load_template(params.data.prompt_template, params.data.template_kwargs, tokenizer)
 
-    def prompt_of(question: dict[str, Any]) -> str:
-        message = Message("user", question["instruction"].strip(), question["context"].strip())
-        return template.render(tokenizer, [message])
+    def message_of(question: dict[str, Any]) -> Message:
+        return Message("user", question["instruction"].strip(), question["context"].strip())
 
     async def page(_: Request) -> Response:
         return FileResponse(PAGE)
@@ -52,12 +52,16 @@ def application(params: Params, url: str) -> Starlette:
         return JSONResponse({"models": names, "template": template.name, "max_tokens": params.eval.max_tokens})
 
     async def render(request: Request) -> Response:
-        return JSONResponse({"prompt": prompt_of(await request.json())})
+        return JSONResponse({"prompt": template.render(tokenizer, [message_of(await request.json())])})
 
     async def complete(request: Request) -> Response:
         question = await request.json()
         settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
-        prompt = tokenizer(prompt_of(question), add_special_tokens=False)["input_ids"]
+        try:
+            messages = apply_policy(params.data.special_tokens, tokenizer, [message_of(question)])
+        except UserError as error:
+            return JSONResponse({"error": f"{error}"}, 400)
+        [[prompt]] = tokenize(tokenizer, [[Segment(template.render(tokenizer, messages), None)]])
         return await stream_completion(url, settings | {"prompt": prompt})
 
     routes = [
