@@ -110,7 +110,7 @@ def test_a_folder_of_shards_is_read_in_the_order_of_names(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.txt", b"a", "rows.txt is none of .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("rows.txt", b"a", "rows.txt is not a data file: .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
         ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz cannot be read: Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(as_lines(ROWS))[:60], "rows.jsonl.gz cannot be read: Compressed file ended"),
         ("rows.jsonl.zst", b"not zstd", "rows.jsonl.zst cannot be read: ZSTD decompress failed"),

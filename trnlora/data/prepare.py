@@ -211,7 +211,7 @@ def print_counts(metrics: dict[str, Any]) -> None:
 
 
 def print_warnings(chosen: ChosenRows, splits: dict[str, EncodedSplit], params: Data) -> None:
-    """Print what is probably not meant: rows that stand there twice, tested prompts that are trained on, and so on."""
+    """Print what is probably not meant: duplicate rows, test prompts that are also trained on, and so on."""
 
     def first(ids: list[int]) -> str:
         return f"the first are {', '.join(row_name(table, id) for id in ids[:3])}"

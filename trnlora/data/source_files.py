@@ -150,7 +150,7 @@ def write_lines(file: Path, kind: str, compression: str, target: Path) -> str:
     """Write the rows of a file to `target` as JSON Lines, and return what one of them is called: line or row."""
     if kind not in KINDS:
         raise UserError(
-            f"data.source: {file} is none of {', '.join(KINDS)} (or such a file with {', '.join(COMPRESSED)})"
+            f"data.source: {file} is not a data file: {', '.join(KINDS)}, each also with {', '.join(COMPRESSED)}"
         )
     if kind == ".parquet":
         if compression:

@@ -67,14 +67,14 @@ def open_loggers(params: Params, runs: Mapping[str, str], step: int) -> Iterator
 
 
 class Loggers:
-    """Lightning's loggers by their names in `train.loggers`. One that fails is dropped: the training goes on."""
+    """Lightning's loggers by their names in `train.loggers`. One that fails is dropped: the training continues."""
 
     def __init__(self) -> None:
         self._loggers: dict[str, Logger] = {}
         self._logged: dict[str, dict[str, int]] = {}  # the last step of each value that a resumed run has logged before
 
     def add(self, name: str, params: Params, run: str | None, step: int) -> None:
-        """Start a logger; `run`: its run to go on with, from `step`; None: a new one, with the params."""
+        """Start a logger. run: the run of its own to resume at `step`; None: a new one, which gets the params."""
         logger = _OPEN[name](run, step)
         _ = logger.experiment  # type: ignore[attr-defined]  # starts it
         self._loggers[name] = logger
@@ -84,7 +84,7 @@ class Loggers:
             self._logged[name] = _steps_in_mlflow(logger)
 
     def runs(self) -> dict[str, str]:
-        """Each logger's name of its run, to go on with after an interruption."""
+        """The name of each logger's run, with which it can be resumed."""
         return {name: str(logger.version) for name, logger in self._loggers.items()}
 
     def log(self, values: dict[str, float], step: int) -> None:
