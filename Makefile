@@ -106,7 +106,7 @@ plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives
 precompile: $(READY) ## Trainium: compile the training graphs before the run, into neuron.compile_cache
 	@python tools/precompile.py
 
-profile: $(READY) ## NAME=llama3-8b-trn2: write params.yaml from profiles/NAME.yaml and the profiles it extends
+profile: $(READY) ## NAME=llama3-8b-trn2-nxd: write params.yaml from profiles/NAME.yaml and the profiles it extends
 	@python tools/write_profile.py '$(NAME)'
 
 bench: $(READY) ## the benchmarks: ratios to a baseline of the same run

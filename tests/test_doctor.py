@@ -103,7 +103,7 @@ def test_names_every_problem(broken: Path) -> None:
 
 
 def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
-    done = doctor("--profile", "llama3-8b-trn2", HF_ENDPOINT="http://127.0.0.1:9")
+    done = doctor("--profile", "llama3-8b-trn2-nxd", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
     assert re.search(r"^✗ backend \w+ lacks the Neuron driver .*; neuron.python /opt/aws", done.stdout, re.M)
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
@@ -116,7 +116,9 @@ def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_USE_BF16", "1")
     with pytest.raises(UserError) as lacking:
-        check_neuron(profile("llama3-8b-trn2", neuron={"python": sys.executable, "compile_cache": "s3://bucket/cache"}))
+        check_neuron(
+            profile("llama3-8b-trn2-nxd", neuron={"python": sys.executable, "compile_cache": "s3://bucket/cache"})
+        )
     parts = str(lacking.value).split("; ")
     assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
     assert parts[2].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
@@ -139,7 +141,7 @@ def test_counts_the_logical_cores_of_the_run(
     tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert neuron_cores(profile("llama3-8b-trn2", neuron={"logical_core_size": size})) == cores
+    assert neuron_cores(profile("llama3-8b-trn2-nxd", neuron={"logical_core_size": size})) == cores
 
 
 def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,18 +117,18 @@ def test_help_names_every_target(make: Make) -> None:
 def test_profile_is_written(make: Make) -> None:
     (make.root / ".venv").symlink_to(sys.prefix)
     made = "--old-file=.venv/.ready"  # do not make it again, although the copies of its prerequisites are newer
-    done = make.run(made, "profile", "NAME=llama3-8b-trn2")
+    done = make.run(made, "profile", "NAME=llama3-8b-trn2-nxd")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("params.yaml is now profiles/llama3-8b-trn2.yaml; 'git diff params.yaml' shows")
+    assert done.stdout.startswith("params.yaml is now profiles/llama3-8b-trn2-nxd.yaml; 'git diff params.yaml' shows")
     written = (make.root / "params.yaml").read_text("utf-8")
-    assert written == profile_text("llama3-8b-trn2", ROOT / "profiles")
+    assert written == profile_text("llama3-8b-trn2-nxd", ROOT / "profiles")
     for arguments in (("profile",), ("profile", "NAME=no-such"), ("profile", "NAME=../params")):
         done = make.run(made, *arguments)
         assert done.returncode != 0
-        assert "use NAME= with one of llama3-70b-trn2 llama3-8b-trn1 llama3-8b-trn2" in done.stderr
+        assert "use NAME= with one of llama3-70b-trn2 llama3-8b-trn1 llama3-8b-trn2-nxd" in done.stderr
     assert (make.root / "params.yaml").read_text("utf-8") == written
-    shown = make.run("-n", made, "plan", "PROFILE=llama3-8b-trn2").stdout
-    assert shown == "python tools/plan.py --profile 'llama3-8b-trn2' \n"
+    shown = make.run("-n", made, "plan", "PROFILE=llama3-8b-trn2-nxd").stdout
+    assert shown == "python tools/plan.py --profile 'llama3-8b-trn2-nxd' \n"
 
 
 def test_a_wrong_python_is_named(make: Make) -> None:

@@ -11,7 +11,7 @@ from trnlora.profiles import load_profile
 from trnlora.serving.vllm_neuron import NeuronServer, container_command, detect_server, lora_json, neuron_command
 
 ROOT = Path(__file__).parents[1]
-PARAMS = load_profile("llama3-8b-trn2", ROOT / "profiles")
+PARAMS = load_profile("llama3-8b-trn2-nxd", ROOT / "profiles")
 COMMON = (
     "/opt/aws_neuronx_venv_pytorch_inference_vllm_0_16/bin/python -m vllm.entrypoints.openai.api_server "
     "--model {model} --dtype bfloat16 --tensor-parallel-size 32 --max-model-len 8192 --max-num-seqs 16 "

@@ -51,13 +51,13 @@ def test_params_name_the_targets_that_the_table_has() -> None:
 
 
 def test_trn2_profile_divides_llama3_8b() -> None:
-    params = load_profile("llama3-8b-trn2", ROOT / "profiles")
+    params = load_profile("llama3-8b-trn2-nxd", ROOT / "profiles")
     check_divisible(LLAMA3_8B, params.convert)
     assert params.convert.tp_size * params.train.dp_size == 64  # logical cores of a trn2.48xlarge
 
 
 def test_a_lora_a_for_each_layer_is_refused_on_nxd() -> None:
-    values = profile_values("llama3-8b-trn2", ROOT / "profiles")
+    values = profile_values("llama3-8b-trn2-nxd", ROOT / "profiles")
     values["lora"]["share_a"] = False
     with pytest.raises(UserError, match=r"lora\.share_a: false is not supported on nxd: "):
         check_params(values, ROOT / "params.yaml")

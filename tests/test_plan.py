@@ -128,7 +128,7 @@ def with_targets(params: Params, target_modules: Any) -> Params:
 
 def test_llama3_8b_on_trn2() -> None:
     """The plan's numbers with LoRA on q, k and v, compared with a calculation by hand."""
-    params, config = profile("llama3-8b-trn2")
+    params, config = profile("llama3-8b-trn2-nxd")
     plan = make_plan(with_targets(params, ["qkv_proj"]), config, packed_rows=721)
     assert (plan.ranks, plan.shards) == (64, 32)
     # embedding and lm_head; per layer: q and o, gate, up and down, k and v, two norms; the last norm
@@ -160,7 +160,7 @@ def test_llama3_8b_on_trn2() -> None:
 
 def test_all_linear_llama3_8b_on_trn2() -> None:
     """The adapter's share of the plan, with LoRA on all linear layers, compared with a calculation by hand."""
-    params, config = profile("llama3-8b-trn2")
+    params, config = profile("llama3-8b-trn2-nxd")
     plan = make_plan(with_targets(params, ["qkv_proj"]), config, None)
     all_linear = make_plan(with_targets(params, "all-linear"), config, None)
     # A and B of qkv, o, gate and up, down; of cut matrices, a rank's 1/32 (k and v: 1/8).
@@ -176,7 +176,7 @@ def test_all_linear_llama3_8b_on_trn2() -> None:
 
 
 def test_several_nodes_keep_the_global_batch() -> None:
-    params, config = profile("llama3-8b-trn2")
+    params, config = profile("llama3-8b-trn2-nxd")
     one = make_plan(params, config, None)
     for nodes in (1, 2, 4):
         spread = on_nodes(params, nodes)
@@ -193,7 +193,7 @@ def test_several_nodes_keep_the_global_batch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instance", "tp_size", "multiplier"),
-    [("llama3-8b-trn2", "trn2.48xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
+    [("llama3-8b-trn2-nxd", "trn2.48xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
 )
 def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
     """The model fits there, but not with half the tp_size."""
@@ -219,14 +219,14 @@ def test_trn1_needs_a_kv_head_per_rank() -> None:
 
 
 def test_plan_is_printed_offline() -> None:
-    printed = planned(*chosen("llama3-8b-trn2"), "--nodes", "2").stdout
+    printed = planned(*chosen("llama3-8b-trn2-nxd"), "--nodes", "2").stdout
     assert re.search(r"^model .*: 8\.030 B parameters, bfloat16$", printed, re.M)
     assert re.search(r"^per core +1\.69 GiB: weights 0\.515 GiB, ", printed, re.M)
     assert "138 in total (721 packed rows, estimated from the size of data.source" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     # DP ms: 35.6 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
     assert rows == [["2", "4", "4", "1.69", "16.38", "35.6", "2.99", "0.092", "138"]]
-    refused = planned(*chosen("llama3-8b-trn2"), "--nodes", "16")
+    refused = planned(*chosen("llama3-8b-trn2-nxd"), "--nodes", "16")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: train.global_batch_size 16 is not a multiple of")
     assert refused.stderr.count("\n") == 1
@@ -234,7 +234,7 @@ def test_plan_is_printed_offline() -> None:
 
 @pytest.mark.slow
 def test_dvc_plans_all_stages_of_the_trn2_run(project: Project) -> None:
-    project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2")
+    project.run("make", "--old-file=.venv/.ready", "profile", "NAME=llama3-8b-trn2-nxd")
     printed = project.dvc("repro", "--dry", "--force")
     stages = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
     assert stages == [
@@ -245,7 +245,7 @@ def test_dvc_plans_all_stages_of_the_trn2_run(project: Project) -> None:
 def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_RT_ROOT_COMM_ID", "10.0.0.1:48620")
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
-    env = training_environment(profile("llama3-8b-trn2")[0], ranks_per_node=64)
+    env = training_environment(profile("llama3-8b-trn2-nxd")[0], ranks_per_node=64)
     assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1"
     assert {env[name] for name in ("NEURON_RT_NUM_CORES", "NUM_NEURONCORES", "TPU_NUM_DEVICES")} == {"64"}
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
@@ -256,7 +256,7 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NEURON_RT_ROOT_COMM_ID", raising=False)
-    env = training_environment(profile("llama3-8b-trn2")[0], 32, 2, "trn05")
+    env = training_environment(profile("llama3-8b-trn2-nxd")[0], 32, 2, "trn05")
     assert env["NEURON_RT_NUM_CORES"] == "32"  # of the 64 ranks
     assert env["NEURON_RT_ROOT_COMM_ID"] == "trn05:48620"
     assert env["FI_PROVIDER"] == "efa"
@@ -265,7 +265,7 @@ def test_training_variables_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_precompilation_uses_the_options_of_the_real_run() -> None:
     command = [sys.executable, "tools/precompile.py", "--dry-run"]
     printed = subprocess.run(
-        [*command, *chosen("llama3-8b-trn2")], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, *chosen("llama3-8b-trn2-nxd")], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     venv = "/opt/aws_neuronx_venv_pytorch_2_9/bin"
     assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in printed

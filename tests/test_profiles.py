@@ -78,7 +78,7 @@ def test_the_default_profile_is_written_unchanged() -> None:
 
 def test_comments_of_the_nearest_profile_win() -> None:
     default, trn2, trn1 = (
-        comments(profile_text(name, ROOT / "profiles")) for name in (DEFAULT, "llama3-8b-trn2", "llama3-8b-trn1")
+        comments(profile_text(name, ROOT / "profiles")) for name in (DEFAULT, "llama3-8b-trn2-nxd", "llama3-8b-trn1")
     )
     assert trn2["convert.kv_size_multiplier"] == "8 KV heads × 4 copies = one per rank"
     assert trn1["convert.kv_size_multiplier"] == trn2["convert.kv_size_multiplier"]  # trn1 extends trn2

@@ -186,7 +186,7 @@ def neuron_workdir(workdir: Path, tmp_path: Path) -> Path:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    values = profile_values("llama3-8b-trn2", ROOT / "profiles")
+    values = profile_values("llama3-8b-trn2-nxd", ROOT / "profiles")
     values["lora"] |= {"r": R, "target_modules": ["qkv_proj"]}
     values["neuron"]["vllm_python"] = str(python)
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")

@@ -1,7 +1,7 @@
 """Print the size of a run before it is paid for: ranks, bytes per core, steps, collectives, and the instance it needs.
 
     python tools/plan.py [--params FILE | --profile NAME] [--nodes N …]
-    make plan PROFILE=llama3-8b-trn2 NODES="1 2 4"
+    make plan PROFILE=llama3-8b-trn2-nxd NODES="1 2 4"
 
 By arithmetic alone, on any machine and offline, in about a second; docs/scale.md explains it.
 """

@@ -1,6 +1,6 @@
 """Write params.yaml from a profile, whole and with comments: the profile's values in the default profile's file.
 
-    python tools/write_profile.py NAME      (make profile NAME=llama3-8b-trn2)
+    python tools/write_profile.py NAME      (make profile NAME=llama3-8b-trn2-nxd)
 
 Reads   profiles/
 Writes  params.yaml

@@ -244,7 +244,7 @@ def test_two_replicas_with_dropout(train: Callable[..., Path]) -> None:
 
 
 def test_the_profiles_shape(train: Callable[..., Path]) -> None:
-    """As in profiles/llama3-8b-trn2.yaml: replicas, KV head copies, sequence parallelism and recomputation together."""
+    """As in profiles/llama3-8b-trn2-nxd.yaml: replicas, KV head copies, sequence parallelism, recomputation."""
     both = {"sequence_parallel": True, "selective_checkpointing": True}
     lora = {"target_modules": "all-linear"}
     assert_same_run(train("nxd", "trn2", 2, 2, neuron=both, lora=lora), train("cpu", "trn2", 2, 2, lora=lora))

@@ -21,7 +21,7 @@ STEPS = 5  # the first steps of an optimizer differ from later ones
 def compile_command(params: Params) -> tuple[list[str], dict[str, str]]:
     """The command, to be run in SCRATCH, and its environment variables. Raises UserError for cpu and cuda."""
     if params.backend != "nxd":
-        raise UserError(f"backend {params.backend} compiles nothing: `make profile NAME=llama3-8b-trn2` sets up one")
+        raise UserError(f"backend {params.backend} compiles nothing; `make profile NAME=llama3-8b-trn2-nxd` does")
     python = Path(params.neuron.python or sys.executable)
     env = training_environment(params, params.convert.tp_size * params.train.dp_size) | {
         "NEURON_CC_FLAGS": f"{params.neuron.cc_flags} --retry_failed_compilation",
