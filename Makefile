@@ -27,7 +27,7 @@ SERVED = $(SERVER) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ setup: $(READY) ## only the environment, from requirements.lock
 
 $(READY): requirements.lock pyproject.toml tools/environment.sh
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup $@
+
+setup-xla: $(READY) ## .venv-xla, with the real torch_xla: for the tests of backend nxd in `make test-long`
+	@TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup-xla
 
 repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to date do not run again
 	@python tools/doctor.py --repro

@@ -150,9 +150,14 @@ def test_llama3_8b_on_trn2() -> None:
     assert plan.activation_bytes == activations
     assert plan.logit_bytes == 4096 * 128256 // 32 * 4 * 2
     assert plan.core_bytes == plan.shard_bytes + plan.adapter_bytes + activations + plan.logit_bytes
-    # For each of 8 micro-batches: 4 all-reduces per layer, one for the embedding, one for the loss, of 4096 × 4096 × 2
-    # bytes; LoRA's of 4096 × 16 × 4.
-    assert plan.tp_bytes_per_step == 8 * ((4 * 32 + 2) * 4096 * 4096 * 2 + 32 * 4096 * 16 * 4)
+    # For each of 8 micro-batches: all-gathers of 4096 × 4096 bfloat16 values, 4 per layer and one for the LM head;
+    # reduce-scatters of as many in float32, without that of the first qkv, and one in bfloat16 for the embeddings;
+    # LoRA's three of 4096 × 16; the loss's three numbers per token; the gradients of k and v, of the base layer and of
+    # LoRA, without the first. Then lora_A's gradients.
+    hidden, kv = 4096 * 4096, 2 * 4096 * 128
+    micro_batch = (4 * 32 + 1) * hidden * 2 + 4 * 32 * hidden * 4 + hidden * 2
+    micro_batch += 32 * 3 * 4096 * 16 * 4 + 3 * 4096 * 4 + (2 * 32 - 1) * kv * 4
+    assert plan.tp_bytes_per_step == 8 * micro_batch + 32 * 16 * 4096 * 4
     assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
     matrices = plan.parameters - 128256 * 4096  # without the embedding; includes the norms, which are negligible
     assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
@@ -171,7 +176,9 @@ def test_all_linear_llama3_8b_on_trn2() -> None:
     # Per layer and token: the inputs and masks of the three other lora_A (128, 128 and 448 values × 5), three lora_B's.
     more = 32 * 4096 * ((128 + 128 + 448) * 5 + 3 * 16 * 4)
     assert all_linear.activation_bytes == plan.activation_bytes + more
-    assert all_linear.tp_bytes_per_step == plan.tp_bytes_per_step + 8 * 32 * 3 * 4096 * 16 * 4
+    # The three more layers: 3 + 2 × 2 narrow collectives, and two lora_B and one lora_A that are whole.
+    more = 8 * 32 * (3 + 2 * 2) * 4096 * 16 * 4 + 32 * 3 * 16 * 4096 * 4
+    assert all_linear.tp_bytes_per_step == plan.tp_bytes_per_step + more
     assert all_linear.dp_bytes_per_step == 4 * all_linear.trainable_per_rank
 
 
@@ -184,7 +191,9 @@ def test_several_nodes_keep_the_global_batch() -> None:
         assert spread.train.dp_size == 2 * nodes  # two replicas of 32 ranks on 64 cores
         assert plan.tokens_per_step == one.tokens_per_step
         assert plan.core_bytes == one.core_bytes
-        assert plan.tp_bytes_per_step * nodes == one.tp_bytes_per_step  # fewer micro-batches per replica
+        whole = 32 * 4 * 16 * 4096 * 4  # the gradients of four whole weights per layer, once per step
+        # fewer micro-batches per replica
+        assert (plan.tp_bytes_per_step - whole) * nodes == one.tp_bytes_per_step - whole
         assert plan.dp_bytes_per_step == one.dp_bytes_per_step
         assert plan.flops_per_step == one.flops_per_step
     with pytest.raises(UserError, match="16 is not a multiple of micro_batch_size × replicas = 1 × 32 on 16 nodes"):

@@ -2,6 +2,7 @@
 # The environment of this project, from pyproject.toml's dependency groups. Called by make.
 #
 #     tools/environment.sh setup STAMP     make .venv from requirements.lock, then touch STAMP
+#     tools/environment.sh setup-xla       make .venv-xla from pyproject.toml's group xla, for the tests on torch_xla
 #     tools/environment.sh lock            compile pyproject.toml's group dev into requirements.lock
 #
 # Why no uv.lock: it writes down one address for each file. torch's would be in PyTorch's index, so that `uv lock` and
@@ -12,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${TORCH_INDEX:=https://download.pytorch.org/whl/cpu}"
-torch=$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+torch=$(sed -n 's/^ *"\(torch==[^"]*+cpu\)".*/\1/p' pyproject.toml)
 # A folder that has torch's wheel, of those that PIP_FIND_LINKS names; or empty.
 torch_wheels=
 for folder in ${PIP_FIND_LINKS:-}; do
@@ -60,6 +61,26 @@ install_torch() {
     }
 }
 
+# The real torch_xla is bound to the torch of its own release, so it has an environment of its own. Its CPU build is a
+# tenth of what PyPI has, 7 GB with CUDA's libraries, which serves as well.
+setup_xla() {
+    local xla_torch
+    xla_torch=$(sed -n 's/^ *"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+    .venv-xla/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m venv --clear .venv-xla
+    local install=(.venv/bin/uv pip install --no-config --quiet --python .venv-xla/bin/python)
+    echo "setup-xla: $xla_torch+cpu from $TORCH_INDEX"
+    "${install[@]}" --index-url "$TORCH_INDEX" "$xla_torch+cpu" 2>/dev/null || {
+        echo "setup-xla: it is not there; $xla_torch from PyPI: 4 GB of downloads, 7 GB of disk"
+        "${install[@]}" "$xla_torch"
+    }
+    "${install[@]}" --group xla
+    .venv-xla/bin/python -c 'import torch_xla' || {
+        echo "error: torch_xla cannot be imported (above): remove .venv-xla and run make setup-xla again" >&2
+        exit 1
+    }
+    echo "setup-xla: .venv-xla is up to date; NXD_SOURCE=<clone of neuronx-distributed>/src make test-long uses it"
+}
+
 # What pyproject.toml's overrides leave out must be absent, and nothing else may be missing or of a wrong version.
 check_venv() {
     local left_out
@@ -103,6 +124,7 @@ lock() {
 
 case "${1:-}" in
     setup) setup "$2" ;;
+    setup-xla) setup_xla ;;
     lock) lock ;;
-    *) echo "usage: tools/environment.sh setup STAMP | lock" >&2; exit 2 ;;
+    *) echo "usage: tools/environment.sh setup STAMP | setup-xla | lock" >&2; exit 2 ;;
 esac

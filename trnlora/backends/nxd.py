@@ -8,7 +8,6 @@ NxD's own Python code on a CPU; no part of it has been run on a device.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import neuronx_distributed as nxd
 import torch
 import torch.distributed as dist
 import torch_xla.core.xla_model as xm
@@ -73,15 +72,19 @@ class NxdBackend:
 
     static_shapes = True
 
-    def __init__(self, neuron: Neuron, nxd_config: dict[str, Any]):
-        self.nxd_config = nxd_config
+    def __init__(self, neuron: Neuron, dtype: torch.dtype):
+        """dtype: of the model's weights."""
+        self.dtype = dtype
         self.sequence_parallel = neuron.sequence_parallel
         self.selective_checkpointing = neuron.selective_checkpointing
         self.tp_rank = state.get_tensor_model_parallel_rank()
         self.tp_size = state.get_tensor_model_parallel_size()
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
-        return _Embedding(num_embeddings, embedding_dim, sequence_parallel_enabled=self.sequence_parallel)
+        return _Embedding(
+            num_embeddings, embedding_dim, sequence_parallel_enabled=self.sequence_parallel,
+            dtype=self.dtype,  # NxD casts the vectors to it. XLA would carry its default, float32, through the model.
+        )  # fmt: skip
 
     def column_parallel_linear(self, input_size: int, output_size: int) -> nn.Module:
         return ColumnParallelLinear(
@@ -124,23 +127,33 @@ class NxdBackend:
         targets = targets.flatten()
         return (parallel_cross_entropy(logits, targets.clamp(min=0)) * (targets != -100)).sum()
 
+    def mark_step(self) -> None:
+        xm.mark_step()
+
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
         xm.set_rng_state(seed)
 
     def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
-        """NxD's layers have added them up, or with sequence parallelism NxDOptimizer has."""
+        """NxD's layers have added them up, but with sequence parallelism each rank has its own tokens' part."""
+        if self.sequence_parallel and gradients:
+            _sum(gradients, state.get_tensor_model_parallel_replica_groups())
 
     def add_over_replicas(self, gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-        """NxDOptimizer has replaced the gradients by their mean at this point: make it the sum."""
-        for gradient in gradients:
-            gradient.mul_(dist.get_world_size(group))
+        """Not NxDOptimizer's sum: on 64 ranks with tp 32 of trn2, it combines ranks that hold different shards.
+
+        It sums over the groups of expert parallelism, whose ranks are 32 apart there. Source: neuronx-distributed 0.18,
+        parallel_layers (bucket_allreduce_gradients and, for the groups, ascending_descending_ring_PG_group).
+        """
+        _sum(gradients, state.get_data_parallel_replica_groups())
 
     def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """NxD's wrapper around AdamW, which also reduces gradients. `nxd_training.NxdPrecision` calls it."""
-        return nxd.initialize_parallel_optimizer(
-            self.nxd_config, torch.optim.AdamW, parameters, lr=lr, weight_decay=weight_decay
-        )
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def _sum(tensors: Sequence[Tensor], groups: list[list[int]]) -> None:
+    """Replace the tensors by their sums over the group that this rank is in, in one collective."""
+    xm.all_reduce(xm.REDUCE_SUM, list(tensors), groups=groups, pin_layout=False)
 
 
 def _core_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -6,19 +6,17 @@ a CPU; no part of it has been run on a device.
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import neuronx_distributed as nxd
-import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 from neuronx_distributed.parallel_layers import parallel_state as state
 from neuronx_distributed.utils import cpu_mode
 from pytorch_lightning.accelerators import Accelerator
-from pytorch_lightning.plugins import Precision
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
@@ -26,7 +24,7 @@ from trnlora.backends.nxd import NxdBackend
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import adapter_state, add_lora, whole_weights
+from trnlora.model.lora import adapter_state, add_lora
 from trnlora.params import Params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, open_rank_file, rank_file, save_rank
 
@@ -43,18 +41,15 @@ def build_model(
 ) -> DecoderLM:
     """As `TrainingBackend.build_model`. Raises UserError also when NxD's KV groups are not `kv_groups`."""
     _check_kv_groups(kv_groups)
-    backend = NxdBackend(params.neuron, mesh.nxd_config)
+    dtype = getattr(torch, params.model.dtype)
+    backend = NxdBackend(params.neuron, dtype)
     model = DecoderLM.empty(config, backend, params.convert.kv_size_multiplier)
     with open_rank_file(rank_file(shards, PRETRAINED_TAG, backend.tp_rank)) as stored:
         model.check_shard({name: tensor.shape for name, tensor in stored.items()})
-    model.to(getattr(torch, params.model.dtype)).to_empty(device=xm.xla_device())
+    model.to(dtype).to_empty(device=xm.xla_device())
     nxd.load_checkpoint(str(shards), tag=PRETRAINED_TAG, model=model, strict=True)
     add_lora(model, params.lora)
     model.to(xm.xla_device())  # LoRA's layers
-    for weight in whole_weights(model):
-        # With sequence parallelism each rank has its own tokens' part of this gradient. NxDOptimizer adds up the
-        # gradients of parameters with this mark; NxD's own LoRA does not set it.
-        setattr(weight, "sequence_parallel_enabled", params.neuron.sequence_parallel)  # noqa: B010 (mypy)
     return model
 
 
@@ -79,35 +74,37 @@ def save_adapter(folder: Path, model: DecoderLM) -> None:
         save_rank(rank_file(folder, LORA_TAG, model.backend.tp_rank), adapter)
 
 
-def _nxd_config(params: Params) -> dict[str, Any]:
-    """NxD's own configuration. When the process group exists, this call creates NxD's groups too."""
-    return nxd.neuronx_distributed_config(
-        tensor_parallel_size=params.convert.tp_size,
-        # ZeRO-1 is off: an adapter's optimizer state is a few MiB per rank. Clipping is the trainer's: NxD's norm
-        # counts a KV head once for each of its kv_size_multiplier copies, so that it would depend on the cut.
-        optimizer_config={"zero_one_enabled": False, "grad_clipping": False},
-        sequence_parallel=params.neuron.sequence_parallel,
-        # The adapter is float32 whatever the model's dtype: it is its own master weight.
-        mixed_precision_config={"use_master_weights": False, "use_fp32_grad_acc": False},
+def create_groups(params: Params) -> "NxdMesh":
+    """NxD's groups over the ranks of the process group, which must exist."""
+    state.initialize_model_parallel(
+        tensor_model_parallel_size=params.convert.tp_size,
         # Which cores are neighbours depends on it: with 2, tp 32 on 64 cores, the replicas are ranks 0…15, 48…63 and
         # 16…47. NxD's default, 1, gives 0…31 and 32…63, which it says cannot talk to each other (parallel_state.py).
         lnc_size=params.neuron.logical_core_size,
     )
+    state.initialize_kv_group(params.convert.kv_size_multiplier)
+    return NxdMesh()
 
 
 class NxdMesh:
-    """The part of torch's DeviceMesh that the trainer uses, over NxD's groups."""
+    """The part of torch's DeviceMesh that the trainer uses, over NxD's groups. Without `dim`, for both dims."""
 
-    def __init__(self, nxd_config: dict[str, Any], get_group: Callable[[], dist.ProcessGroup] | None = None):
-        self.nxd_config = nxd_config
-        self.get_group = get_group
+    def __init__(self, dim: str | None = None):
+        self.dim = dim
 
     def __getitem__(self, dim: str) -> "NxdMesh":
-        groups = {
-            "data_parallel": state.get_data_parallel_group,
-            "tensor_parallel": state.get_tensor_model_parallel_group,
-        }
-        return NxdMesh(self.nxd_config, groups[dim])
+        return NxdMesh(dim)
+
+    def get_group(self) -> dist.ProcessGroup:
+        if self.dim == "data_parallel":
+            return state.get_data_parallel_group()
+        return state.get_tensor_model_parallel_group()
+
+    def get_local_rank(self) -> int:
+        """NxD's number. torch's in the group is another one where NxD does not list the ranks in ascending order."""
+        if self.dim == "data_parallel":
+            return state.get_data_parallel_rank()
+        return state.get_tensor_model_parallel_rank()
 
 
 # Lightning ----------------------------------------------------------------------------------------------------------
@@ -117,7 +114,7 @@ class NxdMesh:
 
 def trainer_placement(params: Params) -> dict[str, Any]:
     warnings.filterwarnings("ignore", category=FutureWarning, module="neuronx_distributed")
-    return {"accelerator": NeuronAccelerator(), "strategy": NxdStrategy(params), "plugins": [NxdPrecision()]}
+    return {"accelerator": NeuronAccelerator(), "strategy": NxdStrategy(params)}
 
 
 class NeuronAccelerator(Accelerator):
@@ -150,22 +147,6 @@ class NeuronAccelerator(Accelerator):
         return "neuron"
 
 
-class NxdPrecision(Precision):
-    """Runs a step in the order that NxD's optimizer wants."""
-
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        loss = closure()  # forward and backward; NxDOptimizer would reduce the gradients before it called this
-        # NxDOptimizer.step reduces gradients over the replicas and steps in one call. What Lightning does between the
-        # two (the module's hook before a step, clipping) runs in a hook there.
-        hook = optimizer.optimizer.register_step_pre_hook(lambda *_: self._after_closure(model, optimizer))
-        optimizer.step()
-        hook.remove()
-        xm.mark_step()
-        return loss
-
-
 class NxdStrategy(ModelParallelStrategy):
     """Lightning over NxD's data- and tensor-parallel groups."""
 
@@ -181,8 +162,13 @@ class NxdStrategy(ModelParallelStrategy):
         self.set_world_ranks()
         if not dist.is_initialized():
             dist.init_process_group("gloo" if cpu_mode() else "xla", rank=self.global_rank, world_size=self.world_size)
-        self._device_mesh = NxdMesh(_nxd_config(self.params))  # type: ignore[assignment]
-        state.initialize_kv_group(self.params.convert.kv_size_multiplier)
+        if xr.world_size() != self.world_size:
+            # torch_xla's collectives would then return their input, and each rank would train its own adapter.
+            raise UserError(
+                f"torch_xla sees {xr.world_size()} of the {self.world_size} ranks: set neuron.python to an environment "
+                "whose torch_xla and torch_neuronx are of one SDK"
+            )
+        self._device_mesh = create_groups(self.params)  # type: ignore[assignment]
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 

@@ -346,6 +346,9 @@ class TorchBackend:
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
         return _LinearCrossEntropy.apply(hidden, lm_head.weight, targets, self.tp_group)
 
+    def mark_step(self) -> None:
+        """Every operation has been computed."""
+
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 

@@ -122,6 +122,7 @@ class DecoderLM(nn.Module):
         self.recompute_layers = False
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
+        self._frequencies: Tensor | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, backend: Backend, kv_size_multiplier: int) -> "DecoderLM":
@@ -170,7 +171,7 @@ class DecoderLM(nn.Module):
         x = self.model.embed_tokens(input_ids)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
-        cos, sin = rotary_tables(rotary_frequencies(self.config).to(x.device), position_ids, x.dtype)
+        cos, sin = rotary_tables(self._rotary_frequencies(x.device), position_ids, x.dtype)
         attention_plan = self.backend.prepare_attention(document_ids)
         last = self.model.layers[-1]
         for layer in self.model.layers:
@@ -181,6 +182,12 @@ class DecoderLM(nn.Module):
                 x = layer(*inputs)
         x = self.model.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
+
+    def _rotary_frequencies(self, device: torch.device) -> Tensor:
+        """They stay on the device: on torch_xla, computing them again would copy them from the host each time."""
+        if self._frequencies is None or self._frequencies.device != device:
+            self._frequencies = rotary_frequencies(self.config).to(device)
+        return self._frequencies
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part (…, V/tp) of the logits of hidden states (…, H)."""

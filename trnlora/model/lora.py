@@ -170,7 +170,8 @@ def whole_weights(model: DecoderLM) -> list[nn.Parameter]:
 def random_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
     """A bool tensor whose values are True with probability `p`, a multiple of 2⁻¹⁶."""
     if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(p)
+        # torch_xla cannot draw a bool, and would compare with a Python number in float64.
+        return torch.rand(shape, device=device) < torch.full((), p, device=device)
     # Four values from each random word: a CPU draws a word as fast as it draws one value with bernoulli_, and that
     # would cost as much time as the layer's matrix product.
     size = math.prod(shape)

@@ -66,6 +66,13 @@ class Backend(Protocol):
         """
         ...
 
+    def mark_step(self) -> None:
+        """Where operations are only recorded: compute all that was recorded so far, as one graph. Elsewhere nothing.
+
+        A value that Python reads (`item`) before that is computed by itself, with all that leads to it, and then again.
+        """
+        ...
+
     def seed(self, seed: int) -> None:
         """Seed this rank's random numbers (dropout) from here on."""
         ...

@@ -37,10 +37,7 @@ def describe(params: Params, config: ModelConfig) -> Iterator[str]:
     else:
         yield f"steps        {plan.steps_per_epoch} per epoch, {plan.steps} in total ({rows} packed rows, {origin})"
     yield f"tokens       {plan.tokens_per_step:,} per step, padding included"
-    yield (
-        f"collectives  per step and core: {plan.tp_bytes_per_step / GIB:.2f} GiB within a replica, "
-        f"{plan.dp_bytes_per_step / MIB:.1f} MiB between replicas"
-    )
+    yield _collectives_line(plan)
     yield from _instance_lines(params, config)
 
 
@@ -50,6 +47,18 @@ def _core_line(plan: Plan) -> str:
         f"per core     {plan.core_bytes / GIB:.2f} GiB: weights {plan.shard_bytes / GIB:.3f} GiB, "
         f"activations {plan.activation_bytes / GIB:.3f} GiB, logits {plan.logit_bytes / MIB:.1f} MiB, "
         f"adapter {adapter:.1f} MiB, its gradient {adapter:.1f} MiB, optimizer {2 * adapter:.1f} MiB"
+    )
+
+
+def _collectives_line(plan: Plan) -> str:
+    within: dict[str, int] = {}
+    for collective in plan.collectives:
+        if collective.group != "dp":
+            within[collective.kind] = within.get(collective.kind, 0) + collective.volume
+    kinds = ", ".join(f"{kind} {volume / GIB:.2f} GiB" for kind, volume in within.items())
+    return (
+        f"collectives  per step and core: {kinds or 'none'} within a replica, "
+        f"{plan.dp_bytes_per_step / MIB:.1f} MiB between replicas"
     )
 
 

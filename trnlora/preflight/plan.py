@@ -17,9 +17,9 @@ from trnlora.model.targets import (
 )
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
+from trnlora.preflight.collectives import DTYPE_BYTES, Collective, micro_batch_collectives, step_collectives
 from trnlora.weights.nxd_layout import shard_shapes
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 2**20
 GIB = 2**30
 
@@ -40,14 +40,23 @@ class Plan:
     tokens_per_step: int  # padding included
     activation_bytes: int  # kept for the backward pass of one micro-batch, on one core
     logit_bytes: int  # float32 logits and their softmax, on one core
-    tp_bytes_per_step: int  # that one core passes to all-reduces within its replica
-    dp_bytes_per_step: int  # that one core passes to all-reduces between replicas
+    collectives: list[Collective]  # of one core, per step
     flops_per_step: float  # of all cores
 
     @property
     def core_bytes(self) -> int:
         """Memory of one core: weights, adapter, activations, logits."""
         return self.shard_bytes + self.adapter_bytes + self.activation_bytes + self.logit_bytes
+
+    @property
+    def tp_bytes_per_step(self) -> int:
+        """Bytes that one core passes to collectives within its replica."""
+        return sum(collective.volume for collective in self.collectives if collective.group != "dp")
+
+    @property
+    def dp_bytes_per_step(self) -> int:
+        """Bytes that one core passes to collectives between replicas."""
+        return sum(collective.volume for collective in self.collectives if collective.group == "dp")
 
 
 def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> Plan:
@@ -61,17 +70,13 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
     if packed_rows is not None:
         steps_per_epoch = math.ceil(packed_rows / train.global_batch_size)
         steps = min(steps_per_epoch * train.epochs, train.max_steps or math.inf)
-    dtype, tokens = DTYPE_BYTES[params.model.dtype], train.micro_batch_size * params.data.seq_len
+    tokens = train.micro_batch_size * params.data.seq_len
     micro_batches = train.global_batch_size // (train.micro_batch_size * train.dp_size)  # per replica
-    on_neuron, layers = params.backend == "nxd", config.num_hidden_layers
-    # Per layer, an all-reduce after attention and one after the MLP in the forward pass, one before each in the
-    # backward pass, and with NxD's layers LoRA's narrow ones; one more for the embedding and one for the loss's
-    # gradient. With sequence parallelism each becomes an all-gather and a reduce-scatter of the same volume.
-    hidden_bytes = tokens * config.hidden_size * dtype
-    modules = peft_modules(lora.target_modules)
-    narrow = len(fused_layers(modules)) if on_neuron else 0
-    tp_bytes = (4 * layers + 2) * hidden_bytes + layers * narrow * tokens * lora.r * 4
-    logit_rows = tokens if on_neuron else min(LOSS_CHUNK, tokens)
+    per_step = [
+        dataclasses.replace(collective, count=collective.count * micro_batches)
+        for collective in micro_batch_collectives(params, config)
+    ]
+    logit_rows = tokens if params.backend == "nxd" else min(LOSS_CHUNK, tokens)
     # Forward, and backward to the activations (frozen weights have no gradients): 2 FLOPs each per weight and token.
     # Attention scores are not counted; the embedding, a look-up, only if it is the lm_head too.
     matrices = sum(math.prod(shape) for shape in shapes.values())
@@ -91,8 +96,7 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
         tokens_per_step=train.global_batch_size * params.data.seq_len,
         activation_bytes=_activation_bytes(params, config, tokens),
         logit_bytes=logit_rows * config.vocab_size // convert.tp_size * 4 * 2,
-        tp_bytes_per_step=tp_bytes * micro_batches if convert.tp_size > 1 else 0,
-        dp_bytes_per_step=per_rank * 4 if train.dp_size > 1 else 0,
+        collectives=per_step + step_collectives(params, config),
         flops_per_step=(4.0 + recomputed) * matrices * train.global_batch_size * params.data.seq_len,
     )
 

@@ -1,6 +1,7 @@
 """Packed rows in the order of training, split into global batches, replicas and micro-batches."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -43,8 +44,9 @@ class MicroBatches(Dataset):
     """The micro-batches of one data-parallel replica for one epoch, as a dataset of ready batches.
 
     A global batch is `global_batch_size` rows. The last one is filled up with empty rows (without labels), so that
-    every replica has the same number of micro-batches. Each item has the four columns (micro_batch_size, seq_len) and
-    `loss_scale`. Multiplied by it, the sums of token losses add up to the mean over the labelled tokens of the global
+    every replica has the same number of micro-batches. Each item has the four columns (micro_batch_size, seq_len),
+    `tokens`, the number of tokens in this micro-batch of all replicas, without padding, and `loss_scale`. Multiplied by
+    `loss_scale`, the sums of token losses add up to the mean over the labelled tokens of the global
     batch, for any number of replicas and micro-batches. (A mean of means would weight a token by its row's length.)
     loss_scale also undoes Lightning's division by the number of accumulated batches.
 
@@ -69,14 +71,17 @@ class MicroBatches(Dataset):
         steps = -(-len(order) // global_batch_size)
         filled = torch.cat([order, order.new_full((steps * global_batch_size - len(order),), -1)])
         # (steps, accumulate, dp, micro): interleaved over the replicas, so that each gets some of the empty rows
-        self.index = filled.view(steps, self.accumulate, dp_size, micro_batch_size)[:, :, dp_rank]
-        labelled = torch.cat([(rows["labels"] != -100).sum(1), torch.zeros(1, dtype=torch.long)])  # [-1]: empty
+        index = filled.view(steps, self.accumulate, dp_size, micro_batch_size)
+        self.index = index[:, :, dp_rank]
+        lengths = torch.cat([(rows["document_ids"] > 0).sum(1), torch.zeros(1, dtype=torch.long)])  # [-1]: empty
+        self.tokens_of_micro_batch = lengths[index].sum((2, 3))
+        labelled = torch.cat([(rows["labels"] != -100).sum(1), torch.zeros(1, dtype=torch.long)])
         self.tokens_of_step = labelled[filled].view(steps, -1).sum(1).clamp(min=1)
 
     def __len__(self) -> int:
         return self.index.shape[0] * self.index.shape[1]
 
-    def __getitem__(self, item: int) -> dict[str, Tensor]:
+    def __getitem__(self, item: int) -> dict[str, Any]:
         if item >= len(self):
             raise IndexError(item)
         step, micro = divmod(item, self.accumulate)
@@ -88,7 +93,7 @@ class MicroBatches(Dataset):
             longest = max(1, int((batch["document_ids"] > 0).sum(1).max()))
             batch = {name: column[:, :longest] for name, column in batch.items()}
         batch["loss_scale"] = self.accumulate / self.tokens_of_step[step]
-        return batch
+        return {**batch, "tokens": int(self.tokens_of_micro_batch[step, micro])}
 
 
 def steps_per_epoch(rows: int, global_batch_size: int) -> int:

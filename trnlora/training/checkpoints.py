@@ -148,7 +148,7 @@ class ResumePoint:
         file = Path(self.folder) / _rank_file(mesh)
         send = cluster.num_nodes() > 1 and groups_carry_objects
         state: list[Any] = [None]
-        if not send or dist.get_rank(replicas) == 0:
+        if not send or mesh["data_parallel"].get_local_rank() == 0:
             if not file.exists():
                 raise UserError(f"{file} is not on this node: resuming on several nodes needs a shared folder")
             state[0] = torch.load(file, weights_only=True, map_location="cpu")
@@ -158,7 +158,7 @@ class ResumePoint:
 
 
 def _rank_file(mesh: Any) -> str:
-    return f"tp_rank_{dist.get_rank(mesh['tensor_parallel'].get_group()):02d}.pt"
+    return f"tp_rank_{mesh['tensor_parallel'].get_local_rank():02d}.pt"
 
 
 def restore_curves(saved: Path, target: Path) -> None:
@@ -201,7 +201,7 @@ class Checkpoints(pl.Callback):
             return
         step = trainer.global_step
         if step % self.every == 0 and not module.is_validated(step):
-            self.save(step, module)
+            self.save(step, trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if trainer.sanity_checking:
@@ -209,19 +209,20 @@ class Checkpoints(pl.Callback):
         step = trainer.global_step
         at_the_end = step == module.total_steps or trainer.should_stop
         if step % self.every == 0 or step % module.steps_per_epoch == 0 or at_the_end:
-            self.save(step, module)
+            self.save(step, trainer)
 
-    def save(self, step: int, module: Any) -> None:
+    def save(self, step: int, trainer: pl.Trainer) -> None:
         """Each rank of the first replica writes a file to a folder that the first rank renames when all are done."""
+        module: Any = trainer.lightning_module
         rank = dist.get_rank()
         target = self.folder / f"step_{step:08d}"
         with atomic_dir(target) if rank == 0 else contextlib.nullcontext():
-            dist.barrier()
+            trainer.strategy.barrier("folder")
             state = module.training_state()
-            if dist.get_rank(module.dp_group) == 0:
+            if module.dp_rank == 0:
                 with atomic_file(partial_path(target) / _rank_file(module.device_mesh)) as partial:
                     torch.save(state, partial)
-            dist.barrier()
+            trainer.strategy.barrier("files")
             if self.progress.curves:
                 write_json(partial_path(target) / RUN, self._run_at(step, module.train_params.dp_size))
                 self.progress.flush()

@@ -137,6 +137,16 @@ def broadcast_from_first(value: Any) -> Any:
     return json.loads(store.get("trnlora/decision"))
 
 
+def gather(name: str, value: Any) -> list[Any]:
+    """Every rank's `value` (JSON types), by rank, through the same store: not all process groups carry objects.
+
+    Call on all ranks, once for a name.
+    """
+    store = _store()
+    store.set(f"trnlora/{name}/{os.environ['RANK']}", json.dumps(value))
+    return [json.loads(store.get(f"trnlora/{name}/{rank}")) for rank in range(int(os.environ["WORLD_SIZE"]))]
+
+
 @functools.cache
 def _store() -> Any:
     import torch.distributed as dist
@@ -165,10 +175,8 @@ def own_address() -> str:
 
 def limit_waiting(groups: list[Any]) -> None:
     """From now on, let collectives of these groups fail after SILENCE_SECONDS. Call when every rank has its model."""
-    import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    dist.barrier()
     for group in groups:
         _set_pg_timeout(timedelta(seconds=SILENCE_SECONDS), group)
 

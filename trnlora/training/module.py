@@ -98,6 +98,8 @@ class LoraFinetuner(pl.LightningModule):
 
     def training_state(self) -> dict[str, Any]:
         """Everything that this rank needs to resume after an optimizer step, as CPU tensors."""
+        assert self.model is not None
+        self.model.backend.mark_step()
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         state = {
             "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
@@ -112,6 +114,7 @@ class LoraFinetuner(pl.LightningModule):
         assert self.device_mesh is not None  # set by the strategy
         self.model = self.build(self.device_mesh)
         self.dp_group = self.device_mesh["data_parallel"].get_group()
+        self.dp_rank = self.device_mesh["data_parallel"].get_local_rank()
         self.tp_group = self.device_mesh["tensor_parallel"].get_group()
         if self.restore:
             self.restored = self.restore(self.device_mesh)
@@ -136,7 +139,7 @@ class LoraFinetuner(pl.LightningModule):
             order,
             global_batch_size=self.train_params.global_batch_size,
             micro_batch_size=self.train_params.micro_batch_size,
-            dp_rank=dist.get_rank(self.dp_group),
+            dp_rank=self.dp_rank,
             dp_size=self.train_params.dp_size,
             static_shapes=self.model.backend.static_shapes,
         )
@@ -178,7 +181,7 @@ class LoraFinetuner(pl.LightningModule):
         depend on the number of replicas.
         """
         micro_batch = index % self.trainer.accumulate_grad_batches * self.train_params.dp_size
-        micro_batch += dist.get_rank(self.dp_group)
+        micro_batch += self.dp_rank
         seed = f"{self.train_params.seed} {self.global_step} {micro_batch}"
         assert self.model is not None
         self.model.backend.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
@@ -192,14 +195,13 @@ class LoraFinetuner(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Sum the ranks' and the replicas' gradients. Each is divided by the number of tokens in the global batch."""
         assert self.model is not None
+        self.model.backend.mark_step()  # so that a step's last micro-batch has the graph of those before
         whole = [weight.grad for weight in whole_weights(self.model)]
         self.model.backend.add_over_ranks([gradient for gradient in whole if gradient is not None])
         if dist.get_world_size(self.dp_group) > 1:
             gradients = [parameter.grad for parameter in self._trainable().values() if parameter.grad is not None]
             self.model.backend.add_over_replicas(gradients, self.dp_group)
             dist.all_reduce(self.step_loss, group=self.dp_group)
-        self.train_loss = self.step_loss.item()
-        self.step_loss.zero_()
         self.lr = optimizer.param_groups[0]["lr"]
 
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
@@ -213,12 +215,14 @@ class LoraFinetuner(pl.LightningModule):
             squares[int(tensor.cut is Cut.WHOLE)] += parameter.grad.square().sum() / copies
         dist.all_reduce(cut := squares[:1].clone(), group=self.tp_group)
         norm = (cut[0] + squares[1]).sqrt()
-        self._check_finite("loss", self.train_loss)
-        self._check_finite("gradient's norm", norm.item())
         scale = (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter in self._trainable().values():
             parameter.grad.mul_(scale)  # type: ignore[union-attr]
-        self.grad_norm = norm.item()
+        self.model.backend.mark_step()
+        self.train_loss, self.grad_norm = self.step_loss.item(), norm.item()
+        self.step_loss.zero_()
+        self._check_finite("loss", self.train_loss)
+        self._check_finite("gradient's norm", self.grad_norm)
 
     def _check_finite(self, what: str, value: float) -> None:
         """Raise NotFinite if `value` is not finite. All ranks raise it, since it covers the global batch."""
@@ -251,10 +255,14 @@ class LoraFinetuner(pl.LightningModule):
         self.validation_sums += torch.stack([loss_sum, tokens]).to(self.validation_sums.dtype)
 
     def on_validation_epoch_end(self) -> None:
+        assert self.model is not None
+        self.model.backend.mark_step()  # the last batch, in the graph of the others
         dist.all_reduce(self.validation_sums, group=self.dp_group)
         # The ranks of a replica have computed the same sums. If one had not, it alone would stop, and the others wait.
         dist.all_reduce(self.validation_sums, op=dist.ReduceOp.MAX, group=self.tp_group)
-        loss = (self.validation_sums[0] / self.validation_sums[1]).item()
+        mean = self.validation_sums[0] / self.validation_sums[1]
+        self.model.backend.mark_step()
+        loss = mean.item()
         if self.check_finite and not math.isfinite(loss):
             raise NotFinite(f"the validation loss is {loss}", self.global_step, [])
         if self.trainer.sanity_checking:

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
-import torch.distributed as dist
 from dvclive import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from trnlora.training import cluster
 from trnlora.training.loggers import Loggers
 
 LINES = 20  # progress lines in a log, for any number of steps
@@ -54,11 +54,7 @@ class TrainingProgress(pl.Callback):
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        dp_size = module.train_params.dp_size
-        tokens = (batch["document_ids"] > 0).sum()
-        if dp_size > 1:
-            dist.all_reduce(tokens, group=module.dp_group)
-        self.tokens += int(tokens)
+        self.tokens += batch["tokens"]
         self.seconds += time.perf_counter() - self._started
         if (index + 1) % trainer.accumulate_grad_batches:
             return
@@ -108,6 +104,4 @@ class TrainingProgress(pl.Callback):
     def peak_rss_gib() -> list[float]:
         """Peak resident memory of every rank, GiB. Call on all ranks."""
         mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-        peaks = [0.0] * dist.get_world_size()
-        dist.all_gather_object(peaks, mine)
-        return peaks
+        return cluster.gather("peak_rss_gib", mine)

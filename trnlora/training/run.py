@@ -101,11 +101,11 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
             kept_step = fit(trainer, module, start)
             if curves:
                 curves.end()
-            save_adapter(backend, params, module)
+            save_adapter(backend, params, trainer)
         write_results(params, config, inputs, trainer, kept_step, progress, time.perf_counter() - started)
     if is_first():
         shutil.rmtree(start.folder.parent)  # the run is complete; starting it again trains from the beginning
-    dist.barrier()  # no rank exits while another one still communicates
+    trainer.strategy.barrier("end")  # no rank exits while another one still communicates
 
 
 def is_first() -> bool:
@@ -233,6 +233,7 @@ def make_trainer(
 
     def on_fit_start(*_: Any) -> None:  # all ranks have their models
         if cluster.num_nodes() > 1:
+            trainer.strategy.barrier("models")
             cluster.limit_waiting([dist.group.WORLD, module.dp_group])
 
     trainer = pl.Trainer(
@@ -244,6 +245,7 @@ def make_trainer(
         accumulate_grad_batches=train.global_batch_size // (train.micro_batch_size * train.dp_size),
         # The base model's loss: the whole validation set before the first step. A resumed run already has it.
         num_sanity_val_steps=0 if start.resume else -1,
+        inference_mode=False,  # gradients flow through tensors that a validation has made: `DecoderLM._frequencies`
         reload_dataloaders_every_n_epochs=1,  # each epoch has its own order
         use_distributed_sampler=False,  # MicroBatches distributes the rows over the replicas
         enable_checkpointing=False,  # Lightning's hold the whole model, but not the position in an epoch
@@ -289,12 +291,12 @@ def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
     return kept_step
 
 
-def save_adapter(backend: TrainingBackend, params: Params, module: LoraFinetuner) -> None:
+def save_adapter(backend: TrainingBackend, params: Params, trainer: pl.Trainer) -> None:
     """Every rank writes its file to the folder that the first rank renames at the end."""
-    assert module.model is not None
+    module: Any = trainer.lightning_module
     partial = partial_path(paths.LORA_SHARDS)
     backend.save_adapter(partial, module.model)
-    dist.barrier()
+    trainer.strategy.barrier("adapter")
     if is_first():
         write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))
         write_sums(partial)

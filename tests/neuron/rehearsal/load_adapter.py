@@ -9,7 +9,6 @@ import neuronx_distributed as nxd
 import torch
 import torch.distributed as dist
 from neuronx_distributed.modules.lora import LoraConfig, LoraModel
-from neuronx_distributed.parallel_layers import parallel_state
 
 from trnlora import paths
 from trnlora.backends import nxd as backend
@@ -22,14 +21,13 @@ from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_fi
 
 params = load_params()
 dist.init_process_group("gloo")
-nxd_config = nxd_training._nxd_config(params)
-parallel_state.initialize_kv_group(params.convert.kv_size_multiplier)
+nxd_training.create_groups(params)
 config = ModelConfig.from_folder(paths.MODEL)
 
 
 def base_model() -> DecoderLM:
     model = DecoderLM.empty(
-        config, backend.NxdBackend(params.neuron, nxd_config), params.convert.kv_size_multiplier
+        config, backend.NxdBackend(params.neuron, torch.float32), params.convert.kv_size_multiplier
     ).to_empty(device="cpu")
     nxd.load_checkpoint(str(paths.SHARDS), tag=PRETRAINED_TAG, model=model, strict=True)
     return model.eval()

@@ -1,46 +1,10 @@
-"""Replaces torch_xla, torch_neuronx, libneuronxla, neuronxcc and nki, so that NxD's Python code runs on a CPU.
+"""Stands in for torch_xla: collectives use gloo, and the device is the CPU. What is not defined here is a MagicMock."""
 
-Collectives use gloo, the device is the CPU, and everything that is not defined here is an inert MagicMock. Import this
-before any part of NxD. NEURON_PLATFORM_TARGET_OVERRIDE (trn1 | trn2) is the hardware that NxD detects.
-"""
-
-import importlib.abc
-import importlib.machinery
 import os
-import sys
-import types
-from unittest.mock import MagicMock
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-
-ROOTS = ("torch_xla", "torch_neuronx", "libneuronxla", "neuronxcc", "nki", "nkilib")
-
-
-class FakeModule(types.ModuleType):
-    __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        mock = MagicMock(name=f"{self.__name__}.{name}")
-        setattr(self, name, mock)
-        return mock
-
-
-class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ROOTS:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return FakeModule(spec.name)
-
-    def exec_module(self, module):
-        if module.__name__ in MODULES:
-            vars(module).update(MODULES[module.__name__])
 
 
 def rank():
@@ -68,9 +32,11 @@ def all_reduce(op, tensors, scale=1.0, groups=None, pin_layout=True):
     single = isinstance(tensors, torch.Tensor)
     reduced = []
     for tensor in [tensors] if single else tensors:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=group_of(groups))
-        reduced.append(tensor * scale)
+        value = tensor.contiguous()
+        dist.all_reduce(value, group=group_of(groups))
+        if not single:
+            tensor.copy_(value)
+        reduced.append(value * scale)
     return reduced[0] if single else reduced
 
 
@@ -134,18 +100,8 @@ class MpDeviceLoader:
         return len(self._loader)
 
 
-class CollectivesConfig:
-    def __init__(self, replica_groups=None):
-        self.replica_groups = replica_groups
-        self.rank_src_tgt_pairs = {each: [] for group in replica_groups for each in group}
-
-
 def local_device_count():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def get_platform_target(*unused):
-    return os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
 
 
 os.environ.setdefault("FAKE_HOST_WORLD_SIZE", "1")
@@ -188,20 +144,7 @@ MODULES = {
         "ZeroRedundancyOptimizer": type("ZeroRedundancyOptimizer", (torch.optim.Optimizer,), {}),
     },
     "torch_xla.distributed.parallel_loader": {"MpDeviceLoader": MpDeviceLoader},
-    "torch_neuronx.utils": {"get_platform_target": get_platform_target, "SUPPORTED_TYPES": {}},
-    "torch_neuronx.utils.utils": {"get_platform_target": get_platform_target, "SUPPORTED_TYPES": {}},
-    "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
-    "neuronxcc.nki._private_kernels.collectives": {"CollectivesConfig": CollectivesConfig},
 }
-
-
-class NeuronClasses:
-    """torch.classes.neuron, where NxD looks for the types of the runtime."""
-
-    def __getattr__(self, name):
-        kind = type(name, (), {})
-        setattr(self, name, kind)
-        return kind
 
 
 def map_xla_to_cpu():
@@ -210,7 +153,3 @@ def map_xla_to_cpu():
     torch.nn.Module.to = lambda module, *args, **kwargs: to(
         module, *["cpu" if arg == "xla" else arg for arg in args], **kwargs
     )
-
-
-sys.meta_path.insert(0, Finder())
-torch.classes.neuron = NeuronClasses()
