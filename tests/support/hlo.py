@@ -66,6 +66,15 @@ def read_hlo(path: Path) -> list[Instruction]:
     return instructions
 
 
+def executed_graphs(path: Path) -> list[tuple[str, int]]:
+    """Hash and number of matrix products of each graph that torch_xla has executed, in order.
+
+    path: what it writes with XLA_SAVE_TENSORS_FILE and XLA_SAVE_TENSORS_FMT=hlo.
+    """
+    graphs = path.read_text("utf-8").split("[ScheduleSyncTensorsGraph]\n")[1:]
+    return [(str(re.findall(r"Graph Hash: (\S+)", graph)[0]), len(re.findall(r" dot\(", graph))) for graph in graphs]
+
+
 @functools.cache
 def function_at(file: str, line: int) -> str:
     """The function that holds a line of a Python file: `file.py:Class.method`."""

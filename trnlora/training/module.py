@@ -98,8 +98,6 @@ class LoraFinetuner(pl.LightningModule):
 
     def training_state(self) -> dict[str, Any]:
         """Everything that this rank needs to resume after an optimizer step, as CPU tensors."""
-        assert self.model is not None
-        self.model.backend.mark_step()
         optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         state = {
             "adapter": {name: parameter.detach() for name, parameter in self._trainable().items()},
@@ -223,6 +221,12 @@ class LoraFinetuner(pl.LightningModule):
         self.step_loss.zero_()
         self._check_finite("loss", self.train_loss)
         self._check_finite("gradient's norm", self.grad_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Forward, backward and the hooks above are the closure that the optimizer calls."""
+        super().optimizer_step(*args, **kwargs)
+        assert self.model is not None
+        self.model.backend.mark_step()  # what follows a step, of which there are several kinds, is no part of its graph
 
     def _check_finite(self, what: str, value: float) -> None:
         """Raise NotFinite if `value` is not finite. All ranks raise it, since it covers the global batch."""

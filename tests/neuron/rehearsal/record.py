@@ -23,6 +23,10 @@ main = runpy.run_path(str(Path(__file__).parents[3] / "stages" / "finetune_lora.
 EPS = 1e-3
 
 
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", copy=True)
+
+
 class WholeRows(finetuner.MicroBatches):
     """Keeps the padding at the end of rows on both backends, since random numbers (dropout) depend on the shape."""
 
@@ -33,10 +37,10 @@ class WholeRows(finetuner.MicroBatches):
 class Recorder(finetuner.LoraFinetuner):
     def on_train_start(self) -> None:
         assert self.model is not None
-        names = ("input_ids", "position_ids", "document_ids")
+        rows = (self.validation_rows[name][:1] for name in ("input_ids", "position_ids", "document_ids"))
         with torch.no_grad():
-            logits = self.model.logits(self.model(*(self.validation_rows[name][:1] for name in names)))
-        self.record: dict[str, Any] = {"logits": logits, "steps": [], "attentions": 0}
+            logits = self.model.logits(self.model(*(row.to(self.device) for row in rows)))
+        self.record: dict[str, Any] = {"logits": logits.cpu(), "steps": [], "attentions": 0}
         if "NXD_CPU_MODE" in os.environ:
             from trnlora.backends import nxd
 
@@ -56,8 +60,8 @@ class Recorder(finetuner.LoraFinetuner):
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         parameters = self._trainable()
-        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}  # type: ignore[union-attr]
+        weights = {name: copy(parameter.detach()) for name, parameter in parameters.items()}
+        gradients = {name: copy(parameter.grad) for name, parameter in parameters.items()}  # type: ignore[arg-type]
         self.record["steps"].append({"weights": weights, "gradients": gradients})
         super().configure_gradient_clipping(*args, **kwargs)
 
