@@ -37,8 +37,10 @@ def test_replicas_and_micro_batches_add_up_to_the_global_batch(
     for step in range(len(replicas[0]) // accumulate):
         weight, step_rows = 0.0, []
         for item in range(step * accumulate, (step + 1) * accumulate):
-            for replica in replicas:
-                batch = replica[item]
+            batches = [replica[item] for replica in replicas]
+            tokens = sum(int((batch["document_ids"] > 0).sum()) for batch in batches)
+            assert {batch["tokens"] for batch in batches} == {tokens}
+            for batch in batches:
                 weight += float((batch["labels"] != -100).sum() * batch["loss_scale"]) / accumulate
                 step_rows += [int(row[0]) - 1 for row in batch["document_ids"] if row[0] > 0]
         expected = order[step * global_batch_size : (step + 1) * global_batch_size].tolist()
