@@ -121,8 +121,9 @@ def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     parts = str(lacking.value).split("; ")
     assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
-    assert parts[2].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
-    assert len(parts) == 3
+    assert parts[2].startswith("neuronx-cc, libneuronpjrt-path beside ")
+    assert parts[3].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
+    assert len(parts) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ from trnlora.params import Params
 
 # neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), from its repository and its release notes.
 NXD_VERSIONS = ("0.18", "0.19")
+# Programs of the training environment that torch_neuronx and libneuronxla start by name, so that they must be on PATH.
+PROGRAMS = ("neuronx-cc", "libneuronpjrt-path")
+RERUN_WITH = "TRNLORA_RERUN_WITH"  # in a process that `rerun_in_neuron_environment` has started: its Python
 
 _ASK = """
 import importlib.metadata as m, json, sys
@@ -34,6 +37,22 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] |
     return versions
 
 
+def training_python(params: Params) -> str:
+    """The absolute path of the training processes' Python. A link is not followed: a virtual environment's is one."""
+    return str(Path(params.neuron.python or sys.executable).absolute())
+
+
+def with_own_bin(python: str, path: str) -> str:
+    """The search path `path` with the folder of `python` first, unchanged if it is first already.
+
+    A link is not followed: the programs of a virtual environment are next to the link.
+    """
+    folder = str(Path(python).absolute().parent)
+    if path.split(os.pathsep)[0] == folder:
+        return path
+    return os.pathsep.join(filter(None, [folder, path]))
+
+
 def training_environment(
     params: Params, ranks_per_node: int, num_nodes: int = 1, first_address: str = "localhost"
 ) -> dict[str, str]:
@@ -42,7 +61,7 @@ def training_environment(
     The same as in AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh),
     except XLA_USE_BF16, which would also make the float32 adapter bfloat16: here tensors keep their own dtypes. FI_…,
     for several nodes, are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
-    Variables that the user has set keep their values.
+    Variables that the user has set keep their values; PATH and PYTHONPATH get a folder in front.
     """
     neuron = params.neuron
     env = {
@@ -69,6 +88,7 @@ def training_environment(
     if params.convert.hw_backend == "trn2":
         env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
     env = {name: os.environ.get(name, value) for name, value in env.items()}
+    env["PATH"] = with_own_bin(training_python(params), os.environ.get("PATH", ""))
     # The stages import this project, which is not installed in the Neuron environment.
     root, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
     if root not in given.split(os.pathsep):
@@ -77,18 +97,19 @@ def training_environment(
 
 
 def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
-    """Replace this process by the same command with the Python and environment that Trainium needs, if they differ.
+    """Replace this process by the same command with the Python and environment that Trainium needs.
 
-    Raises UserError when neuron.python is not an executable Python interpreter.
+    Once: the new process is recognized by RERUN_WITH, not by its interpreter, which a neuron.python that only starts
+    another one, such as pyenv's, would never equal. Raises UserError when neuron.python is not an executable file.
     """
-    python = params.neuron.python or sys.executable
-    env = training_environment(params, ranks_per_node, num_nodes, first_address)
-    if python == sys.executable and env.items() <= os.environ.items():
+    python = training_python(params)
+    if os.environ.get(RERUN_WITH) == python:
         return
     if not os.access(python, os.X_OK):
         raise UserError(
             f"neuron.python {python} is not an executable Python interpreter: name that of your Neuron environment in "
             "params.yaml"
         )
+    env = training_environment(params, ranks_per_node, num_nodes, first_address) | {RERUN_WITH: python}
     sys.stdout.flush()
     os.execve(python, [python, "-u", *sys.argv], {**os.environ, **env})

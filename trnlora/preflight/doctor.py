@@ -144,14 +144,9 @@ def check_neuron(params: Params) -> str:
     version = DRIVER.read_text().strip()
     return (
         f"backend {params.backend}: Neuron driver {version}, {neuron_cores(params)} cores for "
-        f"{training_processes(params)} training processes, {neuron_python(params)}, "
+        f"{training_processes(params)} training processes, {nxd_environment.training_python(params)}, "
         f"compile cache {params.neuron.compile_cache}"
     )
-
-
-def neuron_python(params: Params) -> str:
-    """The interpreter of the training processes."""
-    return params.neuron.python or sys.executable
 
 
 def neuron_cores(params: Params) -> int | None:
@@ -186,7 +181,7 @@ def _missing_hardware(params: Params) -> Iterator[str]:
 
 def _missing_packages(params: Params) -> Iterator[str]:
     """Packages of the training environment: AWS's, and those of pyproject.toml's group neuron."""
-    python = neuron_python(params)
+    python = nxd_environment.training_python(params)
     found = nxd_environment.installed(python, (*NEURON_PACKAGES, *requirements.group("neuron")))
     if found is None:
         yield f"neuron.python {python} (set it to the Python of your Neuron environment: ls -d /opt/aws_neuronx*)"
@@ -194,6 +189,12 @@ def _missing_packages(params: Params) -> Iterator[str]:
     missing = [name for name, version in found.items() if version is None]
     if missing:
         yield f'{", ".join(missing)} in {python} (docs/trainium.md, "The environments")'
+    programs = [name for name in nxd_environment.PROGRAMS if not os.access(Path(python).with_name(name), os.X_OK)]
+    if programs:
+        yield (
+            f"{', '.join(programs)} beside {python} (neuron.python must be in the bin folder of an environment with "
+            "torch-neuronx and neuronx-cc: training starts these programs by name)"
+        )
     nxd = found["neuronx-distributed"]
     if nxd and not nxd.startswith(nxd_environment.NXD_VERSIONS):
         yield (

@@ -4,13 +4,12 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from trnlora import paths
-from trnlora.backends.nxd_environment import training_environment
+from trnlora.backends.nxd_environment import training_environment, training_python
 from trnlora.errors import UserError
 from trnlora.params import Params
 
@@ -22,7 +21,7 @@ def compile_command(params: Params) -> tuple[list[str], dict[str, str]]:
     """The command, to be run in SCRATCH, and its environment variables. Raises UserError for cpu and cuda."""
     if params.backend != "nxd":
         raise UserError(f"backend {params.backend} compiles nothing; `make profile NAME=llama3-8b-trn2-nxd` does")
-    python = Path(params.neuron.python or sys.executable)
+    python = Path(training_python(params))
     env = training_environment(params, params.convert.tp_size * params.train.dp_size) | {
         "NEURON_CC_FLAGS": f"{params.neuron.cc_flags} --retry_failed_compilation",
         "NEURON_PARALLEL_COMPILE_MAX_RETRIES": "1",
