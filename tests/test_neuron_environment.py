@@ -1,4 +1,4 @@
-"""The training stage in the Neuron environment: its programs on PATH and its variables. Stubs stand for AWS's programs."""
+"""The training stage in the Neuron environment: its programs on PATH. Stubs stand for AWS's programs."""
 
 import os
 import shutil
@@ -11,8 +11,9 @@ import yaml
 from support import ROOT
 
 from trnlora.backends.nxd_environment import PROGRAMS, with_own_bin
+from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.preflight.doctor import check_neuron
+from trnlora.preflight.neuron_checks import check_neuron
 from trnlora.profiles import load_profile, profile_values
 
 
@@ -75,7 +76,7 @@ def test_the_stage_finds_the_programs_of_the_neuron_environment(project: Path, t
 
 
 def test_a_python_that_starts_another_one_is_started_once(project: Path, tmp_path: Path) -> None:
-    """As pyenv's do: sys.executable of the new process is never neuron.python. A logger that is missing ends the stage."""
+    """As pyenv's do: sys.executable of the new process is never neuron.python."""
     log = tmp_path / "started"
     python = executable(tmp_path / "shims/python", f'echo "$TRNLORA_RERUN_WITH" >> {log}\nexec {sys.executable} "$@"')
     done = train(project, python, TRNLORA_RERUN_WITH="/another/python", NEURON_RT_NUM_CORES="1")
@@ -83,13 +84,26 @@ def test_a_python_that_starts_another_one_is_started_once(project: Path, tmp_pat
     assert log.read_text("utf-8").splitlines() == [str(python)]
 
 
+def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This Python is used as a Neuron environment without AWS's packages."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_USE_BF16", "1")
+    with pytest.raises(UserError) as lacking:
+        check_neuron(profile(python=sys.executable))
+    parts = str(lacking.value).split("; ")
+    assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
+    assert parts[2].startswith("neuronx-cc, libneuronpjrt-path beside ")
+    assert parts[3].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
+    assert len(parts) == 4
+
+
 def test_doctor_names_programs_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     python = executable(tmp_path / "python", f'exec {sys.executable} "$@"')
     executable(tmp_path / "neuronx-cc", "")
-    with pytest.raises(Exception, match=f"; libneuronpjrt-path beside {python} ") as lacking:
+    with pytest.raises(UserError, match=f"; libneuronpjrt-path beside {python} "):
         check_neuron(profile(python=str(python)))
     executable(tmp_path / "libneuronpjrt-path", "")
-    with pytest.raises(Exception, match="lacks") as lacking:
+    with pytest.raises(UserError, match="lacks") as lacking:
         check_neuron(profile(python=str(python)))
     assert " beside " not in str(lacking.value)
