@@ -1,4 +1,4 @@
-"""What doctor and the launcher find on a Trainium machine. Stubs stand for its programs, as AWS documents their output."""
+"""What doctor and the launcher find on a Trainium machine. Stubs print what AWS documents of its programs."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def profile(name: str = TRN2, **sections: dict[str, Any]) -> Params:
 
 
 def device(number: int, processes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """A device of a trn2.48xlarge, with the keys of the example in aws-neuron-sdk, tools/neuron-sys-tools/neuron-ls.rst."""
+    """A device of a trn2.48xlarge. Keys of the example in aws-neuron-sdk, tools/neuron-sys-tools/neuron-ls.rst."""
     return {
         "neuron_device": number, "bdf": "cc:00.0", "cpu_affinity": "48-95,144-191", "numa_node": "1",
         "connected_to": [12, 3, 4, 1], "nc_count": 4, "logical_neuroncore_config": 2, "memory_size": 103079215104,
@@ -83,7 +83,8 @@ def test_counts_the_logical_cores_of_the_run(
 
 
 def test_other_output_of_neuron_ls_is_no_list_of_devices(neuron_ls: Callable[[Any], None]) -> None:
-    for output in ("not a list of devices", [{"neuron_device": 0}], {}):
+    outputs: list[Any] = ["not a list of devices", [{"neuron_device": 0}], {}]
+    for output in outputs:
         neuron_ls(output)
         assert not neuron_machine.devices()
 
