@@ -16,7 +16,7 @@ from support import ROOT
 
 from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.preflight.doctor import check_loggers, check_memory, check_neuron, check_port, checks, neuron_cores
+from trnlora.preflight.doctor import check_loggers, check_memory, check_port, checks
 from trnlora.profiles import load_profile
 
 
@@ -109,39 +109,6 @@ def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
     assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
-
-
-def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This Python is used as a Neuron environment without AWS's packages."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("XLA_USE_BF16", "1")
-    with pytest.raises(UserError) as lacking:
-        check_neuron(
-            profile("llama3-8b-trn2-nxd", neuron={"python": sys.executable, "compile_cache": "s3://bucket/cache"})
-        )
-    parts = str(lacking.value).split("; ")
-    assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
-    assert parts[2].startswith("float32: XLA_USE_BF16 makes the adapter bfloat16")
-    assert len(parts) == 3
-
-
-@pytest.mark.parametrize(
-    ("devices", "size", "cores"),
-    [
-        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 2, 64),  # a trn2.48xlarge with its default setting
-        ([{"nc_count": 4, "logical_neuroncore_config": 2}] * 16, 1, 128),
-        ([{"nc_count": 2}] * 16, 1, 32),  # a trn1.32xlarge
-        ("not a list of devices", 1, None),
-    ],
-)
-def test_counts_the_logical_cores_of_the_run(
-    devices: Any, size: int, cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "neuron-ls"
-    tool.write_text(f"#!/bin/sh\necho '{json.dumps(devices)}'\n", "utf-8")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert neuron_cores(profile("llama3-8b-trn2-nxd", neuron={"logical_core_size": size})) == cores
 
 
 def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

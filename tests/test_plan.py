@@ -255,7 +255,7 @@ def test_training_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEURON_RT_ROOT_COMM_ID", "10.0.0.1:48620")
     monkeypatch.delenv("NEURON_CC_FLAGS", raising=False)
     env = training_environment(profile("llama3-8b-trn2-nxd")[0], ranks_per_node=64)
-    assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1"
+    assert env["NEURON_CC_FLAGS"] == "--model-type=transformer -O1 --retry_failed_compilation"
     assert {env[name] for name in ("NEURON_RT_NUM_CORES", "NUM_NEURONCORES", "TPU_NUM_DEVICES")} == {"64"}
     assert env["NEURON_LOGICAL_NC_CONFIG"] == "2"
     assert env["NEURON_RT_ROOT_COMM_ID"] == "10.0.0.1:48620"  # set by the user
@@ -277,7 +277,9 @@ def test_precompilation_uses_the_options_of_the_real_run() -> None:
         [*command, *chosen("llama3-8b-trn2-nxd")], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     venv = "/opt/aws_neuronx_venv_pytorch_2_9/bin"
-    assert f"{venv}/neuron_parallel_compile {venv}/python -u {ROOT}/stages/finetune_lora.py" in printed
+    tool = rf"{venv}/neuron_parallel_compile --num_parallel [1-9]\d* {venv}/python -u {ROOT}/stages/finetune_lora.py"
+    assert re.search(tool, printed)
+    assert re.search(f"PATH='?{venv}:", printed)
     assert "NEURON_CC_FLAGS='--model-type=transformer -O1 --retry_failed_compilation'" in printed
     assert "NEURON_COMPILE_CACHE_URL=/var/tmp/neuron-compile-cache" in printed
     refused = subprocess.run([*command, *chosen("smollm2-135m-cpu")], cwd=ROOT, capture_output=True, text=True)

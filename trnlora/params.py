@@ -24,6 +24,10 @@ from pydantic import (
 from trnlora import paths
 from trnlora.errors import UserError
 
+# Ranks that AWS supports on an instance; the last is all logical cores of the largest one. trn2's are those of joined
+# cores (logical_core_size 2). Sources: aws-neuron-sdk, archive/nxd-training/mlp.rst and bert.rst, "Currently …".
+SUPPORTED_RANKS = {"trn1": (1, 2, 8, 32), "trn2": (1, 4, 16, 64)}
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -280,6 +284,20 @@ class Params(Section):
             raise ValueError("lora.share_a: false is not supported on nxd: NxD's layers of q, k and v have one input")
         if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:
             raise ValueError("neuron.logical_core_size must be 1 on trn1, whose cores cannot be joined")
+        ranks, supported = self.train.dp_size * self.convert.tp_size, supported_ranks(self)
+        if supported and ranks not in supported and (ranks % supported[-1] or self.convert.tp_size > supported[-1]):
+            raise ValueError(
+                f"train.dp_size {self.train.dp_size} × convert.tp_size {self.convert.tp_size} is {ranks} ranks, which "
+                f"AWS does not support on {self.convert.hw_backend}: choose them for {', '.join(map(str, supported))}, "
+                f"or for several full instances with {supported[-1]} each"
+            )
+
+
+def supported_ranks(params: Params) -> tuple[int, ...] | None:
+    """The numbers of ranks that AWS supports on one instance; None where it says nothing (trn2's cores not joined)."""
+    if params.convert.hw_backend == "trn2" and params.neuron.logical_core_size != 2:
+        return None
+    return SUPPORTED_RANKS[params.convert.hw_backend]
 
 
 def load_params(path: Path = paths.PARAMS) -> Params:

@@ -20,6 +20,7 @@ from support.nxd import REHEARSAL, XLA_PYTHON, stand_in_environment, xla_environ
 from trnlora.files import write_sums
 
 QKV = ["qkv_proj"]
+RANKS = {"trn2": 4, "trn1": 8}  # AWS supports four on trn2 only
 PLAIN = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
 
 
@@ -73,14 +74,14 @@ class Rehearsals:
         return self.folders[key]
 
     def converted(
-        self, where: str, hw_backend: str, multiplier: int, dp_size: int = 1, *, ranks: int = 4, **sections: Any
+        self, where: str, hw_backend: str, multiplier: int, dp_size: int = 1, *, ranks: int = 0, **sections: Any
     ) -> Path:
-        """A new folder with params, rows and shards for a run of `ranks` ranks.
+        """A new folder with params, rows and shards for a run of `ranks` ranks (default: RANKS).
 
         where: cpu; nxd, with the stand-in; or torch_xla: nxd with the real one.
         """
         folder = self.tmp_path_factory.mktemp(where) / "run"
-        tp_size = ranks // dp_size
+        tp_size = (ranks or RANKS[hw_backend]) // dp_size
         dtype = sections.get("model", {}).get("dtype", "float32")
         shutil.copytree(self.prepared(tp_size // multiplier, dtype), folder, symlinks=True)
         steps = {"epochs": 9, "max_steps": self.steps, "lr": 2.0e-4}
@@ -97,14 +98,14 @@ class Rehearsals:
         return folder
 
     def train(
-        self, where: str, hw_backend: str, multiplier: int, dp_size: int = 1, *, ranks: int = 4, **sections: Any
+        self, where: str, hw_backend: str, multiplier: int, dp_size: int = 1, *, ranks: int = 0, **sections: Any
     ) -> Path:
         """A folder after a run. `record` in it has what its ranks computed, see record.py."""
         key = repr((where, hw_backend, multiplier, dp_size, ranks, sections))
         if key not in self.folders:
             folder = self.converted(where, hw_backend, multiplier, dp_size, ranks=ranks, **sections)
             (folder / "record").mkdir()
-            env, launcher = environment(where, hw_backend, ranks)
+            env, launcher = environment(where, hw_backend, ranks or RANKS[hw_backend])
             run_script(REHEARSAL / "record.py", folder, {**env, "RECORD": str(folder / "record")}, launcher)
             self.folders[key] = folder
         return self.folders[key]

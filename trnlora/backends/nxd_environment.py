@@ -3,8 +3,10 @@
 Imports neither torch nor a Neuron package.
 """
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,37 @@ from pathlib import Path
 from trnlora.errors import UserError
 from trnlora.params import Params
 
-# neuronx-distributed of SDK 2.29 (0.18), 2.30 and 2.31 (0.19), from its repository and its release notes.
-NXD_VERSIONS = ("0.18", "0.19")
+
+@dataclasses.dataclass(frozen=True)
+class Sdk:
+    """A release of the Neuron SDK that has NxD, and the drivers (major, minor) that its runtime works with."""
+
+    name: str
+    nxd: str  # the beginning of neuronx-distributed's version
+    compiler: str  # of neuronx-cc's
+    driver: str  # of aws-neuronx-dkms's, as released
+    oldest: tuple[int, int]
+    too_new: tuple[int, int] | None = None
+
+
+# Sources: aws-neuron-sdk, src/helperscripts/n2-manifest.json for the versions, and neuron-runtime/nrt-troubleshoot.rst:
+# a newer driver serves an older runtime, and a newer runtime may need a newer driver. Exceptions are in
+# release-notes/components/runtime.rst: runtime 2.32 (SDK 2.30) does not work with driver 2.26 or older, and driver 2.29
+# needs runtime 2.33 (SDK 2.31). NxD's versions are from its repository and its release notes.
+SDKS = (
+    Sdk("2.29", "0.18", "2.24", "2.27.4.0", (2, 27), (2, 29)),
+    Sdk("2.30", "0.19", "2.25", "2.28.0.0", (2, 27), (2, 29)),
+    Sdk("2.31", "0.19", "2.26", "2.29.0.0", (2, 29)),
+)
+NXD_VERSIONS = tuple(dict.fromkeys(sdk.nxd for sdk in SDKS))
+# Programs of the training environment that torch_neuronx and libneuronxla start by name, so that they must be on PATH.
+PROGRAMS = ("neuronx-cc", "libneuronpjrt-path")
+# The cache keeps failed compilations, also of a compiler that was killed for lack of memory, and a later run would fail
+# at once without this flag. It is read by the compiler's wrapper only, and AWS's NxD examples train with it. Sources:
+# aws-neuron-sdk, about-neuron/arch/neuron-features/neuron-caching.rst; neuronx-distributed,
+# examples/training/llama/lightning/run_llama_7b_tp_ptl.sh.
+RETRY = "--retry_failed_compilation"
+RERUN_WITH = "TRNLORA_RERUN_WITH"  # in a process that `rerun_in_neuron_environment` has started: its Python
 
 _ASK = """
 import importlib.metadata as m, json, sys
@@ -34,6 +65,38 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] |
     return versions
 
 
+def sdk_of(compiler: str) -> Sdk | None:
+    """The release that a version of neuronx-cc is from; None if it has no NxD."""
+    return next((sdk for sdk in SDKS if compiler.split(".")[:2] == sdk.compiler.split(".")), None)
+
+
+def check_driver(driver: str, sdk: Sdk) -> None:
+    """Raise UserError if the runtime of `sdk` does not work with a version of the driver."""
+    major, minor = (int(part) for part in driver.split(".")[:2])
+    if (major, minor) < sdk.oldest or (sdk.too_new and (major, minor) >= sdk.too_new):
+        raise UserError(
+            f"Neuron driver {driver} does not fit SDK {sdk.name}, which neuron.python has: install that of the release "
+            f"(sudo apt-get install --allow-downgrades aws-neuronx-dkms={sdk.driver}*), stop all processes on the "
+            "devices and reload it (sudo rmmod neuron && sudo modprobe neuron)"
+        )
+
+
+def training_python(params: Params) -> str:
+    """The absolute path of the training processes' Python. A link is not followed: a virtual environment's is one."""
+    return str(Path(params.neuron.python or sys.executable).absolute())
+
+
+def with_own_bin(python: str, path: str) -> str:
+    """The search path `path` with the folder of `python` first, unchanged if it is first already.
+
+    A link is not followed: the programs of a virtual environment are next to the link.
+    """
+    folder = str(Path(python).absolute().parent)
+    if path.split(os.pathsep)[0] == folder:
+        return path
+    return os.pathsep.join(filter(None, [folder, path]))
+
+
 def training_environment(
     params: Params, ranks_per_node: int, num_nodes: int = 1, first_address: str = "localhost"
 ) -> dict[str, str]:
@@ -42,12 +105,12 @@ def training_environment(
     The same as in AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh),
     except XLA_USE_BF16, which would also make the float32 adapter bfloat16: here tensors keep their own dtypes. FI_…,
     for several nodes, are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
-    Variables that the user has set keep their values.
+    Variables that the user has set keep their values; PATH and PYTHONPATH get a folder in front.
     """
     neuron = params.neuron
     env = {
         # --model-type=transformer: optimizations for this kind of model. -O1: compiles a layer once and reuses it.
-        "NEURON_CC_FLAGS": neuron.cc_flags,
+        "NEURON_CC_FLAGS": f"{neuron.cc_flags} {RETRY}",
         "NEURON_COMPILE_CACHE_URL": neuron.compile_cache,
         # Compile softmax as one operation.
         "NEURON_FUSE_SOFTMAX": "1",
@@ -69,6 +132,7 @@ def training_environment(
     if params.convert.hw_backend == "trn2":
         env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
     env = {name: os.environ.get(name, value) for name, value in env.items()}
+    env["PATH"] = with_own_bin(training_python(params), os.environ.get("PATH", ""))
     # The stages import this project, which is not installed in the Neuron environment.
     root, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
     if root not in given.split(os.pathsep):
@@ -76,19 +140,30 @@ def training_environment(
     return env
 
 
-def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
-    """Replace this process by the same command with the Python and environment that Trainium needs, if they differ.
+def compile_cache(params: Params) -> str:
+    """The folder or s3:// address in which compiled graphs are kept, with the precedence that Neuron's cache has.
 
-    Raises UserError when neuron.python is not an executable Python interpreter.
+    Source: aws-neuron-sdk, about-neuron/arch/neuron-features/neuron-caching.rst.
     """
-    python = params.neuron.python or sys.executable
-    env = training_environment(params, ranks_per_node, num_nodes, first_address)
-    if python == sys.executable and env.items() <= os.environ.items():
+    flags = os.environ.get("NEURON_CC_FLAGS", params.neuron.cc_flags)
+    in_flags = re.search(r"--cache_dir[= ]\s*[\"']?([^\s\"']+)", flags)
+    return in_flags[1] if in_flags else os.environ.get("NEURON_COMPILE_CACHE_URL", params.neuron.compile_cache)
+
+
+def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
+    """Replace this process by the same command with the Python and environment that Trainium needs.
+
+    Once: the new process is recognized by RERUN_WITH, not by its interpreter, which a neuron.python that only starts
+    another one, such as pyenv's, would never equal. Raises UserError when neuron.python is not an executable file.
+    """
+    python = training_python(params)
+    if os.environ.get(RERUN_WITH) == python:
         return
     if not os.access(python, os.X_OK):
         raise UserError(
             f"neuron.python {python} is not an executable Python interpreter: name that of your Neuron environment in "
             "params.yaml"
         )
+    env = training_environment(params, ranks_per_node, num_nodes, first_address) | {RERUN_WITH: python}
     sys.stdout.flush()
     os.execve(python, [python, "-u", *sys.argv], {**os.environ, **env})

@@ -68,7 +68,8 @@ def _instance_lines(params: Params, config: ModelConfig) -> Iterator[str]:
     if instance is None:
         return
     memory = core_memory(instance, params) / GIB
-    yield f"instance     {instance.name}: {memory:.0f} GiB per core, {USABLE:.0%} of it assumed usable"
+    counts = ", ".join(map(str, instance.ranks(params)))
+    yield f"instance     {instance.name}: {memory:.0f} GiB per core, {USABLE:.0%} of it assumed usable; {counts} ranks"
     fit = smallest_fit(params, config)
     if fit is None:
         yield "smallest fit none: no instance holds a replica; shorten data.seq_len or checkpoint activations"

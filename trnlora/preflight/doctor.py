@@ -16,19 +16,17 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from trnlora import requirements
-from trnlora.backends import nxd_environment
 from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
+from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.plan import GIB
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
 from trnlora.weights.nxd_layout import check_divisible
 
 PYTHON = (3, 11)
-NEURON_PACKAGES = ("torch-neuronx", "neuronx-distributed", "neuronx-cc")  # the machine image's
-DRIVER = Path("/sys/module/neuron/version")
 
 Check = Callable[[], str]
 
@@ -38,7 +36,10 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     yield check_python
     yield check_packages
     yield check_repository
-    yield partial(check_neuron if params.backend == "nxd" else check_backend, params)
+    if params.backend == "nxd":
+        yield from neuron_checks(params)
+    else:
+        yield partial(check_backend, params)
     if params.train.loggers and params.backend != "nxd":  # which may train with another Python
         yield partial(check_loggers, params)
     yield partial(check_model, params)
@@ -129,92 +130,6 @@ def check_loggers(params: Params) -> str:
 def training_processes(params: Params) -> int:
     """Number of ranks."""
     return params.convert.tp_size * params.train.dp_size
-
-
-def check_neuron(params: Params) -> str:
-    """Driver, cores, training environment and compile cache of a Trainium machine; all that is missing in one line."""
-    missing = [
-        *_missing_hardware(params),
-        *_missing_packages(params),
-        *_forced_dtypes(),
-        *_missing_compile_cache(params),
-    ]
-    if missing:
-        raise UserError(f"backend {params.backend} lacks " + "; ".join(missing))
-    version = DRIVER.read_text().strip()
-    return (
-        f"backend {params.backend}: Neuron driver {version}, {neuron_cores(params)} cores for "
-        f"{training_processes(params)} training processes, {neuron_python(params)}, "
-        f"compile cache {params.neuron.compile_cache}"
-    )
-
-
-def neuron_python(params: Params) -> str:
-    """The interpreter of the training processes."""
-    return params.neuron.python or sys.executable
-
-
-def neuron_cores(params: Params) -> int | None:
-    """Logical cores of this machine with params.neuron.logical_core_size; None without a working neuron-ls."""
-    tool = shutil.which("neuron-ls", path=f"{os.environ['PATH']}:/opt/aws/neuron/bin")
-    if tool is None:
-        return None
-    listed = subprocess.run([tool, "--json-output"], capture_output=True, text=True)
-    try:
-        # neuron-ls counts logical cores by the machine's setting, which the run's variable overrides. trn1 has none.
-        physical = sum(
-            device["nc_count"] * device.get("logical_neuroncore_config", 1) for device in json.loads(listed.stdout)
-        )
-    except (ValueError, KeyError, TypeError):
-        return None
-    return physical // params.neuron.logical_core_size
-
-
-def _missing_hardware(params: Params) -> Iterator[str]:
-    if not DRIVER.exists():
-        yield "the Neuron driver (start AWS's Neuron machine image, or install aws-neuronx-dkms)"
-        return
-    cores, needed = neuron_cores(params), training_processes(params)
-    if cores is None:
-        yield "neuron-ls (install aws-neuronx-tools)"
-    elif cores < needed:
-        yield (
-            f"cores: {cores} of the {needed} of dp_size × tp_size (lower train.dp_size; a trn2.48xlarge has 64 with "
-            "neuron.logical_core_size 2, a trn1.32xlarge 32)"
-        )
-
-
-def _missing_packages(params: Params) -> Iterator[str]:
-    """Packages of the training environment: AWS's, and those of pyproject.toml's group neuron."""
-    python = neuron_python(params)
-    found = nxd_environment.installed(python, (*NEURON_PACKAGES, *requirements.group("neuron")))
-    if found is None:
-        yield f"neuron.python {python} (set it to the Python of your Neuron environment: ls -d /opt/aws_neuronx*)"
-        return
-    missing = [name for name, version in found.items() if version is None]
-    if missing:
-        yield f'{", ".join(missing)} in {python} (docs/trainium.md, "The environments")'
-    nxd = found["neuronx-distributed"]
-    if nxd and not nxd.startswith(nxd_environment.NXD_VERSIONS):
-        yield (
-            f"a supported neuronx-distributed: {nxd} is not one of {', '.join(nxd_environment.NXD_VERSIONS)} "
-            "(SDK 2.29 to 2.31, the last one with NxD on the machine image)"
-        )
-
-
-def _forced_dtypes() -> Iterator[str]:
-    forced = [name for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16") if os.environ.get(name, "0") != "0"]
-    if forced:
-        yield f"float32: {', '.join(forced)} makes the adapter bfloat16 (unset it)"
-
-
-def _missing_compile_cache(params: Params) -> Iterator[str]:
-    cache = params.neuron.compile_cache
-    if cache.startswith("s3://"):
-        return
-    parent = next(folder for folder in (Path(cache), *Path(cache).absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        yield f"a writable compile cache: {cache} (set neuron.compile_cache to a folder that you can write)"
 
 
 def check_model(params: Params) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
-from trnlora.params import Params
+from trnlora.params import Params, supported_ranks
 from trnlora.preflight.plan import GIB, Plan, make_plan
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -23,6 +23,15 @@ class Instance:
     memory: int  # of the devices, bytes
     flops: float  # bfloat16 FLOPs per second
     network: float  # EFA bandwidth, bits per second
+
+    def ranks(self, params: Params) -> tuple[int, ...]:
+        """The numbers of ranks that this instance runs, in ascending order.
+
+        Those that AWS supports; where it says nothing, all that divide the number of logical cores.
+        """
+        cores = self.cores // params.neuron.logical_core_size
+        supported = supported_ranks(params) or tuple(n for n in range(1, cores + 1) if cores % n == 0)
+        return tuple(count for count in supported if count <= cores)
 
 
 INSTANCES = (  # smallest first
@@ -49,13 +58,18 @@ def core_memory(instance: Instance, params: Params) -> int:
 def on_nodes(params: Params, nodes: int) -> Params:
     """The same run on `nodes` full instances: as many replicas as their cores hold, the same global batch.
 
-    Raises UserError if the global batch does not divide by them.
+    Raises UserError if the global batch does not divide by them, or the ranks of an instance by tp_size.
     """
     instance = instance_of(params)
     if instance is None:
         raise UserError(f"--nodes needs a profile for Trainium; backend {params.backend} has no instance type")
-    cores = instance.cores // params.neuron.logical_core_size
-    replicas = nodes * (cores // params.convert.tp_size)
+    full = instance.ranks(params)[-1]
+    if full % params.convert.tp_size:
+        raise UserError(
+            f"convert.tp_size {params.convert.tp_size} does not divide the {full} ranks of a full {instance.name}, and "
+            "only full instances train together: set it to one that does"
+        )
+    replicas = nodes * (full // params.convert.tp_size)
     rows = params.train.global_batch_size
     if rows % (params.train.micro_batch_size * replicas):
         raise UserError(
@@ -73,8 +87,7 @@ def smallest_fit(params: Params, config: ModelConfig) -> tuple[Instance, Params,
     for instance in INSTANCES:
         if instance.hw_backend != params.convert.hw_backend:
             continue
-        cores = instance.cores // params.neuron.logical_core_size
-        for tp_size in (size for size in range(1, cores + 1) if cores % size == 0):
+        for tp_size in instance.ranks(params):  # one replica: as many ranks
             multiplier = max(1, tp_size // config.num_key_value_heads)
             convert = params.convert.model_copy(update={"tp_size": tp_size, "kv_size_multiplier": multiplier})
             train = params.train.model_copy(update={"dp_size": 1})
