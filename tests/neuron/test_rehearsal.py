@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 from support import ROOT
 from support.nxd import REHEARSAL, stand_in_environment
-from support.rehearsal import QKV, Rehearsals, assert_same_run, metrics, records, run_stage, write_params
+from support.rehearsal import (
+    QKV,
+    Rehearsals,
+    assert_bfloat16_run,
+    assert_same_run,
+    metrics,
+    records,
+    run_stage,
+    write_params,
+)
 
 pytestmark = pytest.mark.long
 
@@ -84,6 +93,16 @@ def test_the_profiles_shape(train: Callable[..., Path]) -> None:
     both = {"sequence_parallel": True, "selective_checkpointing": True}
     lora = {"target_modules": "all-linear"}
     assert_same_run(train("nxd", "trn2", 2, 2, neuron=both, lora=lora), train("cpu", "trn2", 2, 2, lora=lora), STEPS)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_bfloat16(train: Callable[..., Path], tp_size: int) -> None:
+    """As the profiles have it; torch, unlike XLA, raises where dtypes are mixed."""
+    options = {"ranks": tp_size, "lora": {"target_modules": "all-linear"}}
+    both = {"sequence_parallel": True, "selective_checkpointing": True}
+    found = train("nxd", "trn2", 1, **options, model={"dtype": "bfloat16"}, neuron=both)
+    expected = (train("cpu", "trn2", 1, **options, model={"dtype": dtype}) for dtype in ("bfloat16", "float32"))
+    assert_bfloat16_run(found, *expected)
 
 
 @pytest.mark.parametrize("targets", [QKV, "all-linear"], ids=str)

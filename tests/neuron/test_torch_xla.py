@@ -15,7 +15,7 @@ import pytest
 from support import ROOT
 from support.hlo import executed_graphs
 from support.nxd import XLA_PYTHON, xla_environment
-from support.rehearsal import QKV, Rehearsals, adapter, assert_same_run, curve, metrics, run_stage
+from support.rehearsal import QKV, Rehearsals, adapter, assert_bfloat16_run, assert_same_run, curve, metrics, run_stage
 
 pytestmark = pytest.mark.long
 
@@ -63,17 +63,10 @@ def test_two_replicas(train: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bfloat16(train: Callable[..., Path], ranks: int) -> None:
-    """Base weights in bfloat16. The losses are about 12; the bounds are twice what was measured."""
     options: dict[str, Any] = {"ranks": ranks, "lora": ALL_LINEAR}
-    low = train("torch_xla", "trn2", 1, **options, model={"dtype": "bfloat16"}, neuron=BOTH if ranks > 1 else {})
-    for dtype, bound in (("bfloat16", 0.06), ("float32", 0.12)):
-        expected = train("cpu", "trn2", 1, **options, model={"dtype": dtype})
-        losses = zip(curve(low, "loss"), curve(expected, "loss"), strict=True)
-        worst = max(abs(a - b) for a, b in losses)
-        gap = abs(metrics(low)["validation_loss"] - metrics(expected)["validation_loss"])
-        print(f"\n{ranks} ranks, against {dtype} on cpu: losses differ by {worst:.3f}, validation by {gap:.3f}")
-        assert max(worst, gap) < bound
-    assert {str(tensor.dtype) for shard in adapter(low) for tensor in shard.values()} == {"torch.float32"}
+    found = train("torch_xla", "trn2", 1, **options, model={"dtype": "bfloat16"}, neuron=BOTH if ranks > 1 else {})
+    expected = (train("cpu", "trn2", 1, **options, model={"dtype": dtype}) for dtype in ("bfloat16", "float32"))
+    assert_bfloat16_run(found, *expected)
 
 
 # The stage as a user starts it ----------------------------------------------------------------------------------------

@@ -149,6 +149,21 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(file, weights_only=True) for file in files]
 
 
+def assert_bfloat16_run(found: Path, in_bfloat16: Path, in_float32: Path) -> None:
+    """The losses of a run with bfloat16 base weights are near those of two runs on cpu; its adapter is float32.
+
+    The losses are about 12. The bounds are twice the largest difference that was seen.
+    """
+    print()
+    for expected, bound in ((in_bfloat16, 0.06), (in_float32, 0.12)):
+        losses = zip(curve(found, "loss"), curve(expected, "loss"), strict=True)
+        worst = max(abs(a - b) for a, b in losses)
+        validation = abs(metrics(found)["validation_loss"] - metrics(expected)["validation_loss"])
+        print(f"training losses differ by {worst:.3f}, validation losses by {validation:.3f} (bound {bound})")
+        assert max(worst, validation) < bound
+    assert {str(tensor.dtype) for shard in adapter(found) for tensor in shard.values()} == {"torch.float32"}
+
+
 def assert_same_run(found: Path, expected: Path, steps: int, tolerance: float = 1e-4) -> None:
     """Both runs have the same logits, adapter and, for every step, loss, gradients, gradient norm and learning rate.
 
