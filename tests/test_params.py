@@ -56,10 +56,11 @@ def test_trn2_profile_divides_llama3_8b() -> None:
     assert params.convert.tp_size * params.train.dp_size == 64  # logical cores of a trn2.48xlarge
 
 
-def test_a_lora_a_for_each_layer_is_refused_on_nxd() -> None:
+@pytest.mark.parametrize(("section", "key", "value"), [("lora", "share_a", False), ("model", "dtype", "float16")])
+def test_what_nxd_does_not_have_is_refused(section: str, key: str, value: Any) -> None:
     values = profile_values("llama3-8b-trn2-nxd", ROOT / "profiles")
-    values["lora"]["share_a"] = False
-    with pytest.raises(UserError, match=r"lora\.share_a: false is not supported on nxd: "):
+    values[section][key] = value
+    with pytest.raises(UserError, match=rf"{section}\.{key}: {str(value).lower()} is not supported on nxd"):
         check_params(values, ROOT / "params.yaml")
 
 

@@ -280,6 +280,8 @@ class Params(Section):
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
                 f"convert.tp_size {self.convert.tp_size}"
             )
+        if self.model.dtype == "float16":
+            raise ValueError("model.dtype: float16 is not supported on nxd, whose embeddings are bfloat16 or float32")
         if not self.lora.share_a:
             raise ValueError("lora.share_a: false is not supported on nxd: NxD's layers of q, k and v have one input")
         if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:

@@ -2,7 +2,7 @@
 
 Written against neuronx_distributed 0.18 (Neuron SDK 2.29); 0.19 of SDK 2.30 and 2.31 has the same training code. The
 model, data, schedule, clipping and adapter format are those of every backend. tests/neuron runs this file against
-NxD's own Python code on a CPU; no part of it has been run on a device.
+NxD's own Python code and torch_xla on a CPU; no part of it has been run on a device.
 """
 
 from collections.abc import Callable, Sequence

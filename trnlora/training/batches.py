@@ -45,10 +45,10 @@ class MicroBatches(Dataset):
 
     A global batch is `global_batch_size` rows. The last one is filled up with empty rows (without labels), so that
     every replica has the same number of micro-batches. Each item has the four columns (micro_batch_size, seq_len),
-    `tokens`, the number of tokens in this micro-batch of all replicas, without padding, and `loss_scale`. Multiplied by
-    `loss_scale`, the sums of token losses add up to the mean over the labelled tokens of the global
-    batch, for any number of replicas and micro-batches. (A mean of means would weight a token by its row's length.)
-    loss_scale also undoes Lightning's division by the number of accumulated batches.
+    `tokens` and `loss_scale`. tokens: their number in this micro-batch of all replicas, without padding. loss_scale:
+    multiplied by it, the sums of token losses add up to the mean over the labelled tokens of the global batch, for any
+    number of replicas and micro-batches. (A mean of means would weight a token by its row's length.) It also undoes
+    Lightning's division by the number of accumulated batches.
 
     order: row indices, in the order of the epoch. static_shapes: keep the columns at their full length, for a graph
     compiled for that length; otherwise padding that ends all rows of a micro-batch is cut off.
