@@ -234,7 +234,7 @@ def test_plan_is_printed_offline() -> None:
     assert "138 in total (721 packed rows, estimated from the size of data.source" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     # DP ms: 35.6 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
-    assert rows == [["2", "4", "4", "1.69", "16.38", "35.6", "2.99", "0.092", "138"]]
+    assert rows == [["2", "4", "4", "1.69", "49.58", "35.6", "2.99", "0.092", "138"]]
     refused = planned(*chosen("llama3-8b-trn2-nxd"), "--nodes", "16")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: train.global_batch_size 16 is not a multiple of")

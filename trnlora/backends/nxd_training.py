@@ -1,7 +1,7 @@
 """Training with NxD on torch_xla: model, groups, strategy, adapter. See `trnlora.backends.training.TrainingBackend`.
 
-Written against neuronx_distributed 0.18 (Neuron SDK 2.29). tests/neuron runs this file against NxD's own Python code and
-torch_xla on a CPU; no part of it has been run on a device.
+Written against neuronx_distributed 0.18 (Neuron SDK 2.29). tests/neuron runs this file against NxD's own Python code
+and torch_xla on a CPU; no part of it has been run on a device.
 """
 
 import os
