@@ -34,6 +34,16 @@ def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] |
     return versions
 
 
+def with_own_bin(python: str, path: str) -> str:
+    """`path` (a value of PATH) with the folder of `python` first; unchanged if it is first already.
+
+    torch_xla's Neuron plugin and NxD look up `libneuronpjrt-path` and `neuronx-cc` on PATH. Both are next to the
+    environment's Python, which is started by its path and not through an activated environment.
+    """
+    own = str(Path(python).absolute().parent)
+    return path if path.split(os.pathsep)[0] == own else os.pathsep.join(filter(None, [own, path]))
+
+
 def training_environment(
     params: Params, ranks_per_node: int, num_nodes: int = 1, first_address: str = "localhost"
 ) -> dict[str, str]:
