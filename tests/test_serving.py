@@ -29,17 +29,17 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT
 from support.adapters import lora_params, write_adapter
 from support.evaluation import EvalWorker
-from support.rows import rows_of
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
-from trnlora.files import write_jsonl, write_sums
+from trnlora.files import write_sums
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.profiles import profile_values
 from trnlora.serving.adapters import Adapter, check_adapter, check_own_adapter
 from trnlora.serving.client import base_url
-from trnlora.serving.server import reason, relay
+from trnlora.serving.process import reason
+from trnlora.serving.server import relay
 from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
 from trnlora.serving.vllm_neuron import neuron_launch
 
@@ -560,49 +560,6 @@ def test_a_server_that_cannot_start_ends_in_one_line(workdir: Path, tmp_path: Pa
 
 
 # The real evaluation stage
-
-
-def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
-    total, count = 0.0, 0
-    for row in rows:
-        ids = torch.tensor([row["token_ids"]])
-        [(begin, _)] = row["labelled"]
-        with torch.no_grad():
-            logits = tuned(input_ids=ids).logits[0, begin - 1 : -1].double()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
-        count += ids.shape[1] - begin
-    return total / count
-
-
-@pytest.fixture(scope="module")
-def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `workdir` with prepared rows of the default data set and PEFT's losses on them."""
-    from transformers import AutoTokenizer
-
-    from trnlora.data.encode import RowEncoder, prepared_example
-    from trnlora.data.templates import load_template
-
-    workdir = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "workdir", symlinks=True))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    rows = rows_of(ROOT / "data" / "tasks.jsonl")
-    encoder = RowEncoder(tokenizer, load_template("dolly", {}, tokenizer), 512, "drop", False, "as_text")
-    (workdir / "artifacts" / "prepared").mkdir()
-    for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
-        examples, _ = encoder.encode(part)
-        write_jsonl(workdir / "artifacts" / "prepared" / f"{split}.jsonl", map(prepared_example, examples))
-    write_sums(workdir / "artifacts" / "prepared")
-    write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
-    validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
-    loss = peft_loss(tiny_llama, adapter, validation)
-    (workdir / "metrics").mkdir()
-    (workdir / "metrics" / "finetune_lora.json").write_text(json.dumps({"validation_loss": loss}))
-    (workdir / "metrics" / "flatten_adapter.json").write_text(json.dumps({"peft_validation_loss": loss}))
-    return workdir
 
 
 def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from support.server import assert_one_line, script
 class Api(http.server.BaseHTTPRequestHandler):
     """The two requests of smoke. `fails`: what the server does with a model's requests."""
 
-    served = ("base", "tuned")
+    served: tuple[str, ...] = ("base", "tuned")
     fails: dict[str, str]
     asked: list[str]
 
