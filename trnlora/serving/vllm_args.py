@@ -29,8 +29,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
     """Keyword arguments of `vllm.LLM`; `serve_command` passes the same ones as command-line flags.
 
     They leave room for what the pipeline trains and for `adapters`, which may have other ranks and layers. With backend
-    nxd they are those of an engine on the host's CPU, for eval_vllm: the Neuron plugin does not compute
-    prompt_logprobs, so the loss could not be compared there. The server's arguments on Trainium are in vllm_neuron.py.
+    nxd they are those of an engine on the host's CPU, for eval.engine: host. Those on Trainium are in vllm_neuron.py.
 
     Raises UserError for a LoRA rank that vLLM cannot serve.
     """
