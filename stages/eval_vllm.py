@@ -10,11 +10,15 @@ The stage fails, with the numbers in one line, if the adapter changes too few an
 silently serves the base model when an adapter does not fit), and if the three losses differ. The answers of a failed
 run are then in artifacts/answers.rejected.jsonl, and none of the files below is written.
 
+With eval.engine: device (backend nxd), vLLM runs on Trainium with the Python of neuron.vllm_python. It gives no
+prompt_logprobs there, so vLLM's losses are left out and the trainer's loss is compared with PEFT's.
+
 With eval.adapter, a PEFT adapter from elsewhere is scored in the same way instead of the trained one. Its loss is then
 only compared with the base model's.
 
 Reads   artifacts/model, artifacts/adapter (and its SHA256SUMS), artifacts/prepared/{validation,test}.jsonl,
-        metrics/finetune_lora.json (validation_loss), metrics/flatten_adapter.json (peft_validation_loss)
+        metrics/finetune_lora.json (validation_loss), metrics/flatten_adapter.json (peft_validation_loss);
+        artifacts/merged, for a vllm-neuron that loads no adapters
 Writes  artifacts/answers.jsonl, metrics/eval_vllm.json, metrics/timing/eval_vllm.json,
         plots/exact_match_by_category.json
 """

@@ -1,5 +1,6 @@
 """Fixtures that several test files share. Their parts are in tests/support."""
 
+import json
 import os
 import shutil
 import sys
@@ -10,14 +11,17 @@ import pytest
 from support import ROOT
 from support.adapters import write_adapter
 from support.browser import Browser
-from support.evaluation import EvalWorker
+from support.evaluation import EvalWorker, peft_loss
 from support.models import FAMILIES, write_llama, write_model
 from support.project import Project, copy_project, make_project
 from support.repro import Finished, run_undisturbed
 from support.results import answer, write_answers
+from support.rows import rows_of
 from support.runs import Runs, prepare
 from support.server import Server
 from support.stages import set_params
+
+from trnlora.files import write_jsonl, write_sums
 
 # Many container images set it. Then each of the many processes that the tests start would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -171,6 +175,32 @@ def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
     (root / "artifacts" / "model").symlink_to(tiny_llama)
     (root / "artifacts" / "adapter").symlink_to(adapter)
     return root
+
+
+@pytest.fixture(scope="session")
+def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `workdir` with prepared rows of the default data set and PEFT's losses on them. Copy it as well."""
+    from transformers import AutoTokenizer
+
+    from trnlora.data.encode import RowEncoder, prepared_example
+    from trnlora.data.templates import load_template
+
+    workdir = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "workdir", symlinks=True))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    rows = rows_of(ROOT / "data" / "tasks.jsonl")
+    encoder = RowEncoder(tokenizer, load_template("dolly", {}, tokenizer), 512, "drop", False, "as_text")
+    (workdir / "artifacts" / "prepared").mkdir()
+    for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
+        examples, _ = encoder.encode(part)
+        write_jsonl(workdir / "artifacts" / "prepared" / f"{split}.jsonl", map(prepared_example, examples))
+    write_sums(workdir / "artifacts" / "prepared")
+    write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
+    validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
+    loss = peft_loss(tiny_llama, adapter, validation)
+    (workdir / "metrics").mkdir()
+    (workdir / "metrics" / "finetune_lora.json").write_text(json.dumps({"validation_loss": loss}))
+    (workdir / "metrics" / "flatten_adapter.json").write_text(json.dumps({"peft_validation_loss": loss}))
+    return workdir
 
 
 @pytest.fixture(scope="session")

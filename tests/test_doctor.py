@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,15 @@ from support import ROOT
 
 from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.preflight.doctor import check_loggers, check_memory, check_port, checks
+from trnlora.preflight.doctor import (
+    check_loggers,
+    check_memory,
+    check_port,
+    check_vllm,
+    checks,
+)
 from trnlora.profiles import load_profile
+from trnlora.serving import vllm_neuron
 
 
 def doctor(*arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -109,6 +117,49 @@ def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
     assert re.search(r"^✗ cannot reach the hub", done.stdout, re.M)
     assert re.search(r"^✓ HF_TOKEN is", done.stdout, re.M)
     assert re.search(r"^. [\d.]+ GiB of memory available, about 12[34]\b", done.stdout, re.M)  # 2 · 15 · dp 2 + 64
+
+
+@pytest.mark.parametrize(
+    ("name", "repro", "engine", "checked"),
+    [
+        ("llama3-8b-trn2-nxd", True, "device", True),
+        ("llama3-8b-trn2-nxd", True, "host", False),
+        ("llama3-8b-trn2-nxd", False, "host", True),  # `make serve`
+        ("smollm2-135m-cpu", False, "host", False),
+    ],
+)
+def test_the_vllm_of_the_device_is_checked_where_it_is_used(name: str, repro: bool, engine: str, checked: bool) -> None:
+    params = profile(name, eval={"engine": engine}, neuron={"vllm_python": sys.executable})
+    found = [check for check in checks(params, repro) if getattr(check, "func", None) is check_vllm]
+    assert len(found) == checked
+    for check in found:
+        with pytest.raises(UserError, match=r"neuron\.vllm_python has no vllm-neuron"):
+            check()
+
+
+def test_the_vllm_of_the_device_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"vllm": "0.16.0", "vllm-neuron": "0.5.0", "neuronx-distributed-inference": "0.10.18399"}
+    monkeypatch.setattr(vllm_neuron, "installed", lambda python, packages: versions)
+    found = check_vllm(profile("llama3-8b-trn2-nxd", neuron={"vllm_python": "/x/python"}))
+    assert found.startswith("vLLM of /x/python serves base and adapter: vllm 0.16.0, vllm-neuron 0.5.0")
+    trn1 = profile("llama3-8b-trn1")
+    with pytest.raises(
+        UserError, match=r"neuronx-distributed-inference 0\.10\.18399 supports trn2 and newer, not trn1"
+    ):
+        check_vllm(trn1)
+
+
+def test_memory_that_vllm_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host: 2 + 2 · 0.5 + its KV cache; on the device, the KV cache is there."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"train": {"dp_size": 1}, "convert": {"tp_size": 1}, "serve": {"kv_cache_gib": 9}}
+    for engine, need in (("host", 12), ("device", 3)):
+        params = profile("llama3-8b-trn2-nxd", eval={"engine": engine}, **sizes)
+        Path("metrics").mkdir(exist_ok=True)
+        recorded = {"source": params.model.source, "weights_gib": 0.5}
+        Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+        assert check_memory(params).endswith(f"about {need} needed")
 
 
 def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from support import ROOT
 from trnlora.data.examples import PreparedExample
 from trnlora.evaluation.answers import Scored, answer_rows, spread
 from trnlora.evaluation.gates import gate
+from trnlora.evaluation.run import loss_gaps
 from trnlora.params import Eval
 from trnlora.serving.engine import Completion
 
@@ -42,6 +43,33 @@ def test_gates(change: dict[str, Any], message: str) -> None:
     assert message in failure
 
 
+def without_losses(change: dict[str, Any]) -> dict[str, Any]:
+    """Metrics with eval.engine: device."""
+    return {"changed_fraction": 0.5, "loss_gap_trainer_peft": 1e-3, "base": {}, "tuned": {}} | change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"changed_fraction": 0.49}, "49.0% of the answers changed (eval.min_changed_fraction 50.0%)"),
+        ({"changed_fraction": float("nan")}, "too little effect in vLLM"),
+        ({"loss_gap_trainer_peft": 2e-3}, "the adapter's loss in training is 0.002000 nats from that of PEFT"),
+        ({"loss_gap_trainer_peft": float("nan")}, "from that of PEFT"),
+    ],
+)
+def test_gates_without_a_loss_in_vllm(change: dict[str, Any], message: str) -> None:
+    assert gate(without_losses({}), limits()) == []
+    (failure,) = gate(without_losses(change), limits())
+    assert message in failure
+
+
+def test_loss_gaps() -> None:
+    others = {"trainer": 1.0, "peft": 1.25}
+    assert loss_gaps(1.5, others) == {"loss_gap_trainer": 0.5, "loss_gap_peft": 0.25}
+    assert loss_gaps(None, others) == {"loss_gap_trainer_peft": 0.25}
+    assert loss_gaps(1.5, {}) == loss_gaps(None, {}) == {}  # an adapter from elsewhere
+
+
 def test_max_prompts_keeps_the_mix_of_a_sorted_file() -> None:
     rows = list(range(10))
     assert spread(rows, 4) == [0, 2, 5, 7]
@@ -72,6 +100,12 @@ def test_metrics_of_a_model_contain_the_categories() -> None:
     assert metrics["response_tokens"] == 7
     assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
     assert TUNED.metrics(ROWS)["exact_match_by_category"] == {"a": 1.0, "b": 0.5}
+
+
+def test_an_engine_without_a_loss_leaves_it_out() -> None:
+    metrics = Scored(None, BASE.answers, BASE.seconds).metrics(ROWS)
+    assert BASE.metrics(ROWS) == {"loss": 2.0} | metrics
+    assert "loss" not in metrics
 
 
 def test_speed_is_of_all_answers_together() -> None:

@@ -10,8 +10,9 @@ from PIL import Image
 from support.browser import Browser
 from support.project import Project
 
+from trnlora.reporting.card import card
 from trnlora.reporting.charts import CHARTS, COLORS
-from trnlora.reporting.results import flat
+from trnlora.reporting.results import flat, load_results
 
 SECTIONS = {
     "run": "What was run",
@@ -172,6 +173,36 @@ def test_metrics_are_printed_as_tables(run_project: Project) -> None:
     assert re.search(rf"│ exact_match_by_category.closed_qa +│ {base:.4g} +│ {tuned:.4g} +│", printed)
     assert re.search(rf"│ eval_vllm +│ prompts +│ {metrics['prompts']} +│", printed)
     assert "base.loss" not in printed
+
+
+def test_a_run_without_losses_in_vllm_is_shown_by_every_tool(
+    run_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As eval.engine: device leaves them: the trainer's loss is shown, and a dash where there is none."""
+    file = run_project.root / "metrics/eval_vllm.json"
+    metrics = json.loads(file.read_text("utf-8"))
+    for name in ("loss_gap_trainer", "loss_gap_peft"):
+        del metrics[name]
+    for name in ("base", "tuned"):
+        del metrics[name]["loss"]
+    file.write_text(json.dumps(metrics | {"loss_gap_trainer_peft": 1e-7}), "utf-8")
+    run_project.commit("On the device")
+
+    report(run_project, "--compare", "HEAD~1")
+    trained = json.loads((run_project.root / "metrics/finetune_lora.json").read_text("utf-8"))["validation_loss"]
+    page = (run_project.root / "reports/report.html").read_text("utf-8")
+    assert f'data-metric="metrics/finetune_lora.json:validation_loss" data-value="{trained!r}">{trained:.4f}' in page
+    summary = (run_project.root / "reports/summary.md").read_text("utf-8")
+    assert re.search(r"^\| loss, nats per token \| – \| – \| 0\.\d+ \| – \|$", summary, re.M)
+    assert re.search(r"^Validation loss with the adapter: \S+ \(trainer\), \S+ \(HF \+ PEFT\)\.$", summary, re.M)
+    run_project.run(".venv/bin/python", "tools/show_metrics.py")
+    difference = run_project.run(".venv/bin/python", "tools/compare.py", "HEAD~1", "HEAD")
+    assert re.search(r"│ eval_vllm tuned\.loss +│ +0\.\d+ │ +– │", difference)
+    run_project.run(".venv/bin/python", "tools/check_metrics.py")
+    changed = run_project.run(".venv/bin/python", "tools/check_metrics.py", "--against", "HEAD~1", check=False)
+    assert "metrics/eval_vllm.json: tuned.loss is None, expected 0." in changed
+    monkeypatch.chdir(run_project.root)
+    assert "The loss is measured on the validation rows" not in card(load_results(), None)
 
 
 @pytest.mark.parametrize("tool", ["report", "card", "show_metrics"])

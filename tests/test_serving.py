@@ -29,17 +29,17 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT
 from support.adapters import lora_params, write_adapter
 from support.evaluation import EvalWorker
-from support.rows import rows_of
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
-from trnlora.files import write_jsonl, write_sums
+from trnlora.files import write_sums
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.profiles import profile_values
 from trnlora.serving.adapters import Adapter, check_adapter, check_own_adapter
 from trnlora.serving.client import base_url
-from trnlora.serving.server import reason, relay
+from trnlora.serving.process import reason
+from trnlora.serving.server import relay
 from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
 from trnlora.serving.vllm_neuron import neuron_launch
 
@@ -179,7 +179,8 @@ def test_dry_run_prints_command_and_environment_but_no_key(workdir: Path) -> Non
 def neuron_workdir(workdir: Path, tmp_path: Path) -> Path:
     """The model and adapter of `workdir`, params for Trainium, and a Python that has vllm-neuron's metadata."""
     (tmp_path / "artifacts").symlink_to(workdir / "artifacts")
-    for name, version in (("vllm", "0.16.0"), ("vllm_neuron", "0.5.0")):
+    packages = {"vllm": "0.16.0", "vllm_neuron": "0.5.0", "neuronx_distributed_inference": "0.10.18399"}
+    for name, version in packages.items():
         (tmp_path / "site" / f"{name}-{version}.dist-info").mkdir(parents=True)
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (tmp_path / "site" / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
@@ -198,14 +199,36 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert done.returncode == 0, done.stderr
     env, command, lora_json, key = done.stdout.splitlines()
     assert "VLLM_NEURON_FRAMEWORK=neuronx-distributed-inference" in env.split()
+    # libneuronpjrt-path and neuronx-cc are found in the environment of the Python that is started.
+    assert any(setting.startswith(f"PATH={neuron_workdir}:") for setting in env.split())
     assert command.startswith(f"{neuron_workdir}/python -m vllm.entrypoints.openai.api_server --model artifacts/model")
-    assert re.search(r'"lora_ckpt_json": "\S+/lora\.json"', command)
+    scratch = re.search(r'"lora_ckpt_json": "(\S+)/lora\.json"', command)
+    assert scratch
     adapters = json.loads(lora_json.removeprefix("lora.json: "))
-    assert adapters["lora-ckpt-paths"] == {"tuned": "adapter"}
+    folders = {"tuned": f"{neuron_workdir}/artifacts/adapter"[1:], "base": f"{scratch[1]}/base"[1:]}
+    assert adapters == {"lora-ckpt-dir": "/", "lora-ckpt-paths": folders, "lora-ckpt-paths-cpu": folders}
     assert key.startswith("(VLLM_API_KEY: not set")
+
+
+def test_a_container_sees_the_compiled_graphs_and_has_its_own_path(neuron_workdir: Path) -> None:
     image = script("tools/serve.py", "--dry-run", "--container", "image:1", cwd=neuron_workdir)
     assert "docker run --rm" in image.stdout
     assert " image:1 -m vllm.entrypoints.openai.api_server --model artifacts/model" in image.stdout
+    compiled = re.search(r"NEURON_COMPILED_ARTIFACTS=(\S+)", image.stdout)
+    assert compiled
+    assert f"--volume={compiled[1]}:{compiled[1]}" in image.stdout
+    assert " PATH=" not in image.stdout
+
+
+def test_trn1_is_refused_by_an_nxdi_that_no_longer_supports_it(neuron_workdir: Path) -> None:
+    params = yaml.safe_load((neuron_workdir / "params.yaml").read_text("utf-8"))
+    params["convert"]["hw_backend"], params["neuron"]["logical_core_size"] = "trn1", 1
+    (neuron_workdir / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
+    done = script("tools/serve.py", "--dry-run", cwd=neuron_workdir)
+    assert_one_line(done, "neuronx-distributed-inference 0.10.18399 supports trn2 and newer, not trn1", "SDK 2.28")
+    of_2_28 = neuron_workdir / "site/neuronx_distributed_inference-0.10.18399.dist-info/METADATA"
+    of_2_28.write_text(of_2_28.read_text("utf-8").replace("0.10.18399", "0.8.16251"), "utf-8")
+    assert script("tools/serve.py", "--dry-run", cwd=neuron_workdir).returncode == 0
 
 
 def test_serve_on_neuron_refuses_a_family_that_nxdi_does_not_have(
@@ -219,8 +242,9 @@ def test_serve_on_neuron_refuses_a_family_that_nxdi_does_not_have(
     (model / "config.json").write_text(json.dumps(config | granite), "utf-8")
     params = Params.model_validate(yaml.safe_load((neuron_workdir / "params.yaml").read_text("utf-8")))
     monkeypatch.chdir(neuron_workdir)
+    tuned = Adapter("tuned", Path("artifacts/adapter"), R, frozenset())
     with pytest.raises(UserError, match="NxDI, which has no GraniteForCausalLM"):
-        neuron_launch(params, "127.0.0.1", 8000, neuron_workdir / "chat.jinja")
+        neuron_launch(params, tuned, "127.0.0.1", 8000, neuron_workdir / "chat.jinja")
     assert not (neuron_workdir / "lora.json").exists()
 
 
@@ -536,49 +560,6 @@ def test_a_server_that_cannot_start_ends_in_one_line(workdir: Path, tmp_path: Pa
 
 
 # The real evaluation stage
-
-
-def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
-    total, count = 0.0, 0
-    for row in rows:
-        ids = torch.tensor([row["token_ids"]])
-        [(begin, _)] = row["labelled"]
-        with torch.no_grad():
-            logits = tuned(input_ids=ids).logits[0, begin - 1 : -1].double()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
-        count += ids.shape[1] - begin
-    return total / count
-
-
-@pytest.fixture(scope="module")
-def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of `workdir` with prepared rows of the default data set and PEFT's losses on them."""
-    from transformers import AutoTokenizer
-
-    from trnlora.data.encode import RowEncoder, prepared_example
-    from trnlora.data.templates import load_template
-
-    workdir = Path(shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "workdir", symlinks=True))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    rows = rows_of(ROOT / "data" / "tasks.jsonl")
-    encoder = RowEncoder(tokenizer, load_template("dolly", {}, tokenizer), 512, "drop", False, "as_text")
-    (workdir / "artifacts" / "prepared").mkdir()
-    for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
-        examples, _ = encoder.encode(part)
-        write_jsonl(workdir / "artifacts" / "prepared" / f"{split}.jsonl", map(prepared_example, examples))
-    write_sums(workdir / "artifacts" / "prepared")
-    write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
-    validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
-    loss = peft_loss(tiny_llama, adapter, validation)
-    (workdir / "metrics").mkdir()
-    (workdir / "metrics" / "finetune_lora.json").write_text(json.dumps({"validation_loss": loss}))
-    (workdir / "metrics" / "flatten_adapter.json").write_text(json.dumps({"peft_validation_loss": loss}))
-    return workdir
 
 
 def test_eval_names_what_is_missing_before_it_starts_vllm(evaluated: Path, tmp_path: Path) -> None:

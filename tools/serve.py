@@ -16,6 +16,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
+from trnlora.backends.nxd_environment import with_own_bin
 from trnlora.cli import add_params, add_server, script_parser, server_address
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
@@ -41,11 +42,10 @@ def main() -> None:
         template = scratch / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
         launch = launch_on_neuron if params.backend == "nxd" else launch_vllm
-        env, command = launch(args, params, host, port, adapters, template)
+        env, command, names = launch(args, params, host, port, adapters, template)
         if args.dry_run:
             print_launch(env, command, scratch)
             return
-        names = [BASE, *(adapter.name for adapter in adapters)]
         supervise(command, env | {"TMPDIR": folder}, base_url(host, port), names)
 
 
@@ -69,28 +69,30 @@ def parse_arguments() -> argparse.Namespace:
 
 def launch_vllm(
     args: argparse.Namespace, params: Params, host: str, port: int, adapters: list[Adapter], template: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Environment and command of the server on a CPU or on GPUs."""
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Environment and command of the server on a CPU or on GPUs, and the names of its models."""
     # If allowed, vLLM loads any folder that a client names, unchecked: tools/load_adapter.py checks it first.
     runtime_loras = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if params.serve.runtime_adapters else "0"}
     command = serve_command(params, host, port, template, adapters)
     if args.replicas > 1:
         command += ["--data-parallel-size", str(args.replicas)]
-    return environment(params) | runtime_loras, command
+    return environment(params) | runtime_loras, command, [BASE, *(adapter.name for adapter in adapters)]
 
 
 def launch_on_neuron(
     args: argparse.Namespace, params: Params, host: str, port: int, adapters: list[Adapter], template: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Environment and command of the server on Trainium. Raises UserError for what it does not support there."""
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """The same of the server on Trainium. Raises UserError for what it does not support there."""
     if args.replicas > 1:
         raise UserError("backend nxd serves one replica per address: start several, behind launch/nginx.conf")
     if args.adapters:
         raise UserError("backend nxd serves only the pipeline's adapter: omit ADAPTERS=")
-    env, command = neuron_launch(params, host, port, template)
+    server = neuron_launch(params, adapters[0], host, port, template)
     if args.container:
-        return {}, container_command(env, command, args.container, [Path.cwd(), template.parent])
-    return env, command
+        folders = [Path.cwd(), template.parent, *([server.compiled] if server.compiled else [])]
+        return {}, container_command(server.env, server.command, args.container, folders), server.models
+    own_bin = {"PATH": with_own_bin(server.command[0], os.environ["PATH"])}
+    return server.env | own_bin, server.command, server.models
 
 
 def print_launch(env: dict[str, str], command: list[str], scratch: Path) -> None:

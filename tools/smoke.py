@@ -1,8 +1,9 @@
-"""Ask the running server the same question as `base` and as `tuned`, and print both answers side by side.
+"""Ask the running server the same question as `tuned` and as `base`, and print both answers side by side.
 
     python tools/smoke.py [--params FILE] [--host HOST] [--port PORT] [--question TEXT]     (make smoke)
 
 The default question is the first test row. Decoding is greedy. If the server has an API key, set VLLM_API_KEY here too.
+If one of the models fails, the other's answer is still printed; the last line names the one that failed (exit code 1).
 """
 
 import time
@@ -40,18 +41,46 @@ def main() -> None:
         chat = chat_messages(params.data.prompt_template, messages)
         answer = reference(rows[0])
 
-    table = Table(show_lines=True)
-    answers = []
-    for model in (BASE, TUNED):
+    # tuned first: on Trainium, a request that fails may end the engine.
+    models = [TUNED, *([BASE] if BASE in client.served_models(url) else [])]  # a merged model is served alone
+    answers, failed = ask(url, models, chat, params.eval.max_tokens)
+    if answers:
+        table = Table(show_lines=True)
+        shown = [model for model in (BASE, TUNED) if model in answers]
+        for model in shown:
+            table.add_column(f"{model} ({answers[model][1]:.2f} s)", ratio=1, overflow="fold")
+        table.add_row(*(Text(answers[model][0]) for model in shown))  # Text: an answer may look like rich's markup
+        console = Console()
+        console.print(Text("\n\n".join(message["content"] for message in chat)), style="bold")
+        console.print(table)
+        if answer is not None:
+            console.print(Text(f"reference: {answer}"))
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def ask(
+    url: str, models: list[str], chat: list[dict[str, str]], max_tokens: int
+) -> tuple[dict[str, tuple[str, float]], list[str]]:
+    """Ask one model after the other: (answer, seconds) by model, and a line for each that failed.
+
+    Raises Unreachable if no server answers the first one.
+    """
+    answers: dict[str, tuple[str, float]] = {}
+    failed: list[str] = []
+    for model in models:
         begun = time.perf_counter()
-        answers.append(client.chat(url, model, chat, params.eval.max_tokens))
-        table.add_column(f"{model} ({time.perf_counter() - begun:.2f} s)", ratio=1, overflow="fold")
-    table.add_row(*map(Text, answers))  # Text: an answer may contain what looks like rich's markup
-    console = Console()
-    console.print(Text("\n\n".join(message["content"] for message in chat)), style="bold")
-    console.print(table)
-    if answer is not None:
-        console.print(Text(f"reference: {answer}"))
+        try:
+            text = client.chat(url, model, chat, max_tokens)
+        except client.Unreachable as error:
+            if model == models[0]:
+                raise
+            failed.append(f"{model} failed, and the server with it: {error}")
+        except UserError as error:
+            failed.append(f"{model} failed: {error}")
+        else:
+            answers[model] = (text, time.perf_counter() - begun)
+    return answers, failed
 
 
 if __name__ == "__main__":

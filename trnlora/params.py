@@ -220,6 +220,7 @@ class Train(Section):
 
 class Eval(Section):
     adapter: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")] | None
+    engine: Literal["host", "device"]
     max_tokens: PositiveInt
     max_prompts: PositiveInt | None
     min_changed_fraction: Fraction
@@ -270,6 +271,8 @@ class Params(Section):
             )
         if self.backend == "nxd":
             self._check_neuron()
+        elif self.eval.engine == "device":
+            raise ValueError(f"eval.engine: device is for backend nxd; with backend {self.backend}, write host")
         return self
 
     def _check_neuron(self) -> None:

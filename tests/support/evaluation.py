@@ -1,10 +1,11 @@
-"""Evaluations that share one vLLM engine."""
+"""Evaluations that share one vLLM engine, and the loss that they are compared with."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from support import ROOT
 
@@ -37,3 +38,21 @@ class EvalWorker:
                 return subprocess.CompletedProcess(["eval_vllm"], 1 if error else 0, printed, stderr)
             printed += line
         raise AssertionError(f"the worker ended with exit code {self.process.wait()}: {printed}")
+
+
+def peft_loss(model: Path, adapter: Path, rows: list[dict[str, Any]]) -> float:
+    """The mean loss of rows, each with one labelled span, computed here with HF and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter)
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["token_ids"]])
+        [(begin, _)] = row["labelled"]
+        with torch.no_grad():
+            logits = tuned(input_ids=ids).logits[0, begin - 1 : -1].double()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, begin:], reduction="sum").item()
+        count += ids.shape[1] - begin
+    return total / count

@@ -16,7 +16,7 @@ T = TypeVar("T")
 class Scored:
     """One model's evaluation: the base model's or the adapter's."""
 
-    loss: float  # nats per labelled token of the validation rows
+    loss: float | None  # nats per labelled token of the validation rows; None: this engine gives none
     answers: list[Completion]  # in the order of the test rows
     seconds: float  # for all answers
 
@@ -24,10 +24,10 @@ class Scored:
         return [answer.text for answer in self.answers]
 
     def metrics(self, rows: Sequence[PreparedExample]) -> dict[str, Any]:
-        """The loss and the scores of the answers to `rows`; exact_match_by_category is nested."""
+        """The loss, if there is one, and the scores of the answers to `rows`; exact_match_by_category is nested."""
         references, categories = [reference(row) for row in rows], [row["category"] for row in rows]
         return {
-            "loss": self.loss,
+            **({} if self.loss is None else {"loss": self.loss}),
             **scoring.scores(self.texts(), references),
             "response_tokens": fmean(answer.tokens for answer in self.answers),
             "truncated_fraction": scoring.truncated_fraction([answer.finish_reason for answer in self.answers]),

@@ -14,30 +14,38 @@ from trnlora.files import check_sums, read_json, write_json, write_jsonl
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.params import Params
 from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_own_adapter
+from trnlora.serving.device_engine import DeviceEngine, neuron_engine
 from trnlora.serving.engine import Engine, start_engine
 from trnlora.weights.peft_folder import fetch_adapter
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
 
 
-def evaluate(params: Params, engine: Engine | None = None) -> None:
+def evaluate(params: Params, engine: Engine | DeviceEngine | None = None) -> None:
     """Score base and adapter, print the scores, and write the results if the adapter passes the gates.
 
-    engine: one that was started with room for this adapter; None: start one. Raises UserError for inputs that are
-    missing or damaged, when vLLM fails, and when a gate fails: then only REJECTED is written.
+    engine: one that was started with room for this adapter; None: that of eval.engine. Raises UserError for inputs that
+    are missing or damaged, when vLLM fails, and when a gate fails: then only REJECTED is written.
     """
     inputs = read_inputs(params)
     begun = time.perf_counter()
+    if engine is None and params.eval.engine == "device":
+        engine = neuron_engine(params, inputs.adapter)
     engine = engine or start_engine(params, [inputs.adapter])
     engine_start_seconds = time.perf_counter() - begun
-    base = score(engine, BASE, None, inputs, params.eval.max_tokens)
-    tuned = score(engine, TUNED, inputs.adapter, inputs, params.eval.max_tokens)
+    if isinstance(engine, DeviceEngine):
+        answers = engine.answer(inputs.test, params.eval.max_tokens)
+        base, tuned = (Scored(None, *answers.models[name]) for name in (BASE, TUNED))
+        engine_start_seconds = answers.start_seconds
+    else:
+        base = score(engine, BASE, None, inputs, params.eval.max_tokens)
+        tuned = score(engine, TUNED, inputs.adapter, inputs, params.eval.max_tokens)
 
     models = {BASE: base.metrics(inputs.test), TUNED: tuned.metrics(inputs.test)}
     metrics = {
         "prompts": len(inputs.test),
         "changed_fraction": changed_fraction(base.texts(), tuned.texts()),
-        **{name: abs(tuned.loss - loss) for name, loss in inputs.other_losses.items()},
+        **loss_gaps(tuned.loss, inputs.other_losses),
         **models,
     }
     print_scores(models)
@@ -61,8 +69,8 @@ class Inputs:
     validation: list[PreparedExample]
     test: list[PreparedExample]  # at most eval.max_prompts
     adapter: Adapter
-    # The adapter's losses on the validation rows in other stages, by the metric of the difference: nats per token.
-    # Empty for an adapter from elsewhere.
+    # The adapter's losses on the validation rows in other stages, by who measured them: nats per token. Empty for an
+    # adapter from elsewhere.
     other_losses: dict[str, float]
 
 
@@ -75,12 +83,22 @@ def read_inputs(params: Params) -> Inputs:
     if params.eval.adapter is None:
         adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
         check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
-        other_losses["loss_gap_trainer"] = read_loss("finetune_lora", "validation_loss")
-        other_losses["loss_gap_peft"] = read_loss("flatten_adapter", "peft_validation_loss")
+        other_losses["trainer"] = read_loss("finetune_lora", "validation_loss")
+        other_losses["peft"] = read_loss("flatten_adapter", "peft_validation_loss")
     else:
         adapter = check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, TUNED)
     check_sums(paths.MODEL, "fetch_model")
     return Inputs(validation, test, adapter, other_losses)
+
+
+def loss_gaps(loss: float | None, others: dict[str, float]) -> dict[str, float]:
+    """The differences in nats between vLLM's loss and those of `Inputs.other_losses`, as metrics.
+
+    Without a loss of vLLM's (None), the difference between the others.
+    """
+    if loss is not None:
+        return {f"loss_gap_{name}": abs(loss - other) for name, other in others.items()}
+    return {"loss_gap_trainer_peft": abs(others["trainer"] - others["peft"])} if others else {}
 
 
 def read_split(split: str) -> list[PreparedExample]:

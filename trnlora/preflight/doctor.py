@@ -22,6 +22,7 @@ from trnlora.params import Params
 from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
 from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.plan import GIB
+from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
 from trnlora.weights.nxd_layout import check_divisible
@@ -42,6 +43,8 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
         yield partial(check_backend, params)
     if params.train.loggers and params.backend != "nxd":  # which may train with another Python
         yield partial(check_loggers, params)
+    if params.backend == "nxd" and not (repro and params.eval.engine == "host"):
+        yield partial(check_vllm, params)
     yield partial(check_model, params)
     if parse_source(params.model.source).scheme == "hf":
         yield check_token
@@ -132,6 +135,14 @@ def training_processes(params: Params) -> int:
     return params.convert.tp_size * params.train.dp_size
 
 
+def check_vllm(params: Params) -> str:
+    """The vLLM of neuron.vllm_python, for `make serve` and eval.engine: device."""
+    found = find_vllm(params)
+    shown = ", ".join(f"{name} {version}" for name, version in found.versions.items() if version)
+    takes = "base and adapter" if found.server is NeuronServer.PLUGIN else "the merged model"
+    return f"vLLM of {found.python} serves {takes}: {shown}"
+
+
 def check_model(params: Params) -> str:
     """The model's config against the divisibility rules of tensor parallelism, if the config can be read.
 
@@ -206,7 +217,10 @@ def check_disk(params: Params) -> str:
 
 
 def check_memory(params: Params) -> str:
-    """Memory for training (weights per replica, torch's libraries per process) or for vLLM, whichever is larger."""
+    """Memory for training (weights per replica, torch's libraries per process) or for vLLM, whichever is larger.
+
+    A vLLM on the device has its KV cache there.
+    """
     import psutil
 
     available = psutil.virtual_memory().available / GIB
@@ -214,7 +228,8 @@ def check_memory(params: Params) -> str:
     if weights is None:
         return f"{available:.0f} GiB of memory available; the model's size is known once it is fetched"
     training = 2 * weights * params.train.dp_size + training_processes(params)
-    need = max(training, 2 + 2 * weights + params.serve.kv_cache_gib)
+    kv_cache = 0 if params.eval.engine == "device" else params.serve.kv_cache_gib
+    need = max(training, 2 + 2 * weights + kv_cache)
     if available < need:
         raise UserError(f"{available:.1f} GiB of memory available, about {need:.1f} needed: close other programs")
     return f"{available:.0f} GiB of memory available, about {need:.0f} needed"

@@ -103,6 +103,7 @@ def card(now: Results, base: str | None) -> str:
             "modules": ", ".join(peft_modules(now.params["lora.target_modules"])),
             "prompt": fenced(now.answers[0]["prompt"].rstrip()),
             "scores": "\n".join(score_table(now)),
+            "has_loss": now.get("eval_vllm", "tuned.loss") is not None,
             "count": count,
             "provenance": {label: run[label] for label in ("Profile", "Git commit", "Versions")},
         },

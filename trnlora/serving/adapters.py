@@ -23,6 +23,8 @@ from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 # The model names that the server's clients use.
 BASE = "base"
 TUNED = "tuned"  # the pipeline's own adapter
+# Trainium: vLLM's name for the model without any adapter, which clients must not ask for (neuron_lora.py).
+NO_ADAPTER = "no-adapter"
 
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.

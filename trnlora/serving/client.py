@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 from trnlora.errors import UserError
+from trnlora.serving.adapters import NO_ADAPTER
 
 
 class Unreachable(UserError):
@@ -42,10 +43,10 @@ def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: fl
 
 
 def served_models(url: str, timeout: float = 300) -> list[str]:
-    """The names of the models that the server has. Raises as `request` does, and if the server is not vLLM."""
+    """The names of the models that clients may ask for. Raises as `request` does, and if the server is not vLLM."""
     reply = request(url, "/v1/models", timeout=timeout)
     try:
-        return [model["id"] for model in reply["data"]]
+        return [model["id"] for model in reply["data"] if model["id"] != NO_ADAPTER]
     except (KeyError, TypeError):
         raise UserError(not_vllm(url)) from None
 

