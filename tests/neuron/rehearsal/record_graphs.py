@@ -4,7 +4,8 @@ The model has the shapes that the params file says, but only LAYERS layers and r
 all ranks, so the collectives have NxD's real groups.
 
 Writes  FOLDER/micro_batch.hlo, FOLDER/update.hlo   the graphs of a micro-batch and of the optimizer's step
-        FOLDER/fallbacks.json                       operations that torch_xla does not have and leaves to the CPU
+        FOLDER/host.json                            fallbacks: operations that torch_xla leaves to the CPU; transfers:
+                                                    how many tensors a second forward pass copies from the host
 """
 
 import dataclasses
@@ -57,10 +58,19 @@ def trained(model: DecoderLM) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def forget_collectives() -> None:
+    """As mark_step does: otherwise the next graph would begin with the collectives so far."""
+    torch_xla._XLAC._set_all_reduce_token(str(xm.xla_device()), None)
+
+
 def write_hlo(file: Path, tensors: list[torch.Tensor]) -> None:
     file.write_text(torch_xla._XLAC._get_xla_tensors_hlo([tensor.detach() for tensor in tensors]), "utf-8")
-    # Without this, the next graph would begin with this one's collectives. mark_step does the same.
-    torch_xla._XLAC._set_all_reduce_token(str(xm.xla_device()), None)
+    forget_collectives()
+
+
+def transfers_to_device() -> int:
+    """Number of tensors that were copied from the host so far."""
+    return int((torch_xla.debug.metrics.metric_data("TransferToDeviceTime") or [0])[0])
 
 
 def main(params: Params, layers: int, folder: Path) -> None:
@@ -68,11 +78,17 @@ def main(params: Params, layers: int, folder: Path) -> None:
     known: Any = known_config(params)
     model = build_model(params, dataclasses.replace(known, num_hidden_layers=layers), folder)
     parameters = trained(model)
-    torch_xla._XLAC._set_all_reduce_token(str(xm.xla_device()), None)
+    forget_collectives()
 
     shape = (params.train.micro_batch_size, params.data.seq_len)
     ids, labels, ones = torch.randint(1000, shape), torch.randint(1000, shape), torch.ones(shape, dtype=torch.int64)
-    batch = (tensor.to(xm.xla_device()) for tensor in (ids, torch.arange(shape[1]).expand(shape), ones, labels))
+    batch = [tensor.to(xm.xla_device()) for tensor in (ids, torch.arange(shape[1]).expand(shape), ones, labels)]
+    model.loss(*batch)
+    before = transfers_to_device()
+    model.loss(*batch)
+    transfers = transfers_to_device() - before
+    forget_collectives()
+
     loss, _ = model.loss(*batch)
     loss.backward()
     write_hlo(folder / "micro_batch.hlo", [loss, *(parameter.grad for parameter in parameters.values())])  # type: ignore[misc]
@@ -88,7 +104,7 @@ def main(params: Params, layers: int, folder: Path) -> None:
     write_hlo(folder / "update.hlo", list(parameters.values()))
 
     fallbacks = [name for name in torch_xla.debug.metrics.counter_names() if name.startswith("aten::")]
-    (folder / "fallbacks.json").write_text(json.dumps(fallbacks), "utf-8")
+    (folder / "host.json").write_text(json.dumps({"fallbacks": fallbacks, "transfers": transfers}), "utf-8")
 
 
 if __name__ == "__main__":
