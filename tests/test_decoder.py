@@ -104,7 +104,7 @@ def test_sharded_logits_equal_hf(
     model.save_pretrained(folder)
     ids = torch.randint(sizes["vocab_size"], (2, 24))
     expected = hf_logits(folder, ids)
-    assert (sharded_logits(folder, convert, ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (sharded_logits(folder, convert, ids) - expected).abs().max() <= 3e-5 * expected.abs().max()
 
 
 def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
