@@ -210,6 +210,20 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert key.startswith("(VLLM_API_KEY: not set")
 
 
+def test_cores_that_another_process_holds_are_not_served_on(neuron_workdir: Path, tmp_path: Path) -> None:
+    """As neuron-ls of a trn2.48xlarge names a training run."""
+    process = {"pid": 4711, "command": "python -u stages/finetune_lora.py"}
+    devices = [{"nc_count": 4, "logical_neuroncore_config": 2, "neuron_processes": [process]}] * 16
+    (tmp_path / "devices.json").write_text(json.dumps(devices), "utf-8")
+    tool = tmp_path / "neuron-ls"
+    tool.write_text(f"#!/bin/sh\ncat {tmp_path}/devices.json\n", "utf-8")
+    tool.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = script("tools/serve.py", cwd=neuron_workdir, PATH=path)
+    assert_one_line(done, "0 of 64 Neuron cores are free and 32 are needed", "process 4711 (python -u stages/finetune")
+    assert script("tools/serve.py", "--dry-run", cwd=neuron_workdir, PATH=path).returncode == 0
+
+
 def test_a_container_sees_the_compiled_graphs_and_has_its_own_path(neuron_workdir: Path) -> None:
     image = script("tools/serve.py", "--dry-run", "--container", "image:1", cwd=neuron_workdir)
     assert "docker run --rm" in image.stdout

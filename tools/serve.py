@@ -16,6 +16,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
+from trnlora.backends import neuron_machine
 from trnlora.backends.nxd_environment import with_own_bin
 from trnlora.cli import add_params, add_server, script_parser, server_address
 from trnlora.errors import UserError, run
@@ -46,6 +47,8 @@ def main() -> None:
         if args.dry_run:
             print_launch(env, command, scratch)
             return
+        if params.backend == "nxd":
+            neuron_machine.check_free_cores(params.convert.tp_size, params.neuron.logical_core_size)
         supervise(command, env | {"TMPDIR": folder}, base_url(host, port), names)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trnlora import paths
+from trnlora.backends import neuron_machine
 from trnlora.backends.nxd_environment import with_own_bin
 from trnlora.data.examples import PreparedExample, prompt_token_ids
 from trnlora.errors import UserError
@@ -91,6 +92,7 @@ def neuron_engine(params: Params, tuned: Adapter) -> DeviceEngine:
             raise UserError("this vllm-neuron does not load adapters, so eval.adapter cannot be served")
     except UserError as error:
         raise UserError(f"eval.engine: device: {error}; or set eval.engine: host") from None
+    neuron_machine.check_free_cores(params.convert.tp_size, params.neuron.logical_core_size)
     shutil.rmtree(SCRATCH, ignore_errors=True)
     SCRATCH.mkdir(parents=True)
     if found.server is NeuronServer.MERGED:
