@@ -87,9 +87,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "not-sequence-parallel": ("llama3-8b-trn2-nxd", PLAIN),
     "qkv-only": ("llama3-8b-trn2-nxd", {"lora": {"target_modules": ["qkv_proj"]}}),
     "q-and-down": ("llama3-8b-trn2-nxd", {"lora": {"target_modules": ["q_proj", "down_proj"]}}),
-    "one-replica-tp-8": (
+    "one-replica-tp-16": (
         "llama3-8b-trn2-nxd",
-        {"convert": {"tp_size": 8, "kv_size_multiplier": 1}, "train": {"dp_size": 1, "micro_batch_size": 2}},
+        {"convert": {"tp_size": 16, "kv_size_multiplier": 2}, "train": {"dp_size": 1, "micro_batch_size": 2}},
     ),
 }
 
