@@ -194,6 +194,8 @@ def test_the_worker_runs_with_its_own_bin_first_on_path(tmp_path: Path, monkeypa
 def test_a_signal_to_the_stage_ends_the_worker(tmp_path: Path, sent: signal.Signals) -> None:
     python = fake_python(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 600")
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from trnlora.errors import run\n"
         "from trnlora.serving.device_engine import Job, run_job\n"
         f"run(lambda: run_job(Job({python!r}, {{}}, {{}}, {{}}), [[1]], 4))"
@@ -204,7 +206,7 @@ def test_a_signal_to_the_stage_ends_the_worker(tmp_path: Path, sent: signal.Sign
         time.sleep(0.05)
     worker = int((tmp_path / "pid").read_text("utf-8"))
     stage.send_signal(sent)
-    assert stage.wait() == 130
+    assert stage.wait(60) == 130
     assert not psutil.pid_exists(worker)
 
 
