@@ -61,8 +61,8 @@ install_torch() {
     }
 }
 
-# The real torch_xla is bound to the torch of its own release, so it has an environment of its own. Its CPU build is a
-# tenth of what PyPI has, 7 GB with CUDA's libraries, which serves as well.
+# The real torch_xla works with the torch of its own release only, so it has an environment of its own. TORCH_INDEX has a
+# CPU build of that torch. PyPI's has CUDA's libraries with it, 7 GB, and works too.
 setup_xla() {
     local xla_torch
     xla_torch=$(sed -n 's/^ *"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)

@@ -1,6 +1,6 @@
 """NxD Inference's own adapter loader, on the folder that flatten_adapter writes and on that of the usual guide.
 
-Skipped without NxDI's source. To run it, do the same as for test_rehearsal.py, and:
+Skipped without NxDI's source. To run it, do what docs/trainium.md says of the stand-in, and:
 
     git clone https://github.com/aws-neuron/neuronx-distributed-inference nxdi        (4bcdc54 was used)
     NXDI_SOURCE=$PWD/nxdi/src … .venv/bin/pytest tests/neuron

@@ -1,6 +1,6 @@
 """The trainer on both backends from the same shards: `cpu`, and `nxd` with the real NxD on a stand-in for torch_xla.
 
-tests/support/nxd.py says what this needs. tests/neuron/test_torch_xla.py has the real torch_xla.
+docs/trainium.md says what this needs. tests/neuron/test_torch_xla.py has the real torch_xla.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """The training stage on `nxd` with NxD's own code and the real torch_xla, on a CPU, compared with `cpu`.
 
-tests/support/nxd.py says what this needs. Several ranks exchange values over gloo (rehearsal/bridge.py).
+docs/trainium.md says what this needs. Several ranks exchange values over gloo (rehearsal/bridge.py).
 """
 
 import os
@@ -71,8 +71,8 @@ def test_bfloat16(train: Callable[..., Path], ranks: int) -> None:
 
 # The stage as a user starts it ----------------------------------------------------------------------------------------
 
-MICRO_BATCHES = 2
-# Two epochs, of which max_steps ends the second early. Dropout draws other numbers for each micro-batch.
+# Two micro-batches per step; two epochs, of which max_steps ends the second early. Dropout draws other numbers for each
+# micro-batch.
 WHOLE = {"global_batch_size": 16, "micro_batch_size": 8, "epochs": 2, "max_steps": 9, "checkpoint_every_steps": 2}
 
 

@@ -1,6 +1,6 @@
 """The graphs of a training step that NxD and the real torch_xla make of every Trainium profile, recorded and not run.
 
-They have the profile's own shapes, but two layers. tests/support/nxd.py says what this needs.
+They have the profile's own shapes, but two layers. docs/trainium.md says what this needs.
 """
 
 import dataclasses

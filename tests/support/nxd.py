@@ -1,21 +1,7 @@
 """The environments in which NxD runs here: with a stand-in for torch_xla, and with the real one on a CPU.
 
-Neither is in requirements.lock. A test is skipped without what it needs. For both:
-
-    git clone https://github.com/aws-neuron/neuronx-distributed nxd              (fbac349, Neuron SDK 2.29, was used)
-
-For the stand-in, which runs in .venv, what NxD imports:
-
-    pip install --no-deps --target nxd-site boto3 botocore s3transfer jmespath tenacity \\
-        transformers==4.48.0 tokenizers==0.21.4 huggingface-hub==0.36.0
-
-For the real torch_xla:
-
-    make setup-xla
-
-And then:
-
-    NXD_SOURCE=$PWD/nxd/src NXD_SITE=$PWD/nxd-site make test-long ARGS=tests/neuron
+Neither is in requirements.lock; docs/trainium.md, "Run the rehearsals yourself", says how to get them. A test is
+skipped without what it needs.
 """
 
 import os
@@ -31,7 +17,7 @@ XLA_PYTHON = ROOT / ".venv-xla/bin/python"
 def _source() -> str:
     source = os.environ.get("NXD_SOURCE")
     if not source:
-        pytest.skip("needs NxD's source: NXD_SOURCE=<clone>/src, see tests/support/nxd.py")
+        pytest.skip("needs NxD's source: NXD_SOURCE=<clone>/src, see docs/trainium.md")
     return source
 
 
@@ -42,7 +28,7 @@ def stand_in_environment() -> dict[str, str]:
     """
     source, site = _source(), os.environ.get("NXD_SITE")
     if not site:
-        pytest.skip("needs what NxD imports: NXD_SITE=<its packages>, see tests/support/nxd.py")
+        pytest.skip("needs what NxD imports: NXD_SITE=<its packages>, see docs/trainium.md")
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(REHEARSAL), source, site]),

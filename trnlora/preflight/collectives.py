@@ -4,18 +4,17 @@ For `nxd` the list is exact: tests/neuron/test_trace.py compares it with the gra
 For the torch backend, whose reductions depend on the rows, it is the largest volume that they can have.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trnlora.model.config import ModelConfig
-from trnlora.model.targets import adapter_tensors, fused_layers, peft_modules, rank_shapes
+from trnlora.model.targets import adapter_tensors, fused_layers, peft_modules, trainable_parameters_per_rank
 from trnlora.model.tensors import Cut
 from trnlora.params import Params
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of model.dtype
 FLOAT32 = 4
-# LoRA's layers over a base layer that is cut by columns. Their B is cut as the base weight is. Of the others, A is.
-INPUT_CUT = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ def step_collectives(params: Params, config: ModelConfig) -> list[Collective]:
     """Those of an optimizer's step after its micro-batches, without single numbers: the adapter's float32 gradients."""
     convert = params.convert
     table = adapter_tensors(config, params.lora)
-    per_rank = sum(_size(shape) for shape in rank_shapes(table, convert.tp_size, convert.kv_size_multiplier).values())
     found = []
     if convert.tp_size > 1 and (params.backend != "nxd" or params.neuron.sequence_parallel):
-        whole = {tensor.nxd_key: _size(tensor.shape) for tensor in table if tensor.cut is Cut.WHOLE}
-        found = [Collective("all-reduce", "tp", 1, sum(whole.values()) * FLOAT32)]
+        whole = sum(math.prod(tensor.shape) for tensor in table if tensor.cut is Cut.WHOLE)
+        found = [Collective("all-reduce", "tp", 1, whole * FLOAT32)]
     if params.train.dp_size > 1:
+        per_rank = trainable_parameters_per_rank(table, convert.tp_size, convert.kv_size_multiplier)
         found.append(Collective("all-reduce", "dp", 1, per_rank * FLOAT32))
     return found
 
@@ -72,24 +71,25 @@ def _nxd(params: Params, config: ModelConfig) -> Iterator[Collective]:
     # layer's qkv has none: the embeddings are frozen.
     reductions = 2 * layers + 2 * layers - 1 + 1
     low = tokens * params.lora.r * FLOAT32  # between lora_A and lora_B
-    lora = fused_layers(peft_modules(params.lora.target_modules))
-    cut_inputs = sum(layer in INPUT_CUT for layer in lora)
+    lora_a = [tensor for tensor in adapter_tensors(config, params.lora) if ".lora_A." in tensor.nxd_key]
+    whole_a = sum(tensor.cut is Cut.WHOLE for tensor in lora_a)
     if params.neuron.sequence_parallel:
         yield Collective("all-gather", "tp", 4 * layers + 1, hidden * model)
         yield Collective("reduce-scatter", "tp", reductions, hidden * FLOAT32)
         yield Collective("reduce-scatter", "tp", 1, hidden * model)  # the embeddings
         # Where A is whole, B gathers its input, and again in the backward pass for its own gradient.
-        yield Collective("all-gather", "tp", layers * (2 * (len(lora) - cut_inputs) + cut_inputs), low)
-        yield Collective("reduce-scatter", "tp", layers * len(lora), low)
+        yield Collective("all-gather", "tp", len(lora_a) + whole_a, low)
+        yield Collective("reduce-scatter", "tp", len(lora_a), low)
     else:
         yield Collective("all-reduce", "tp", reductions, hidden * FLOAT32)
         yield Collective("all-reduce", "tp", 1, hidden * model)
-        yield Collective("all-reduce", "tp", layers * len(lora), low)
+        yield Collective("all-reduce", "tp", len(lora_a), low)
     yield Collective("all-reduce", "tp", 3, tokens * FLOAT32)  # the loss: maxima, sums, the targets' logits
     if params.convert.kv_size_multiplier > 1:
         # The gradients of k and v, of the base layers (without the first) and of LoRA's.
+        has_qkv = "qkv_proj" in fused_layers(peft_modules(params.lora.target_modules))
         kv = 2 * tokens * config.kv_size * params.convert.kv_size_multiplier // params.convert.tp_size
-        yield Collective("all-reduce", "kv", layers - 1 + layers * ("qkv_proj" in lora), kv * FLOAT32)
+        yield Collective("all-reduce", "kv", layers - 1 + layers * has_qkv, kv * FLOAT32)
 
 
 def _torch(params: Params, config: ModelConfig) -> Iterator[Collective]:
@@ -97,8 +97,3 @@ def _torch(params: Params, config: ModelConfig) -> Iterator[Collective]:
     hidden = params.train.micro_batch_size * params.data.seq_len * config.hidden_size
     bytes_each = hidden * DTYPE_BYTES[params.model.dtype]
     yield Collective("all-reduce", "tp", 4 * config.num_hidden_layers + 2, bytes_each)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    rows, columns = shape
-    return rows * columns
