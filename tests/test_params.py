@@ -94,11 +94,12 @@ def test_is_refused_in_one_line(tmp_path: Path, section: str, change: dict[str, 
     assert "\n" not in str(refusal.value)
 
 
-def test_backend_neuron_is_reserved(tmp_path: Path) -> None:
+def test_backend_neuron_needs_trn2(tmp_path: Path) -> None:
     values = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
+    values["convert"] |= {"hw_backend": "trn1", "tp_size": 1}
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(values | {"backend": "neuron"}), "utf-8")
-    with pytest.raises(UserError, match=r"backend: neuron is reserved for native PyTorch on Neuron.*; write nxd"):
+    with pytest.raises(UserError, match=r"backend: neuron .* needs convert.hw_backend trn2; trn1 has nxd only"):
         load_params(path)
 
 

@@ -17,7 +17,6 @@ from pydantic import (
     StringConstraints,
     Tag,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -238,7 +237,7 @@ class Serve(Section):
 
 
 class Params(Section):
-    backend: Literal["cpu", "cuda", "nxd"]
+    backend: Literal["cpu", "cuda", "neuron", "nxd"]
     model: Model
     data: Data
     convert: Convert
@@ -249,12 +248,9 @@ class Params(Section):
     serve: Serve
     neuron: Neuron
 
-    @field_validator("backend", mode="before")
-    @classmethod
-    def neuron_is_reserved(cls, value: Any) -> Any:
-        if value == "neuron":
-            raise ValueError("neuron is reserved for native PyTorch on Neuron, which is not supported yet; write nxd")
-        return value
+    @property
+    def on_trainium(self) -> bool:
+        return self.backend in ("neuron", "nxd")
 
     @model_validator(mode="after")
     def combinations_that_run(self) -> "Params":
@@ -269,13 +265,17 @@ class Params(Section):
                 f"serve.max_model_len {self.serve.max_model_len} must be above data.seq_len {self.data.seq_len}, "
                 "or eval_vllm cannot score the longest validation row"
             )
-        if self.backend == "nxd":
-            self._check_neuron()
-        elif self.eval.engine == "device":
+        if self.eval.engine == "device" and self.backend != "nxd":
             raise ValueError(f"eval.engine: device is for backend nxd; with backend {self.backend}, write host")
+        if self.backend == "nxd":
+            self._check_nxd()
+        if self.backend == "neuron" and self.convert.hw_backend == "trn1":
+            raise ValueError("backend: neuron (native PyTorch) needs convert.hw_backend trn2; trn1 has nxd only")
+        if self.on_trainium:
+            self._check_trainium()
         return self
 
-    def _check_neuron(self) -> None:
+    def _check_nxd(self) -> None:
         if self.train.activation_checkpointing:
             raise ValueError("train.activation_checkpointing: on nxd it is neuron.selective_checkpointing instead")
         if self.neuron.sequence_parallel and self.data.seq_len % self.convert.tp_size:
@@ -283,10 +283,12 @@ class Params(Section):
                 f"neuron.sequence_parallel cuts data.seq_len {self.data.seq_len}, which must be a multiple of "
                 f"convert.tp_size {self.convert.tp_size}"
             )
-        if self.model.dtype == "float16":
-            raise ValueError("model.dtype: float16 is not supported on nxd, whose embeddings are bfloat16 or float32")
         if not self.lora.share_a:
             raise ValueError("lora.share_a: false is not supported on nxd: NxD's layers of q, k and v have one input")
+
+    def _check_trainium(self) -> None:
+        if self.model.dtype == "float16":
+            raise ValueError("model.dtype: float16 is not supported on Trainium; write bfloat16 or float32")
         if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:
             raise ValueError("neuron.logical_core_size must be 1 on trn1, whose cores cannot be joined")
         ranks, supported = self.train.dp_size * self.convert.tp_size, supported_ranks(self)
