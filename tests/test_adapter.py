@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.adapters import lora_params
-from test_layout import conversion
+from support.sharded import conversion
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig

@@ -18,7 +18,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support.models import FAMILIES
-from test_layout import CASES, GOLDEN, case_name, conversion, golden_weights, llama
+from support.sharded import conversion
+from test_layout import CASES, GOLDEN, case_name, golden_weights, llama
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig

@@ -9,10 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from support.adapters import lora_params
 from support.models import FAMILIES, randomize_vectors, write_model
-from test_layout import assemble, conversion
+from support.sharded import conversion, packed, sharded_gradients, shards_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trnlora.model.config
@@ -20,23 +19,14 @@ from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
 from trnlora.model.config import Family, ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import add_lora, random_mask, whole_weights
+from trnlora.model.lora import dropout_mask, random_words
 from trnlora.model.targets import adapter_tensors, peft_modules
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
-from trnlora.training.initial_adapter import set_adapter
-from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_slices
+from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups
 from trnlora.weights.peft_export import peft_adapter
 
 SHARDINGS = [(1, 1, "trn2"), (3, 1, "trn2"), (6, 2, "trn2"), (3, 1, "trn1"), (6, 2, "trn1")]  # 3 KV heads
-
-
-def shards_of(folder: Path, config: ModelConfig, convert: Convert) -> list[dict[str, torch.Tensor]]:
-    weights = load_file(folder / "model.safetensors")
-    return [
-        {name: assemble(weights, slices) for name, slices in shard_slices(config, convert, rank).items()}
-        for rank in range(convert.tp_size)
-    ]
 
 
 def sharded_logits(folder: Path, convert: Convert, ids: torch.Tensor) -> torch.Tensor:
@@ -125,22 +115,6 @@ def test_the_stock_converters_order_on_trn2_fails_the_check(tiny_llama: Path, mo
     assert (wrong - reference).abs().max() > 0.1
 
 
-def packed(lengths: list[int], seq_len: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    """One packed row of random documents, the first half of each masked."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (1, seq_len), generator=generator)
-    labels, positions = ids.clone(), torch.zeros_like(ids)
-    documents = torch.zeros_like(ids)
-    start = 0
-    for number, length in enumerate(lengths, 1):
-        documents[0, start : start + length] = number
-        positions[0, start : start + length] = torch.arange(length)
-        labels[0, start : start + length // 2] = -100
-        start += length
-    labels[documents == 0] = -100
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": documents}
-
-
 def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
     lengths = [7, 19, 11]
     row = packed(lengths, 48, 1536)
@@ -158,43 +132,6 @@ def test_a_packed_row_has_the_loss_of_its_documents(tiny_llama: Path) -> None:
             start += length
     assert int(labelled) == sum(length - length // 2 for length in lengths)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
-
-
-def sharded_gradients(
-    folder: Path, convert: Convert, lora: Lora, row: dict[str, torch.Tensor], recompute: bool = False
-) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
-    """The loss of one packed row, and every rank's adapter and gradients.
-
-    B is random, otherwise A has no gradient. Both are small: a large adapter saturates attention, and then the
-    gradients are mostly rounding errors.
-    """
-    config = ModelConfig.from_folder(folder)
-    shards = shards_of(folder, config, convert)
-    generator = torch.Generator().manual_seed(5)
-    values = [
-        (tensor, 0.05 * torch.randn(tensor.shape, generator=generator)) for tensor in adapter_tensors(config, lora)
-    ]
-    backends = thread_backends(kv_replica_groups(config, convert))
-    models = []
-    for backend in backends:
-        model = DecoderLM.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
-        add_lora(model, lora)
-        model.recompute_layers = recompute
-        set_adapter(model, values, convert)
-        models.append(model)
-
-    def work(backend: TorchBackend) -> torch.Tensor:
-        model = models[backend.tp_rank]
-        loss, _ = model.loss(row["input_ids"], row["position_ids"], row["document_ids"], row["labels"])
-        loss.backward()
-        whole = [weight.grad for weight in whole_weights(model)]
-        backend.add_over_ranks([gradient for gradient in whole if gradient is not None])
-        return loss.detach()
-
-    losses = run_as_threads(backends, work)
-    trainable = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
-    adapters = [{n: p.detach() for n, p in each.items()} for each in trainable]
-    return losses[0], adapters, [{n: p.grad for n, p in each.items() if p.grad is not None} for each in trainable]
 
 
 def test_recomputed_layers_have_the_same_gradients(tiny_llama: Path) -> None:
@@ -278,15 +215,22 @@ def test_a_family_that_is_not_shipped(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("p", [1 / 16, 0.5, 45875 / 2**16])
 def test_masks_have_the_probability_and_no_pattern(p: float) -> None:
-    torch.manual_seed(0)
-    mask = random_mask((1000, 999), p, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    mask = dropout_mask(random_words((3, 1000), generator), random_words((3, 999), generator), p)
     assert mask.shape == (1000, 999)
     deviation = 4 * (p * (1 - p)) ** 0.5
     assert abs(mask.float().mean() - p) < deviation / 999_000**0.5
-    for offset in range(1, 9):  # neighbours, which may be parts of one random word, are independent
-        values = mask.flatten().float()
-        both = (values[offset:] * values[:-offset]).mean()
-        assert abs(both - p * p) < 2 * deviation / 999_000**0.5, offset
+    values = mask.float()
+    for offset in range(1, 9):  # neighbours, whose words may be parts of one, are independent
+        for both in (values[offset:] * values[:-offset], values[:, offset:] * values[:, :-offset]):
+            assert abs(both.mean() - p * p) < 2 * deviation / 999_000**0.5, offset
+    corner = values[1:, 1:] * values[:-1, 1:] * values[1:, :-1]
+    assert abs(corner.mean() - p**3) < 2 * deviation / 999_000**0.5
+
+
+def test_words_of_a_micro_batch_do_not_depend_on_its_padding() -> None:
+    long, short = (random_words((tokens, 2, 7, 3), torch.Generator().manual_seed(5)) for tokens in (301, 160))
+    assert torch.equal(long[:160], short)
 
 
 def test_a_shard_with_a_wrong_tensor_name_is_refused(make_llama: Callable[..., Path], tmp_path: Path) -> None:

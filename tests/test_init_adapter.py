@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import lora_params, write_adapter
-from test_layout import conversion
+from support.sharded import conversion
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig

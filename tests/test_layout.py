@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.sharded import assemble, conversion
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
-from trnlora.params import Convert
-from trnlora.weights.nxd_layout import Slice, check_divisible, heads_of_rank, kv_replica_groups, shard_slices
+from trnlora.weights.nxd_layout import check_divisible, heads_of_rank, kv_replica_groups, shard_slices
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "nxd_layout.json").read_text())
 # Without layouts that hold q, k and v in one tensor: NxD's LoRA cannot train them, and the library never writes them.
@@ -28,16 +28,6 @@ LLAMA3_8B = llama(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8,
 )  # fmt: skip
-
-
-def conversion(tp_size: int, kv_size_multiplier: int, hw_backend: str = "trn2") -> Convert:
-    return Convert(
-        hw_backend=hw_backend,  # type: ignore[arg-type]  # pydantic checks it
-        tp_size=tp_size,
-        kv_size_multiplier=kv_size_multiplier,
-        max_logits_diff=1.0e-4,
-        buffer_mib=1,
-    )
 
 
 def golden_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -68,14 +58,6 @@ def golden_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
         weights[key] = (torch.arange(size, dtype=torch.float32) + offset).view(shapes[key])
         offset += size
     return weights
-
-
-def assemble(weights: dict[str, torch.Tensor], slices: list[Slice]) -> torch.Tensor:
-    parts = [
-        weights[s.hf_key] if s.dim is None else weights[s.hf_key].narrow(s.dim, s.start, s.stop - s.start)
-        for s in slices
-    ]
-    return torch.cat(parts, dim=slices[0].dim or 0).contiguous()
 
 
 def case_name(case: dict) -> str:

@@ -18,6 +18,7 @@ from neuronx_distributed.parallel_layers.loss_functions import parallel_cross_en
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint
 
+from trnlora.model import fused_ops
 from trnlora.params import Neuron
 
 SEQUENCE = 1  # the dimension of (B, T, H) that sequence parallelism cuts
@@ -70,7 +71,9 @@ class _QKVLinear(GQAQKVColumnParallelLinear):
 class NxdBackend:
     """`trnlora.model.parallel.Backend` over NxD's groups, which `trnlora.backends.nxd_training.NxdStrategy` creates."""
 
+    ops = fused_ops
     static_shapes = True
+    id_dtype = torch.int64
 
     def __init__(self, neuron: Neuron, dtype: torch.dtype):
         """dtype: of the model's weights."""
@@ -130,9 +133,8 @@ class NxdBackend:
     def mark_step(self) -> None:
         xm.mark_step()
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        xm.set_rng_state(seed)
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function  # its operations are recorded with all others
 
     def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
         """NxD's layers have added them up, but with sequence parallelism each rank has its own tokens' part."""

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trnlora.backends.mkl import settle_vector_math
+from trnlora.model import fused_ops
 from trnlora.model.config import LOSS_CHUNK
 
 T = TypeVar("T")
+Function = Callable[..., Any]
 
 
 class Group(Protocol):
@@ -100,8 +102,13 @@ def run_as_threads(backends: Sequence["TorchBackend"], work: Callable[["TorchBac
     return results
 
 
-def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
-    """One backend per rank, for `run_as_threads`. kv_groups: ranks that hold the same KV heads."""
+def thread_backends(
+    kv_groups: list[list[int]], make: Callable[[Group, Group], "TorchBackend"] | None = None
+) -> list["TorchBackend"]:
+    """One backend per rank, for `run_as_threads`. kv_groups: ranks that hold the same KV heads.
+
+    make: of a backend, given the group of all ranks and that of the ranks with the same KV heads; TorchBackend if None.
+    """
     size = sum(len(group) for group in kv_groups)
     barrier = threading.Barrier(size)
     slots: list[Tensor | None] = [None] * size
@@ -110,15 +117,21 @@ def thread_backends(kv_groups: list[list[int]]) -> list["TorchBackend"]:
         kv_barrier = threading.Barrier(len(group))
         kv_slots: list[Tensor | None] = [None] * len(group)
         kv.update({rank: ThreadGroup(index, kv_slots, kv_barrier) for index, rank in enumerate(group)})
-    return [TorchBackend(ThreadGroup(rank, slots, barrier), kv[rank]) for rank in range(size)]
+    make = make or TorchBackend
+    return [make(ThreadGroup(rank, slots, barrier), kv[rank]) for rank in range(size)]
 
 
 def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> "TorchBackend":
-    """The backend of this process. Every process must call it: it creates the KV groups of all replicas.
+    """The backend of this process. Every process must call it: see `own_kv_group`."""
+    settle_vector_math()
+    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(own_kv_group(tp_group, kv_groups, dp_size)))
+
+
+def own_kv_group(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> dist.ProcessGroup:
+    """The group of ranks with the KV heads of this rank. Every process must call it: it creates those of all replicas.
 
     World ranks are numbered as in NxD: rank = dp_rank · tp_size + tp_rank.
     """
-    settle_vector_math()
     tp_size = dist.get_world_size(tp_group)
     mine = None
     for dp_rank in range(dp_size):
@@ -128,7 +141,7 @@ def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_
             if dist.get_rank() in ranks:
                 mine = kv_group
     assert mine is not None, "every rank is in one KV group"
-    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(mine))
+    return mine
 
 
 class _CopyToRegion(torch.autograd.Function):
@@ -292,7 +305,9 @@ class GQAQKVColumnParallelLinear(nn.Module):
 class TorchBackend:
     """`trnlora.model.parallel.Backend` over a tensor-parallel group and the group of ranks with the same KV heads."""
 
+    ops = fused_ops
     static_shapes = False
+    id_dtype = torch.int64
 
     def __init__(self, tp_group: Group, kv_group: Group):
         self.tp_group = tp_group
@@ -326,11 +341,11 @@ class TorchBackend:
             layer.output_is_shared = True  # type: ignore[assignment]
         return lambda y: _ReduceFromRegion.apply(y, self.tp_group)
 
-    def prepare_attention(self, document_ids: Tensor) -> list[list[int]]:
+    def prepare_attention(self, document_ids: Tensor) -> Any:
         """The lengths of each row's documents. Padding counts as a document."""
         return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: list[list[int]], scale: float) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> Tensor:
         # One call per document: no mask, and no work across documents, which in a packed row is most of the square.
         gqa = q.shape[1] != k.shape[1]
         rows = []
@@ -349,8 +364,8 @@ class TorchBackend:
     def mark_step(self) -> None:
         """Every operation has been computed."""
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    def compile(self, function: Function) -> Function:
+        return function
 
     def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:
         if self.tp_size > 1 and gradients:

@@ -1,8 +1,9 @@
 """Which backend trains: the functions that a backend's training module offers, and the module for params.backend.
 
-`backend` in params.yaml | layers                   | training module
-cpu, cuda                | `trnlora.backends.torch` | `trnlora.backends.torch_training`
-nxd                      | `trnlora.backends.nxd`   | `trnlora.backends.nxd_training`
+`backend` in params.yaml | layers                          | training module
+cpu, cuda                | `trnlora.backends.torch`        | `trnlora.backends.torch_training`
+neuron                   | `trnlora.backends.torch_static` | `trnlora.backends.neuron_training`
+nxd                      | `trnlora.backends.nxd`          | `trnlora.backends.nxd_training`
 
 The training code asks nowhere else which backend runs.
 """
@@ -53,6 +54,10 @@ def training_backend(name: str) -> TrainingBackend:
         from trnlora.backends import nxd_training
 
         return cast(TrainingBackend, nxd_training)
+    if name == "neuron":
+        from trnlora.backends import neuron_training
+
+        return cast(TrainingBackend, neuron_training)
     from trnlora.backends import torch_training
 
     return cast(TrainingBackend, torch_training)

@@ -5,7 +5,7 @@ count this rank's query and KV heads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,19 +15,21 @@ from torch.utils.checkpoint import checkpoint
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
-from trnlora.model.fused_ops import rms_norm, rotary, swiglu
 from trnlora.model.parallel import Backend
 from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
+IGNORED = -100  # the label of a position that is not trained on, as in HF
+
 
 class RMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float):
+    def __init__(self, hidden_size: int, eps: float, backend: Backend):
         super().__init__()
+        self.backend = backend
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.backend.ops.rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -51,6 +53,11 @@ def rotary_tables(frequencies: Tensor, position_ids: Tensor, dtype: torch.dtype)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """What each position predicts (B, T): the next position's label. The last one predicts nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
@@ -61,13 +68,14 @@ class Attention(nn.Module):
             config.hidden_size, (config.q_size, config.kv_size), kv_size_multiplier, bias=config.family.qkv_bias
         )
         norm = RMSNorm if config.family.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = (norm(config.head_dim, config.rms_norm_eps) for _ in "qk")
+        self.q_norm, self.k_norm = (norm(config.head_dim, config.rms_norm_eps, backend) for _ in "qk")
         self.o_proj = backend.row_parallel_linear(config.q_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x))  # (B, T, this rank's heads, D)
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
-        y = self.backend.attention(rotary(q, cos, sin), rotary(k, cos, sin), v, attention_plan, self.scale)
+        q, k = (self.backend.ops.rotary(y, cos, sin) for y in (q, k))
+        y = self.backend.attention(q, k, v, attention_plan, self.scale)
         y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y if keep is None else y[keep])
 
@@ -75,20 +83,21 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend):
         super().__init__()
+        self.backend = backend
         self.gate_up_proj = backend.column_parallel_linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))  # each rank holds [gate_r, up_r]
+        return self.down_proj(self.backend.ops.swiglu(self.gate_up_proj(x)))  # each rank holds [gate_r, up_r]
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, kv_size_multiplier: int):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.self_attn = Attention(config, backend, kv_size_multiplier)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.mlp = MLP(config, backend)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
@@ -107,7 +116,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, backend, kv_size_multiplier) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
 
 
 class DecoderLM(nn.Module):
@@ -177,11 +186,17 @@ class DecoderLM(nn.Module):
         for layer in self.model.layers:
             inputs = (x, cos, sin, attention_plan, keep if layer is last else None)
             if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # see `draw_dropout`
             else:
                 x = layer(*inputs)
         x = self.model.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
+
+    def layers_of_labelled_tokens(self) -> Iterator[nn.Module]:
+        """The linear layers that compute only the labelled tokens, unless the backend has static shapes."""
+        last = self.model.layers[-1]
+        assert isinstance(last, DecoderLayer)
+        yield from (last.self_attn.o_proj, last.mlp.gate_up_proj, last.mlp.down_proj)
 
     def _rotary_frequencies(self, device: torch.device) -> Tensor:
         """They stay on the device: on torch_xla, computing them again would copy them from the host each time."""
@@ -200,8 +215,8 @@ class DecoderLM(nn.Module):
 
         Labels are aligned as in HF: position t predicts labels[t + 1], and −100 marks ignored positions.
         """
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # the last position predicts nothing
-        labelled = targets != -100
+        targets = next_tokens(labels)
+        labelled = targets != IGNORED
         if self.backend.static_shapes:
             hidden = self(input_ids, position_ids, document_ids)
         else:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trnlora.model.decoder import MLP, Attention, DecoderLM
+from trnlora.model.decoder import IGNORED, MLP, Attention, DecoderLM, next_tokens
 from trnlora.model.targets import peft_modules
 from trnlora.params import Lora
 
@@ -22,25 +22,34 @@ class LoraLayer(nn.Module):
     lora_A: nn.Module
     lora_B: nn.Module
 
-    def __init__(self, base_layer: nn.Module, lora: Lora):
+    def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
+        """input_size: of the whole layer."""
         super().__init__()
+        self.tp_rank, self.tp_size = model.backend.tp_rank, model.backend.tp_size
+        self.input_size = input_size
         self.base_layer = base_layer
         self.r = lora.r
         self.scaling = lora.scaling
-        self.dropout = min(round(lora.lora_dropout * 2**16), 2**16 - 1) / 2**16  # what `random_mask` can draw
+        self.dropout = min(round(lora.lora_dropout * 2**16), 2**16 - 1) / 2**16  # what the words can draw
+        self.words: tuple[Tensor, Tensor] | None = None  # by `draw_dropout`
 
-    def dropped(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
         """x (…, inputs), with values set to 0 at random while training; `scale` makes up for them.
 
-        x may be one of several equal parts of the inputs, in the order of ranks. The mask of all inputs is drawn then,
-        because a mask of the part alone would be the same on every rank: they share a seed. The losses are then those
-        of any other cut, unless ranks hold the inputs in another order: o_proj on trn1 with copies of KV heads.
+        x may be this rank's part of the inputs or, with sequence parallelism, of the tokens. The mask is that part of
+        the whole one, so the losses are those of any other cut, unless ranks hold the inputs in another order: o_proj
+        on trn1 with copies of KV heads.
         """
         if not self.training or self.dropout == 0:
             return x
-        width = x.shape[-1]
-        mask = random_mask((*x.shape[:-1], width * parts), self.dropout, x.device)
-        return x.masked_fill(mask.narrow(-1, part * width, width).contiguous(), 0)
+        assert self.words is not None, "draw_dropout comes before a forward pass"
+        rows, columns = self.words
+        tokens, width = x.shape[-2:]
+        if tokens < rows.shape[-1]:
+            rows = rows.narrow(-1, self.tp_rank * tokens, tokens)
+        if width < columns.shape[-1]:
+            columns = columns.narrow(-1, self.tp_rank * width, width)
+        return x.masked_fill(dropout_mask(rows, columns, self.dropout), 0)
 
     @property
     def scale(self) -> float:
@@ -55,16 +64,14 @@ class LoraLayer(nn.Module):
 class _LoraFusedLinear(LoraLayer):
     """A layer with several outputs that are cut by rows: A is whole on every rank, B is cut as the base weight is.
 
-    Dropout draws the same mask on every tensor-parallel rank: they share a seed.
-
     trained: for each output, whether LoRA trains it. lora_A: one matrix that the outputs share, or one for each.
     """
 
-    def __init__(self, base_layer: nn.Module, input_size: int, trained: list[bool], lora: Lora):
-        super().__init__(base_layer, lora)
+    def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
+        super().__init__(base_layer, model.config.hidden_size, model, lora)
         self.trained = trained
         self.shared = lora.share_a or sum(trained) == 1
-        self.lora_A = nn.Linear(input_size, lora.r if self.shared else lora.r * sum(trained), bias=False)
+        self.lora_A = nn.Linear(self.input_size, lora.r if self.shared else lora.r * sum(trained), bias=False)
 
     def whole_weights(self) -> Iterator[nn.Parameter]:
         yield from self.lora_A.parameters()
@@ -79,7 +86,7 @@ class LoraGQAQKVParallelLinear(_LoraFusedLinear):
 
     def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
         config = model.config
-        super().__init__(base_layer, config.hidden_size, trained, lora)
+        super().__init__(base_layer, model, trained, lora)
         sizes = (config.q_size, config.kv_size)
         self.lora_B = model.backend.gqa_qkv_linear(lora.r, sizes, model.kv_size_multiplier)
         self.share = model.backend.share_input(self.base_layer, self.lora_B)
@@ -102,7 +109,7 @@ class LoraColumnParallelLinear(_LoraFusedLinear):
 
     def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
         config = model.config
-        super().__init__(base_layer, config.hidden_size, trained, lora)
+        super().__init__(base_layer, model, trained, lora)
         self.lora_B = model.backend.column_parallel_linear(lora.r, config.intermediate_size * sum(trained))
         nn.init.zeros_(self.lora_B.get_parameter("weight"))
         self.share = model.backend.share_input(self.base_layer, self.lora_B)
@@ -121,8 +128,7 @@ class LoraRowParallelLinear(LoraLayer):
     """o or down: A is cut by columns as the base weight is. B is whole."""
 
     def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
-        super().__init__(base_layer, lora)
-        self.tp_rank, self.tp_size = model.backend.tp_rank, model.backend.tp_size
+        super().__init__(base_layer, input_size, model, lora)
         self.lora_A = model.backend.row_parallel_linear(input_size, lora.r)
         self.lora_B = nn.Linear(lora.r, model.config.hidden_size, bias=False)
         nn.init.zeros_(self.lora_B.weight)
@@ -133,7 +139,7 @@ class LoraRowParallelLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)
-        low = self.lora_A(self.dropped(x.float(), self.tp_rank, self.tp_size)) * self.scale
+        low = self.lora_A(self.dropped(x.float())) * self.scale
         return self.complete(y + self.lora_B(low).to(y.dtype))
 
 
@@ -167,16 +173,48 @@ def whole_weights(model: DecoderLM) -> list[nn.Parameter]:
     return [weight for layer in layers for weight in layer.whole_weights()]
 
 
-def random_mask(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """A bool tensor whose values are True with probability `p`, a multiple of 2⁻¹⁶."""
-    if device.type != "cpu":
-        # torch_xla cannot draw a bool, and would compare with a Python number in float64.
-        return torch.rand(shape, device=device) < torch.full((), p, device=device)
-    # Four values from each random word: a CPU draws a word as fast as it draws one value with bernoulli_, and that
-    # would cost as much time as the layer's matrix product.
+def draw_dropout(model: DecoderLM, seed: int, labels: Tensor) -> None:
+    """Draw the random words of all layers' dropout masks for the next forward and backward pass.
+
+    seed: the same on all ranks of a replica. labels (B, T): of the micro-batch. The masks depend on nothing else: not
+    on the backend, the device, the cut or how much padding was cut off. A recomputed layer has the same ones.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and layer.dropout > 0]
+    generator = torch.Generator().manual_seed(seed)
+    columns = random_words((3 * sum(layer.input_size for layer in layers),), generator)
+    rows = random_words((*labels.T.shape, len(layers), 3), generator)
+    if model.backend.static_shapes:
+        columns, rows = columns.int() << 16, rows.int() << 16  # an accelerator may not have int16
+    rows = rows.to(labels.device).permute(2, 3, 1, 0).contiguous()  # (layers, 3, B, T)
+    parts = columns.to(labels.device).split([3 * layer.input_size for layer in layers])
+    labelled = [] if model.backend.static_shapes else list(model.layers_of_labelled_tokens())
+    for layer, own_rows, own_columns in zip(layers, rows, parts, strict=True):
+        of_tokens = own_rows[:, next_tokens(labels) != IGNORED] if layer in labelled else own_rows
+        layer.words = of_tokens, own_columns.view(3, -1)
+
+
+def random_words(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """int16, uniform. Four from each word of 64 bits: a CPU draws that as fast as one of 16."""
     size = math.prod(shape)
-    words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
-    return (words.view(torch.int16)[:size] < round(p * 2**16) - 2**15).view(shape)
+    wide = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return wide.view(torch.int16)[:size].view(shape)
+
+
+def dropout_mask(rows: Tensor, columns: Tensor, p: float) -> Tensor:
+    """A bool mask (…, inputs) whose values are True with probability `p`, a multiple of 2⁻¹⁶.
+
+    rows (3, …) and columns (3, inputs): random words, int16, or int32 with zeros in the lower half. Any three values of
+    the mask are independent. Made of AND, XOR and shifts, which are exact on every device; its generator is not needed.
+    """
+    row, column = rows[..., None], columns.view(3, *[1] * (rows.dim() - 1), -1)
+    words = row[0] & column[0]
+    words ^= row[1] & column[1]
+    words ^= row[2]
+    words ^= column[2]
+    # So far a bit of a row is one of eight. Bits take up lower ones; different words stay different.
+    for shift, other in ((1, 5), (2, 7)):
+        words ^= (words << shift) & (words << other)
+    return words < round((p - 0.5) * 2 ** (8 * words.itemsize))
 
 
 def adapter_state(model: DecoderLM) -> dict[str, Tensor]:

@@ -8,8 +8,25 @@ on torch.distributed, `trnlora.backends.nxd` uses NxD's.
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+class Ops(Protocol):
+    """The element-wise operations of a decoder layer: `trnlora.model.fused_ops` or `trnlora.model.plain_ops`."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / RMS(x) · weight over the last dim."""
+        ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x (…, D) by tables (…, D/2): channel i is paired with i + D/2, as in HF's Llama."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) · up of [gate, up] (…, 2·I), to (…, I)."""
+        ...
 
 
 class Backend(Protocol):
@@ -18,6 +35,12 @@ class Backend(Protocol):
     tp_rank: int
     tp_size: int
     static_shapes: bool  # whether every new shape would need another compilation
+    id_dtype: torch.dtype  # of the ids of tokens and documents, of positions and labels
+
+    @property
+    def ops(self) -> Ops:
+        """The element-wise operations."""
+        ...
 
     def parallel_embedding(self, num_embeddings: int, embedding_dim: int) -> nn.Module:
         """Token ids (B, T) to vectors (B, T, H), whole on every rank; weight (V/tp, H)."""
@@ -73,8 +96,8 @@ class Backend(Protocol):
         """
         ...
 
-    def seed(self, seed: int) -> None:
-        """Seed this rank's random numbers (dropout) from here on."""
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Where graphs are compiled: the function, of tensors and lists of them, as one graph. Elsewhere, itself."""
         ...
 
     def add_over_ranks(self, gradients: Sequence[Tensor]) -> None:

@@ -51,7 +51,7 @@ class MicroBatches(Dataset):
     Lightning's division by the number of accumulated batches.
 
     order: row indices, in the order of the epoch. static_shapes: keep the columns at their full length, for a graph
-    compiled for that length; otherwise padding that ends all rows of a micro-batch is cut off.
+    compiled for that length; otherwise padding that ends all rows of a micro-batch is cut off. dtype: of the columns.
     """
 
     def __init__(
@@ -64,9 +64,11 @@ class MicroBatches(Dataset):
         dp_rank: int = 0,
         dp_size: int = 1,
         static_shapes: bool = False,
+        dtype: torch.dtype = torch.int64,
     ):
         self.rows = rows
         self.static_shapes = static_shapes
+        self.dtype = dtype
         self.accumulate = global_batch_size // (micro_batch_size * dp_size)
         steps = -(-len(order) // global_batch_size)
         filled = torch.cat([order, order.new_full((steps * global_batch_size - len(order),), -1)])
@@ -86,7 +88,7 @@ class MicroBatches(Dataset):
             raise IndexError(item)
         step, micro = divmod(item, self.accumulate)
         index = self.index[step, micro]
-        batch = {name: self.rows[name][index.clamp(min=0)].clone() for name in COLUMNS}
+        batch = {name: self.rows[name][index.clamp(min=0)].to(self.dtype, copy=True) for name in COLUMNS}
         batch["labels"][index < 0] = -100
         batch["document_ids"][index < 0] = 0
         if not self.static_shapes:

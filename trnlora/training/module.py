@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import whole_weights
+from trnlora.model.lora import draw_dropout, whole_weights
 from trnlora.model.targets import AdapterTensor
 from trnlora.model.tensors import Cut
 from trnlora.params import Train
@@ -23,6 +23,23 @@ from trnlora.training.schedule import learning_rate_factor
 
 # Values measured so far, which a resumed run does not measure again.
 MEASURED = ("base_validation_loss", "validation_loss", "train_loss", "grad_norm", "lr")
+
+
+def gradient_squares(gradients: list[Tensor], copies: list[int], is_whole: list[bool]) -> tuple[Tensor, Tensor]:
+    """Sums of squares: of this rank's parts of tensors, to be summed over the ranks, and of tensors whole on each.
+
+    copies: the number of ranks that hold the same part.
+    """
+    cut, whole = gradients[0].new_zeros(2).unbind()
+    for gradient, count, of_whole in zip(gradients, copies, is_whole, strict=True):
+        squares = gradient.square().sum() / count
+        cut, whole = (cut, whole + squares) if of_whole else (cut + squares, whole)
+    return cut.clone(), whole
+
+
+def scale_gradients(gradients: list[Tensor], scale: Tensor) -> None:
+    for gradient in gradients:
+        gradient.mul_(scale)
 
 
 class NotFinite(Exception):
@@ -114,6 +131,8 @@ class LoraFinetuner(pl.LightningModule):
         self.dp_group = self.device_mesh["data_parallel"].get_group()
         self.dp_rank = self.device_mesh["data_parallel"].get_local_rank()
         self.tp_group = self.device_mesh["tensor_parallel"].get_group()
+        self._gradient_squares = self.model.backend.compile(gradient_squares)
+        self._scale_gradients = self.model.backend.compile(scale_gradients)
         if self.restore:
             self.restored = self.restore(self.device_mesh)
             for name, value in self.restored["measured"].items():
@@ -140,6 +159,7 @@ class LoraFinetuner(pl.LightningModule):
             dp_rank=self.dp_rank,
             dp_size=self.train_params.dp_size,
             static_shapes=self.model.backend.static_shapes,
+            dtype=self.model.backend.id_dtype,
         )
         return DataLoader(batches, batch_size=None, sampler=range(first, len(batches)))
 
@@ -173,7 +193,7 @@ class LoraFinetuner(pl.LightningModule):
         self.step_loss = torch.zeros((), device=self.device)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], index: int) -> None:
-        """Seed random numbers (dropout) by the step and the micro-batch's place in the global batch.
+        """Draw dropout's random numbers, seeded by the step and the micro-batch's place in the global batch.
 
         So no generator state is needed to resume, tensor-parallel ranks draw the same masks, and a row's mask does not
         depend on the number of replicas.
@@ -182,7 +202,7 @@ class LoraFinetuner(pl.LightningModule):
         micro_batch += self.dp_rank
         seed = f"{self.train_params.seed} {self.global_step} {micro_batch}"
         assert self.model is not None
-        self.model.backend.seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]))
+        draw_dropout(self.model, int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]), batch["labels"])
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         loss_sum, _ = self._loss(batch)
@@ -205,17 +225,14 @@ class LoraFinetuner(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *unused: Any, **unused_too: Any) -> None:
         """Clip by the gradient norm over all ranks. Values that several ranks hold count once."""
         assert self.model is not None
-        squares = torch.zeros(2, device=self.device)  # of sharded tensors (to be summed over ranks), of replicated ones
-        for name, parameter in self._trainable().items():
-            assert parameter.grad is not None
-            tensor = self.adapter[name.removeprefix("model.")]
-            copies = tensor.copies(self.model.kv_size_multiplier)
-            squares[int(tensor.cut is Cut.WHOLE)] += parameter.grad.square().sum() / copies
-        dist.all_reduce(cut := squares[:1].clone(), group=self.tp_group)
-        norm = (cut[0] + squares[1]).sqrt()
-        scale = (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        for parameter in self._trainable().values():
-            parameter.grad.mul_(scale)  # type: ignore[union-attr]
+        trainable = self._trainable()
+        gradients = [parameter.grad for parameter in trainable.values()]
+        tensors = [self.adapter[name.removeprefix("model.")] for name in trainable]
+        copies = [tensor.copies(self.model.kv_size_multiplier) for tensor in tensors]
+        cut, whole = self._gradient_squares(gradients, copies, [tensor.cut is Cut.WHOLE for tensor in tensors])
+        dist.all_reduce(cut, group=self.tp_group)
+        norm = (cut + whole).sqrt()
+        self._scale_gradients(gradients, (self.train_params.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         self.model.backend.mark_step()
         self.train_loss, self.grad_norm = self.step_loss.item(), norm.item()
         self.step_loss.zero_()
