@@ -1,4 +1,4 @@
-"""The training stage on `cpu`, on `nxd` with the stand-in for torch_xla, and on `nxd` with the real one, compared."""
+"""The training stage on each backend, with stand-ins where the hardware's library cannot run, compared."""
 
 import csv
 import json
@@ -19,6 +19,7 @@ from support.models import write_llama
 from support.nxd import REHEARSAL, XLA_PYTHON, stand_in_environment, xla_environment
 from trnlora.files import write_sums
 
+NATIVE = ROOT / "tests" / "neuron" / "native"  # the stand-in for torch_neuronx
 QKV = ["qkv_proj"]
 RANKS = {"trn2": 4, "trn1": 8}  # AWS supports four on trn2 only
 PLAIN = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
@@ -78,7 +79,7 @@ class Rehearsals:
     ) -> Path:
         """A new folder with params, rows and shards for a run of `ranks` ranks (default: RANKS).
 
-        where: cpu; nxd, with the stand-in; or torch_xla: nxd with the real one.
+        where: cpu; neuron, with the stand-in; nxd, with the stand-in; or torch_xla: nxd with the real one.
         """
         folder = self.tmp_path_factory.mktemp(where) / "run"
         tp_size = (ranks or RANKS[hw_backend]) // dp_size
@@ -88,7 +89,7 @@ class Rehearsals:
         batches = {"global_batch_size": 2, "micro_batch_size": 1, "dp_size": dp_size}
         write_params(
             folder,
-            backend="cpu" if where == "cpu" else "nxd",
+            backend=where if where in ("cpu", "neuron") else "nxd",
             convert={"hw_backend": hw_backend, "tp_size": tp_size, "kv_size_multiplier": multiplier},
             lora={"lora_dropout": 0.0, **sections.get("lora", {})},
             train={**steps, **batches, **sections.get("train", {})},
@@ -105,22 +106,26 @@ class Rehearsals:
         if key not in self.folders:
             folder = self.converted(where, hw_backend, multiplier, dp_size, ranks=ranks, **sections)
             (folder / "record").mkdir()
-            env, launcher = environment(where, hw_backend, ranks or RANKS[hw_backend])
-            run_script(REHEARSAL / "record.py", folder, {**env, "RECORD": str(folder / "record")}, launcher)
+            (folder / "graphs").mkdir()
+            env, launcher = environment(where, hw_backend, ranks or RANKS[hw_backend], folder)
+            run_script(REHEARSAL / "record.py", folder, env, launcher)
             self.folders[key] = folder
         return self.folders[key]
 
 
-def environment(where: str, hw_backend: str, ranks: int) -> tuple[dict[str, str], list[str]]:
-    """Environment variables and the command before a script, of a run."""
-    platform = {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend}
+def environment(where: str, hw_backend: str, ranks: int, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Environment variables and the command before a script, of a run in `folder`."""
+    platform = {"NEURON_PLATFORM_TARGET_OVERRIDE": hw_backend, "RECORD": str(folder / "record")}
     if where == "nxd":
         return stand_in_environment() | platform, [sys.executable]
+    if where == "neuron":
+        path = os.pathsep.join([str(ROOT), str(NATIVE)])
+        return {**os.environ, **platform, "PYTHONPATH": path, "GRAPHS": str(folder / "graphs")}, [sys.executable]
     if where == "torch_xla":
         return xla_environment() | platform | ({"BRIDGE": "gloo"} if ranks > 1 else {}), [str(XLA_PYTHON)]
     # record.py changes modules in its own process, but on cpu the stage would fork its ranks from another process.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    return {**os.environ, "OMP_NUM_THREADS": "1"}, torchrun
+    return {**os.environ, **platform, "OMP_NUM_THREADS": "1"}, torchrun
 
 
 def _save_as(model: Path, dtype: str) -> None:

@@ -17,4 +17,4 @@ def enter(params: Params, ranks_per_node: int, num_nodes: int, first_address: st
 
 def ranks_may_be_forked(params: Params) -> bool:
     """Whether ranks may be forks of a process that has imported their libraries. torch_xla's runtime may not."""
-    return params.backend != "nxd"
+    return not params.on_trainium

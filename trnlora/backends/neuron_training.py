@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch_neuronx  # noqa: F401  # registers the device, the process groups and the compiler
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 
@@ -21,7 +22,8 @@ from trnlora.model.lora import adapter_state, add_lora
 from trnlora.params import Params
 from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
 
-NEURON = "neuron"  # the name of the device, the process groups and the compiler
+NEURON = "neuron"  # the name of the process groups and of the compiler, and of the device:
+DEVICE = torch.device(NEURON)
 SUM_DTYPE = torch.float32  # Neuron has no float64
 GROUPS_CARRY_OBJECTS = False
 
@@ -41,7 +43,7 @@ def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv
     compile_model(model)
     if dist.get_rank() == 0:
         print(f"attention: {backend.attend.__name__}", flush=True)
-    return model.to(NEURON)
+    return model.to(DEVICE)
 
 
 def save_adapter(folder: Path, model: DecoderLM) -> None:
@@ -69,7 +71,7 @@ class NeuronAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        return [torch.device(NEURON)] * devices  # each process sees its own only
+        return [DEVICE] * devices  # each process sees its own only
 
     @staticmethod
     def auto_device_count() -> int:

@@ -58,6 +58,7 @@ class Start:
     """What all ranks agree on before training: the folder of the checkpoints, and where to resume."""
 
     folder: Path
+    code: dict[str, str]  # `checkpoints.numeric_code`
     resume: ResumePoint | None
     addresses: list[str]  # of all nodes
 
@@ -151,16 +152,17 @@ def read_inputs(params: Params) -> Inputs:
 
 def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> Start:
     """Check that all nodes have the same inputs, and let the first rank choose the checkpoint to resume from."""
+    code = checkpoints.numeric_code(params.backend)
     folder = checkpoints.run_folder(
         {
-            "backend": params.backend,
             "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
             "lora": params.lora.model_dump(),
             "train": params.train.model_dump(exclude=NOT_PART_OF_THE_RUN),
             "inputs": inputs.digests,
-        }
+        },
+        code,
     )
-    found = checkpoints.find(folder, resume_from) if is_first() else None
+    found = checkpoints.find(folder, resume_from, code) if is_first() else None
     mine = dataclasses.asdict(ResumePoint.read(found)) if found else None
     addresses = cluster.check_same_inputs(inputs.digests | {"params.yaml": params.model_dump_json()})
     agreed = cluster.broadcast_from_first(mine)
@@ -173,7 +175,7 @@ def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> 
                 f"run has {params.train.dp_size} × {torch.get_num_threads()}: results may differ from those of an "
                 "uninterrupted run in the last digits"
             )
-    return Start(folder, resume, addresses)
+    return Start(folder, code, resume, addresses)
 
 
 def open_curves(start: Start) -> Live | None:
@@ -229,7 +231,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer, set to the step at which the run resumes."""
     train = params.train
-    saving = Checkpoints(start.folder, progress, train.checkpoint_every_steps, train.checkpoints_kept)
+    saving = Checkpoints(start.folder, start.code, progress, train.checkpoint_every_steps, train.checkpoints_kept)
 
     def on_fit_start(*_: Any) -> None:  # all ranks have their models
         if cluster.num_nodes() > 1:
