@@ -27,8 +27,6 @@ from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
 from trnlora.weights.nxd_layout import check_divisible
 
-PYTHON = (3, 11)
-
 Check = Callable[[], str]
 
 
@@ -72,10 +70,10 @@ def run_checks(params: Params, repro: bool = False, quiet: bool = False) -> bool
 
 
 def check_python() -> str:
-    """The lock file is for one minor version of Python."""
+    """The lock file is for some minor versions of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] != PYTHON:
-        raise UserError(f"Python {version}: the lock file is for {PYTHON[0]}.{PYTHON[1]}; use .venv (`make setup`)")
+    if not requirements.pythons().contains(version):
+        raise UserError(f"Python {version}: the lock file is for {requirements.pythons()}; use .venv (`make setup`)")
     return f"Python {version}"
 
 
