@@ -30,9 +30,13 @@ def run_stage(name: str, folder: Path, env: dict[str, str] | None = None) -> Non
 
 
 def run_script(
-    script: Path, folder: Path, env: dict[str, str] | None = None, launcher: Sequence[str] = (sys.executable,)
+    script: Path,
+    folder: Path,
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (sys.executable,),
+    *arguments: str,
 ) -> None:
-    command = [*launcher, str(script)]
+    command = [*launcher, str(script), *arguments]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
