@@ -112,11 +112,11 @@ def run_until(command: list[str], folder: Path, env: dict[str, str], line: str) 
 
 
 def test_bfloat16_weights_stay_near_float32(rehearsals: Rehearsals) -> None:
-    """Over 50 steps; the adapter is float32."""
+    """Over 50 steps; the adapter is float32. On cpu, bfloat16 differs from float32 by 0.09 in a step's loss."""
     train = {"max_steps": 50, "epochs": 9}
     runs = [
         rehearsals.train(where, "trn2", 1, ranks=1, model={"dtype": dtype}, train=train)
         for where, dtype in (("neuron", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32"))
     ]
     assert len(curve(runs[0], "loss")) == 50
-    assert_bfloat16_run(*runs)
+    assert_bfloat16_run(*runs, bounds=(0.15, 0.15))
