@@ -28,7 +28,7 @@ SERVED = $(SERVER) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ chat: $(READY) ## a conversation with a model of the running server in the termi
 
 doctor: $(READY) ## check that the pipeline and the server can run on this machine with params.yaml
 	@python tools/doctor.py
+
+device-check: $(READY) ## ten steps of a tiny model on the CPU and on the active backend, compared; the first thing on a new machine
+	@python tools/device_check.py
 
 plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives, instance (default: params.yaml)
 	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES))

@@ -14,13 +14,12 @@ import torch_neuronx  # noqa: F401  # registers the device, the process groups a
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from trnlora.backends.torch import own_kv_group
-from trnlora.backends.torch_static import FunctionalGroup, StaticTorchBackend, compile_model
+from trnlora.backends.torch_static import build_static_model
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import adapter_state, add_lora
+from trnlora.model.lora import adapter_state
 from trnlora.params import Params
-from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
+from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
 NEURON = "neuron"  # the name of the process groups and of the compiler, and of the device:
 DEVICE = torch.device(NEURON)
@@ -33,16 +32,7 @@ def computes() -> bool:
 
 
 def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]) -> DecoderLM:
-    tp_group = mesh["tensor_parallel"].get_group()
-    kv_group = own_kv_group(tp_group, kv_groups, params.train.dp_size)
-    backend = StaticTorchBackend(FunctionalGroup(tp_group), FunctionalGroup(kv_group), compiler=NEURON)
-    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
-    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
-    add_lora(model, params.lora)
-    model.recompute_layers = params.train.activation_checkpointing
-    compile_model(model)
-    if dist.get_rank() == 0:
-        print(f"attention: {backend.attend.__name__}", flush=True)
+    model = build_static_model(mesh, params, config, shards, kv_groups, compiler=NEURON)
     return model.to(DEVICE)
 
 

@@ -7,6 +7,7 @@ numbers are those of `trnlora.backends.torch`; tests/test_static.py compares the
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trnlora.backends.attention import Attention, best_attention
-from trnlora.backends.torch import Function, Group, TorchBackend
+from trnlora.backends.torch import Function, Group, TorchBackend, own_kv_group
 from trnlora.model import plain_ops
-from trnlora.model.config import LOSS_CHUNK
+from trnlora.model.config import LOSS_CHUNK, ModelConfig
 from trnlora.model.decoder import IGNORED, DecoderLM
+from trnlora.model.lora import add_lora
+from trnlora.params import Params
+from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file
 
 
 class FunctionalGroup:
@@ -83,6 +87,26 @@ class StaticTorchBackend(TorchBackend):
 
     def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return StaticAdamW(parameters, lr, weight_decay, self.compile)
+
+
+def build_static_model(
+    mesh: Any,
+    params: Params,
+    config: ModelConfig,
+    shards: Path,
+    kv_groups: list[list[int]],
+    compiler: str | Function | None,
+) -> DecoderLM:
+    """As `trnlora.backends.training.TrainingBackend.build_model`, on the CPU and compiled."""
+    tp_group = mesh["tensor_parallel"].get_group()
+    kv_group = own_kv_group(tp_group, kv_groups, params.train.dp_size)
+    backend = StaticTorchBackend(FunctionalGroup(tp_group), FunctionalGroup(kv_group), compiler)
+    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
+    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+    add_lora(model, params.lora)
+    model.recompute_layers = params.train.activation_checkpointing
+    compile_model(model)
+    return model
 
 
 def compile_model(model: DecoderLM) -> None:

@@ -239,25 +239,33 @@ def make_trainer(
             cluster.limit_waiting([dist.group.WORLD, module.dp_group])
 
     trainer = pl.Trainer(
-        **backend.trainer_placement(params),
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-        num_nodes=cluster.num_nodes(),
-        max_epochs=train.epochs,
-        max_steps=inputs.total_steps,
-        accumulate_grad_batches=train.global_batch_size // (train.micro_batch_size * train.dp_size),
+        **trainer_options(params, backend, inputs.total_steps),
         # The base model's loss: the whole validation set before the first step. A resumed run already has it.
         num_sanity_val_steps=0 if start.resume else -1,
-        inference_mode=False,  # gradients flow through tensors that a validation has made: `DecoderLM._frequencies`
-        reload_dataloaders_every_n_epochs=1,  # each epoch has its own order
-        use_distributed_sampler=False,  # MicroBatches distributes the rows over the replicas
-        enable_checkpointing=False,  # Lightning's hold the whole model, but not the position in an epoch
-        enable_progress_bar=False,  # TrainingProgress does this, and counts tokens
-        enable_model_summary=False,
         callbacks=[progress, saving, pl.callbacks.LambdaCallback(on_fit_start=on_fit_start)],
-        logger=False,  # TrainingProgress writes the curves and has the loggers
     )
     checkpoints.fast_forward(trainer, start.step, inputs.steps_per_epoch)
     return trainer
+
+
+def trainer_options(params: Params, backend: TrainingBackend, total_steps: int) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer that every training with `LoraFinetuner` needs."""
+    train = params.train
+    return {
+        **backend.trainer_placement(params),
+        "devices": int(os.environ["LOCAL_WORLD_SIZE"]),
+        "num_nodes": cluster.num_nodes(),
+        "max_epochs": train.epochs,
+        "max_steps": total_steps,
+        "accumulate_grad_batches": train.global_batch_size // (train.micro_batch_size * train.dp_size),
+        "inference_mode": False,  # gradients flow through tensors that a validation made: `DecoderLM._frequencies`
+        "reload_dataloaders_every_n_epochs": 1,  # each epoch has its own order
+        "use_distributed_sampler": False,  # MicroBatches distributes the rows over the replicas
+        "enable_checkpointing": False,  # Lightning's hold the whole model, but not the position in an epoch
+        "enable_progress_bar": False,  # TrainingProgress does this, and counts tokens
+        "enable_model_summary": False,
+        "logger": False,  # TrainingProgress writes the curves and has the loggers
+    }
 
 
 def adapter_folder() -> contextlib.AbstractContextManager[Any]:
