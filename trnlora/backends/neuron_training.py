@@ -32,8 +32,7 @@ def computes() -> bool:
 
 
 def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]) -> DecoderLM:
-    model = build_static_model(mesh, params, config, shards, kv_groups, compiler=NEURON)
-    return model.to(DEVICE)
+    return build_static_model(mesh, params, config, shards, kv_groups, compiler=NEURON, device=DEVICE)
 
 
 def save_adapter(folder: Path, model: DecoderLM) -> None:

@@ -185,7 +185,7 @@ def _static_form() -> TrainingBackend:
         SimpleNamespace(
             SUM_DTYPE=torch_training.SUM_DTYPE,
             trainer_placement=torch_training.trainer_placement,
-            build_model=functools.partial(build_static_model, compiler=COMPILER),
+            build_model=functools.partial(build_static_model, compiler=COMPILER, device=torch.device("cpu")),
         ),
     )
 
