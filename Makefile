@@ -103,8 +103,8 @@ chat: $(READY) ## a conversation with a model of the running server in the termi
 doctor: $(READY) ## check that the pipeline and the server can run on this machine with params.yaml
 	@python tools/doctor.py
 
-plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives, instance (default: params.yaml)
-	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES))
+plan: $(READY) ## PROFILE=name NODES="1 2 4" SEARCH=1: memory, steps, time; SEARCH ranks layouts (default: params.yaml)
+	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(filter-out 0,$(SEARCH)),--search)
 
 precompile: $(READY) ## Trainium: compile the training graphs before the run, into neuron.compile_cache
 	@python tools/precompile.py

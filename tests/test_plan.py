@@ -15,8 +15,8 @@ from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
-from trnlora.params import Params, load_params
-from trnlora.preflight.instances import USABLE, core_memory, on_nodes, smallest_fit
+from trnlora.params import Params, instance_name, load_params
+from trnlora.preflight.instances import USABLE, core_memory, instance_of, on_nodes, smallest_fit
 from trnlora.preflight.plan import make_plan
 from trnlora.profiles import load_profile
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
@@ -43,8 +43,11 @@ def test_profiles_fit_their_models(name: str) -> None:
     check_divisible(config, params.convert)
     groups = kv_replica_groups(config, params.convert)
     assert sorted(rank for group in groups for rank in group) == list(range(params.convert.tp_size))
-    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # a 48xlarge with cores in pairs, and a 32xlarge
+    cores = {"trn2.48xlarge": 64, "trn2.3xlarge": 4, "trn1.32xlarge": 32}[instance_name(params)]  # trn2's in pairs
     assert params.train.dp_size * params.convert.tp_size == cores
+    instance = instance_of(params)
+    assert instance is not None
+    assert make_plan(params, config, None).core_bytes <= USABLE * core_memory(instance, params)
 
 
 def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -160,7 +163,9 @@ def test_llama3_8b_on_trn2() -> None:
     assert plan.tp_bytes_per_step == 8 * micro_batch + 32 * 16 * 4096 * 4
     assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
     matrices = plan.parameters - 128256 * 4096  # without the embedding; includes the norms, which are negligible
-    assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
+    # Of attention, scores and weighted values: forward, recomputed, and twice in the backward pass.
+    attention = 4 * 2 * 2 * 4096 * 4096 * 32
+    assert plan.flops_per_step == (4 * matrices + attention) * plan.tokens_per_step
 
 
 def test_all_linear_llama3_8b_on_trn2() -> None:
@@ -202,7 +207,7 @@ def test_several_nodes_keep_the_global_batch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instance", "tp_size", "multiplier"),
-    [("llama3-8b-trn2-nxd", "trn2.48xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
+    [("llama3-8b-trn2-nxd", "trn2.3xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
 )
 def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
     """The model fits there, but not with half the tp_size."""
