@@ -61,10 +61,25 @@ def test_trn2_profile_divides_llama3_8b() -> None:
     [
         ("lora", "share_a", False, r"lora\.share_a: false is not supported on nxd"),
         ("model", "dtype", "float16", r"model\.dtype: float16 is not supported on Trainium"),
-        ("neuron", "instance", "trn1.32xlarge", r"neuron\.instance trn1\.32xlarge does not fit convert\.hw_backend trn2"),
+        (
+            "neuron",
+            "instance",
+            "trn1.32xlarge",
+            r"neuron\.instance trn1\.32xlarge does not fit convert\.hw_backend trn2",
+        ),
         ("neuron", "instance", "trn3-gen1-server", r"neuron\.instance trn3-gen1-server needs backend: neuron"),
-        ("neuron", "instance", "trn2.3xlarge", r"is 64 ranks, which AWS does not support on trn2\.3xlarge: choose them for 1, 4$"),
-        ("neuron", "instance", "trn2.48xl", r"neuron\.instance: Input should be 'trn1\.2xlarge', 'trn1\.32xlarge', 'trn2\.3xlarge'"),
+        (
+            "neuron",
+            "instance",
+            "trn2.3xlarge",
+            r"is 64 ranks, which AWS does not support on trn2\.3xlarge: choose them for 1, 4$",
+        ),
+        (
+            "neuron",
+            "instance",
+            "trn2.48xl",
+            r"neuron\.instance: Input should be 'trn1\.2xlarge', 'trn1\.32xlarge', 'trn2\.3xlarge'",
+        ),
     ],
 )
 def test_what_nxd_does_not_have_is_refused(section: str, key: str, value: Any, line: str) -> None:

@@ -122,7 +122,9 @@ def print_search(params: Params, config: ModelConfig) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     if own is None:
-        print(f"The layout of these params does not fit {instance.name}, or its number of ranks is not a supported one.")
+        print(
+            f"The layout of these params does not fit {instance.name}, or its number of ranks is not a supported one."
+        )
     console.print(
         f"{len(layouts)} layouts fit {instance.name} with backend {params.backend}, "
         f"{params.train.global_batch_size} rows of {params.data.seq_len} tokens per step. In ms: the device takes the "

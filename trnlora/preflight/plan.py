@@ -114,21 +114,28 @@ def row_flops(params: Params, config: ModelConfig) -> tuple[float, float]:
 
 
 def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
-    """Bytes that autograd keeps for `tokens` tokens on one core."""
-    scores = not (params.backend == "nxd" and params.neuron.selective_checkpointing)
-    layer, residual = layer_bytes(params, config, tokens, scores)
+    """Bytes that autograd keeps for `tokens` tokens on one core, and for neuron what attention needs besides."""
+    dtype = DTYPE_BYTES[params.model.dtype]
+    score = working = 0
+    if params.backend == "neuron":
+        score = 4 + (dtype if dtype != 4 else 0)  # the softmax in float32, and in the model's dtype
+        # In one layer at a time, the scores and their gradient, in float32.
+        working = 8 * config.num_attention_heads * tokens * params.data.seq_len // params.convert.tp_size
+    elif params.backend == "nxd" and not params.neuron.selective_checkpointing:
+        score = 8 + dtype  # scores and softmax in float32, and the softmax in the model's dtype
+    layer, residual = layer_bytes(params, config, tokens, score)
     if params.train.activation_checkpointing:
-        return round((config.num_hidden_layers + 1) * residual + layer)  # one layer is recomputed at a time
-    return round(config.num_hidden_layers * layer + residual)  # the last norm's input
+        return round((config.num_hidden_layers + 1) * residual + layer) + working  # one layer is recomputed at a time
+    return round(config.num_hidden_layers * layer + residual) + working  # the last norm's input
 
 
-def layer_bytes(params: Params, config: ModelConfig, tokens: int, scores: bool) -> tuple[float, float]:
+def layer_bytes(params: Params, config: ModelConfig, tokens: int, score: int) -> tuple[float, float]:
     """Bytes that one layer keeps of `tokens` tokens on one core, and those of a residual, which is its input.
 
     As in trnlora/model: decoder.py, fused_ops.py, lora.py. Of the linear layers' inputs only those of lora_A and lora_B
-    are kept: the other weights are frozen. For `neuron`, that element-wise results are computed again in the backward
-    pass, as fused_ops does, is an assumption about its compiler, and attention is a masked product.
-    scores: on Trainium, whether attention's scores are among what is kept.
+    are kept: the other weights are frozen. For `neuron`, attention is a masked product, and that its compiler computes
+    element-wise results again in the backward pass, as fused_ops does, is an assumption (PyTorch's partitioner does).
+    score: on Trainium, bytes for each of attention's seq_len × seq_len scores.
     """
     tp, dtype = params.convert.tp_size, DTYPE_BYTES[params.model.dtype]
     # With sequence parallelism, everything outside attention and MLP is sharded along the tokens.
@@ -141,9 +148,7 @@ def layer_bytes(params: Params, config: ModelConfig, tokens: int, scores: bool) 
         attention += tokens * (q + kv) * dtype  # the norms' inputs
     if not params.on_trainium:
         attention += tokens * q * dtype  # the fused kernel's output
-    elif scores:
-        # scores and softmax in float32, and the softmax in the model's dtype
-        attention += config.num_attention_heads / tp * tokens * params.data.seq_len * (8 + dtype)
+    attention += config.num_attention_heads / tp * tokens * params.data.seq_len * score
     modules = peft_modules(params.lora.target_modules)
     # The inputs of lora_A: whole where a layer is cut by rows, a rank's part where it is cut by columns.
     inputs = {

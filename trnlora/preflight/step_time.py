@@ -9,7 +9,7 @@ import math
 
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
-from trnlora.preflight.collectives import Collective, micro_batch_collectives, step_collectives
+from trnlora.preflight.collectives import DTYPE_BYTES, Collective, micro_batch_collectives, step_collectives
 from trnlora.preflight.instances import Instance
 from trnlora.preflight.plan import layer_bytes, make_plan, row_flops
 
@@ -58,8 +58,10 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
     flops = train.global_batch_size * (weights + attention * (0.5 if attention_kernel else 1.0))
     passes = 3 if train.activation_checkpointing else 2
     tokens = train.micro_batch_size * params.data.seq_len
-    layer, _ = layer_bytes(params, config, tokens, scores=not attention_kernel)
-    # In each pass the weights are read, and what a layer keeps is written and read once.
+    # In each pass the weights are read, and what a layer keeps is written and read once; scores, their softmax in float32
+    # and in the model's dtype likewise.
+    score = 0 if attention_kernel else 8 + DTYPE_BYTES[params.model.dtype]
+    layer, _ = layer_bytes(params, config, tokens, score)
     moved = passes * (make_plan(params, config, None).shard_bytes + 2 * config.num_hidden_layers * layer)
     per_micro_batch = sum(collective_time(c, params, instance) for c in micro_batch_collectives(params, config))
     per_step = sum(collective_time(c, params, instance) for c in step_collectives(params, config))
@@ -74,27 +76,26 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
 def collective_time(collective: Collective, params: Params, instance: Instance) -> float:
     """Seconds of `count` collectives: the slower of memory and links for the volume, and the hops' latency.
 
-    A group of consecutive ranks fills chip after chip; one of replicas has a rank on each of its chips, whose others
-    send at the same time. Replicas on other instances are reached over EFA.
+    A group of consecutive ranks fills chip after chip. Replicas are on all chips, and the ranks of a chip that belong to
+    one of them send at the same time. Replicas on other instances are reached over EFA.
     """
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
     size = {"tp": tp_size, "dp": dp_size, "kv": params.convert.kv_size_multiplier}[collective.group]
     cores = instance.logical_cores(params)
     on_chip = cores // instance.chips
-    instances = math.ceil(tp_size * dp_size / cores)
-    sharing = 1
-    if collective.group == "dp":
-        chips = min(instance.chips, math.ceil(tp_size * dp_size / on_chip))
-        sharing = min(on_chip, tp_size)
-    else:
-        chips = math.ceil(size / on_chip)
     part = (size - 1) / size
     memory = TOUCHES[collective.kind] * part * collective.bytes / (instance.hbm / cores)
     rounds = 2 if collective.kind == "all-reduce" else 1
+    if collective.group == "dp":
+        chips, outside, sharing = instance.chips, part, min(on_chip, tp_size)
+    else:
+        chips = math.ceil(size / on_chip)
+        outside, sharing = (chips - 1) / chips, 1
     links = 0.0
     if chips > 1:
-        links = rounds * (chips - 1) / chips * collective.bytes * sharing / _link_bandwidth(instance, chips)
+        links = rounds * outside * collective.bytes * sharing / _link_bandwidth(instance, chips)
     seconds = max(memory, links) + rounds * _hops(size, collective.bytes) * HOP_SECONDS
+    instances = math.ceil(tp_size * dp_size / cores)
     if collective.group == "dp" and instances > 1:
         assert instance.network, "only instances with EFA train together"
         seconds += network_time(collective.bytes, instances, tp_size, instance.network)
