@@ -104,7 +104,9 @@ def test_planned_memory_against_published_runs(run: Published) -> None:
     assert 0.78 <= planned / run.device_gib <= 0.92
 
 
-@pytest.mark.parametrize("name", ["llama3-8b-trn2", "llama3-70b-trn2", "qwen3-8b-trn2", "mistral-7b-trn2"])
+@pytest.mark.parametrize(
+    "name", ["llama3-8b-trn2", "llama3.1-8b-trn2", "llama3-70b-trn2", "qwen3-8b-trn2", "mistral-7b-trn2"]
+)
 def test_native_profiles_have_the_layout_that_the_search_puts_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the host costs nothing, which is unknown for native PyTorch."""
     params, config = profile(name)
@@ -151,7 +153,7 @@ def test_a_search_without_a_layout_is_refused() -> None:
 
 
 def test_a_collective_takes_the_time_of_its_slowest_part() -> None:
-    """By hand, for tp 32 × dp 2 on a trn2.48xlarge: memory at 46.4 / 64 TB/s a core, links at 256 GB/s a chip (a half of its four)."""
+    """By hand, for tp 32 × dp 2 on a trn2.48xlarge: memory at 46.4 / 64 TB/s a core, links at 256 GB/s a chip."""
     params, _ = profile("llama3-8b-trn2-nxd")
     instance = next(i for i in INSTANCES if i.name == "trn2.48xlarge")
     hidden = 4096 * 4096 * 4  # 64 MiB: 16 hops (4 ranks: 2); 8 chips

@@ -65,7 +65,7 @@ def test_trn2_profile_divides_llama3_8b() -> None:
             "neuron",
             "instance",
             "trn1.32xlarge",
-            r"neuron\.instance trn1\.32xlarge does not fit convert\.hw_backend trn2",
+            r"instance trn1\.32xlarge does not fit convert\.hw_backend trn2",
         ),
         ("neuron", "instance", "trn3-gen1-server", r"neuron\.instance trn3-gen1-server needs backend: neuron"),
         (

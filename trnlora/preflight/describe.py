@@ -122,14 +122,12 @@ def print_search(params: Params, config: ModelConfig) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
     if own is None:
-        print(
-            f"The layout of these params does not fit {instance.name}, or its number of ranks is not a supported one."
-        )
+        print(f"The layout of these params does not fit {instance.name}, or its number of ranks is not supported.")
     console.print(
         f"{len(layouts)} layouts fit {instance.name} with backend {params.backend}, "
-        f"{params.train.global_batch_size} rows of {params.data.seq_len} tokens per step. In ms: the device takes the "
-        "longer of products and\nmemory, and the collectives; the step takes the longer of device and host. An estimate "
-        "that ranks layouts: docs/scale.md",
+        f"{params.train.global_batch_size} rows of {params.data.seq_len} tokens per step. Times in ms: the device "
+        "takes the longer of\nproducts and memory, and then the collectives; a step takes the longer of device and "
+        "host. An estimate, to rank layouts: docs/scale.md",
         highlight=False,
     )
 

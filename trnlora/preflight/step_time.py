@@ -1,7 +1,7 @@
 """A model of an optimizer step's time on Trainium: a roofline of products and memory, collectives, and the host.
 
-It ranks layouts. As a forecast it is an estimate: docs/scale.md has its errors against published measurements. Two of its
-constants are fitted to those, PRODUCT_SHARE and HOST_SECONDS; the others are AWS's figures.
+It ranks layouts. As a forecast it is an estimate: docs/scale.md has its errors against published measurements. Two of
+its constants are fitted to those, PRODUCT_SHARE and HOST_SECONDS; the others are AWS's figures.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
     flops = train.global_batch_size * (weights + attention * (0.5 if attention_kernel else 1.0))
     passes = 3 if train.activation_checkpointing else 2
     tokens = train.micro_batch_size * params.data.seq_len
-    # In each pass the weights are read, and what a layer keeps is written and read once; scores, their softmax in float32
-    # and in the model's dtype likewise.
+    # In each pass the weights are read, and what a layer keeps is written and read once; likewise scores, and their
+    # softmax in float32 and in the model's dtype.
     score = 0 if attention_kernel else 8 + DTYPE_BYTES[params.model.dtype]
     layer, _ = layer_bytes(params, config, tokens, score)
     moved = passes * (make_plan(params, config, None).shard_bytes + 2 * config.num_hidden_layers * layer)
@@ -76,8 +76,8 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
 def collective_time(collective: Collective, params: Params, instance: Instance) -> float:
     """Seconds of `count` collectives: the slower of memory and links for the volume, and the hops' latency.
 
-    A group of consecutive ranks fills chip after chip. Replicas are on all chips, and the ranks of a chip that belong to
-    one of them send at the same time. Replicas on other instances are reached over EFA.
+    A group of consecutive ranks fills chip after chip. Replicas are on all chips, and the ranks of a chip that belong
+    to one of them send at the same time. Replicas on other instances are reached over EFA.
     """
     tp_size, dp_size = params.convert.tp_size, params.train.dp_size
     size = {"tp": tp_size, "dp": dp_size, "kv": params.convert.kv_size_multiplier}[collective.group]
@@ -113,9 +113,9 @@ def network_time(bytes_each: float, instances: int, tp_size: int, network: float
 def _link_bandwidth(instance: Instance, chips: int) -> float:
     """Bytes per second and direction with which a chip reaches the others of a group of `chips`.
 
-    In a torus each chip has four links: one leads to the other of a pair, two are on the ring of a larger group, and all
-    are used by the two rings of a whole instance (source: intranode-collective-comm.rst). That AWS's figure adds up both
-    directions is an assumption.
+    In a torus each chip has four links: one leads to the other of a pair, two are on the ring of a larger group, and
+    all are used by the two rings of a whole instance (source: intranode-collective-comm.rst). That AWS's figure adds up
+    both directions is an assumption.
     """
     usable = 1.0 if instance.switched or chips == instance.chips else 0.25 if chips == 2 else 0.5
     return instance.link * usable / 2
