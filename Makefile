@@ -110,8 +110,8 @@ doctor: $(READY) ## check that the pipeline and the server can run on this machi
 device-check: $(READY) ## ten steps of a tiny model on the CPU and on the active backend, compared; the first thing on a new machine
 	@python tools/device_check.py
 
-plan: $(READY) ## PROFILE=name NODES="1 2 4": bytes per core, steps, collectives, instance (default: params.yaml)
-	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES))
+plan: $(READY) ## PROFILE=name NODES="1 2 4" SEARCH=1: memory, steps, time; SEARCH ranks layouts (default: params.yaml)
+	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(filter-out 0,$(SEARCH)),--search)
 
 precompile: $(READY) ## Trainium: compile the training graphs before the run, into neuron.compile_cache
 	@python tools/precompile.py

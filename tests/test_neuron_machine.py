@@ -190,7 +190,20 @@ def test_instances_run_the_numbers_that_aws_supports() -> None:
         instance.name: instance.ranks(profile(TRN1 if instance.hw_backend == "trn1" else TRN2))
         for instance in INSTANCES
     }
-    assert counts == {"trn1.2xlarge": (1, 2), "trn1.32xlarge": (1, 2, 8, 32), "trn2.48xlarge": (1, 4, 16, 64)}
+    assert counts == {
+        "trn1.2xlarge": (1, 2),
+        "trn1.32xlarge": (1, 2, 8, 32),
+        "trn2.3xlarge": (1, 4),
+        "trn2.48xlarge": (1, 4, 16, 64),
+        # AWS says nothing about these.
+        "trn3-gen2-server": (1, 2, 4, 8, 16),
+        "trn3-gen1-server": (1, 2, 4, 8, 16, 32, 64),
+    }
+
+
+def test_only_the_largest_instances_train_together() -> None:
+    with pytest.raises(UserError, match=r"only trn1\.32xlarge and trn2\.48xlarge train together, not trn2\.3xlarge"):
+        on_nodes(profile("llama3-8b-trn2-3xl"), 2)
 
 
 def test_the_plan_takes_only_numbers_that_aws_supports() -> None:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
-from trnlora.params import Params, load_params
-from trnlora.preflight.instances import USABLE, core_memory, on_nodes, smallest_fit
+from trnlora.params import Params, instance_name, load_params
+from trnlora.preflight.collectives import micro_batch_collectives
+from trnlora.preflight.instances import USABLE, core_memory, instance_of, on_nodes, smallest_fit
 from trnlora.preflight.plan import make_plan
 from trnlora.profiles import load_profile
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
@@ -43,8 +45,11 @@ def test_profiles_fit_their_models(name: str) -> None:
     check_divisible(config, params.convert)
     groups = kv_replica_groups(config, params.convert)
     assert sorted(rank for group in groups for rank in group) == list(range(params.convert.tp_size))
-    cores = {"trn2": 64, "trn1": 32}[params.convert.hw_backend]  # a 48xlarge with cores in pairs, and a 32xlarge
+    cores = {"trn2.48xlarge": 64, "trn2.3xlarge": 4, "trn1.32xlarge": 32}[instance_name(params)]  # trn2's in pairs
     assert params.train.dp_size * params.convert.tp_size == cores
+    instance = instance_of(params)
+    assert instance is not None
+    assert make_plan(params, config, None).core_bytes <= USABLE * core_memory(instance, params)
 
 
 def test_shards_and_adapter_have_the_planned_sizes(make_llama, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -117,6 +122,69 @@ def test_activations_are_those_autograd_keeps(
     assert sum(kept.values()) == pytest.approx(planned, rel=0.05)
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize(
+    ("lora", "cut"), [(LORAS[1], (2, 1)), (LORAS[0], (2, 1)), (LORAS[3], (4, 2)), (LORAS[1], (4, 2))]
+)
+def test_collectives_of_the_static_form_are_those_of_the_plan(
+    tmp_path: Path, lora: dict[str, Any], cut: tuple[int, int], micro_batch: int
+) -> None:
+    """Kind, group and bytes of what rank 0 reduces in one micro-batch, on ranks that are threads."""
+    from trnlora.backends.torch import Group, run_as_threads, thread_backends
+    from trnlora.backends.torch_static import StaticTorchBackend, compile_model
+    from trnlora.model.decoder import DecoderLM
+    from trnlora.model.lora import add_lora
+
+    tp_size, multiplier = cut
+    params, _ = profile("llama3-8b-trn2")
+    convert = params.convert.model_copy(update={"tp_size": tp_size, "kv_size_multiplier": multiplier})
+    params = params.model_copy(
+        update={
+            "convert": convert,
+            "model": params.model.model_copy(update={"dtype": "float32"}),
+            "data": params.data.model_copy(update={"seq_len": 300}),  # not a multiple of the loss's chunks
+            "lora": params.lora.model_copy(update={**lora, "lora_dropout": 0.0}),
+            "train": params.train.model_copy(
+                update={"activation_checkpointing": False, "micro_batch_size": micro_batch}
+            ),
+        }
+    )
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+    config = ModelConfig.from_folder(write_model(tmp_path / "model", "llama", **sizes))
+
+    def static(tp_group: Group, kv_group: Group) -> StaticTorchBackend:
+        return StaticTorchBackend(tp_group, kv_group, compiler=None)
+
+    backends = thread_backends(kv_replica_groups(config, convert), static)
+    found: Counter[tuple[str, int]] = Counter()
+    for name in ("tp", "kv"):
+        group = getattr(backends[0], f"{name}_group")
+        reduce = group.all_reduce
+
+        def count(x: torch.Tensor, op: str = "sum", name: str = name, reduce: Any = reduce) -> torch.Tensor:
+            found[name, x.nbytes] += 1
+            return reduce(x, op)
+
+        group.all_reduce = count
+    ids = torch.ones(micro_batch, params.data.seq_len, dtype=torch.int32)
+
+    def train(backend: Any) -> None:
+        model = DecoderLM.empty(config, backend, multiplier).to_empty(device="cpu")
+        add_lora(model, params.lora)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+        compile_model(model)
+        loss, _ = model.loss(ids, ids, ids, ids)
+        loss.backward()
+
+    run_as_threads(backends, train)
+    wanted: Counter[tuple[str, int]] = Counter()
+    for collective in micro_batch_collectives(params, config):
+        assert collective.kind == "all-reduce"
+        wanted[collective.group, collective.bytes] += collective.count
+    assert found == wanted
+
+
 def planned(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/plan.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -160,7 +228,9 @@ def test_llama3_8b_on_trn2() -> None:
     assert plan.tp_bytes_per_step == 8 * micro_batch + 32 * 16 * 4096 * 4
     assert plan.dp_bytes_per_step == 4 * plan.trainable_per_rank
     matrices = plan.parameters - 128256 * 4096  # without the embedding; includes the norms, which are negligible
-    assert plan.flops_per_step == 4 * matrices * plan.tokens_per_step
+    # Of attention, scores and weighted values: forward, recomputed, and twice in the backward pass.
+    attention = 4 * 2 * 2 * 4096 * 4096 * 32
+    assert plan.flops_per_step == (4 * matrices + attention) * plan.tokens_per_step
 
 
 def test_all_linear_llama3_8b_on_trn2() -> None:
@@ -202,7 +272,7 @@ def test_several_nodes_keep_the_global_batch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instance", "tp_size", "multiplier"),
-    [("llama3-8b-trn2-nxd", "trn2.48xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
+    [("llama3-8b-trn2-nxd", "trn2.3xlarge", 4, 1), ("llama3-70b-trn2", "trn2.48xlarge", 16, 2)],
 )
 def test_smallest_instance(name: str, instance: str, tp_size: int, multiplier: int) -> None:
     """The model fits there, but not with half the tp_size."""
@@ -234,7 +304,7 @@ def test_plan_is_printed_offline() -> None:
     assert "138 in total (721 packed rows, estimated from the size of data.source" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     # DP ms: 35.6 MiB × 32 ranks × 2 × 1/2 over 3.2 Tbit/s. ideal s: FLOPs over 2 × 10.7 PFLOPS.
-    assert rows == [["2", "4", "4", "1.69", "49.58", "35.6", "2.99", "0.092", "138"]]
+    assert rows == [["2", "4", "4", "1.69", "49.58", "35.6", "2.99", "0.118", "138"]]
     refused = planned(*chosen("llama3-8b-trn2-nxd"), "--nodes", "16")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: train.global_batch_size 16 is not a multiple of")

@@ -1,14 +1,15 @@
 """Print the size of a run before it is paid for: ranks, bytes per core, steps, collectives, and the instance it needs.
 
-    python tools/plan.py [--params FILE | --profile NAME] [--nodes N …]
+    python tools/plan.py [--params FILE | --profile NAME] [--nodes N …] [--search]
     make plan PROFILE=llama3-8b-trn2-nxd NODES="1 2 4"
+    make plan PROFILE=llama3-8b-trn2 SEARCH=1
 
 By arithmetic alone, on any machine and offline, in about a second; docs/scale.md explains it.
 """
 
 from trnlora.cli import add_params_or_profile, chosen_params, script_parser
 from trnlora.errors import run
-from trnlora.preflight.describe import describe, print_nodes
+from trnlora.preflight.describe import describe, print_nodes, print_search
 from trnlora.preflight.known_models import model_config
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -19,6 +20,9 @@ def main() -> None:
     parser.add_argument(
         "--nodes", type=int, nargs="+", metavar="N", help="also print the same global batch on N instances"
     )
+    parser.add_argument(
+        "--search", action="store_true", help="also rank all layouts that fit the instance by a modelled step time"
+    )
     args = parser.parse_args()
     params = chosen_params(args)
     config = model_config(params)
@@ -27,6 +31,8 @@ def main() -> None:
         print(line)
     if args.nodes:
         print_nodes(params, config, args.nodes)
+    if args.search:
+        print_search(params, config)
 
 
 if __name__ == "__main__":

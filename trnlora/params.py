@@ -23,9 +23,20 @@ from pydantic import (
 from trnlora import paths
 from trnlora.errors import UserError
 
-# Ranks that AWS supports on an instance; the last is all logical cores of the largest one. trn2's are those of joined
-# cores (logical_core_size 2). Sources: aws-neuron-sdk, archive/nxd-training/mlp.rst and bert.rst, "Currently …".
-SUPPORTED_RANKS = {"trn1": (1, 2, 8, 32), "trn2": (1, 4, 16, 64)}
+InstanceName = Literal[
+    "trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge", "trn3-gen1-server", "trn3-gen2-server"
+]
+# Of neuron.instance: null. The largest of each convert.hw_backend; only these have EFA and train together with others.
+LARGEST: dict[str, InstanceName] = {"trn1": "trn1.32xlarge", "trn2": "trn2.48xlarge"}
+# Ranks that AWS supports on an instance; the last is all logical cores. trn2's are those of joined cores
+# (logical_core_size 2). Source: aws-neuron-sdk, archive/nxd-training/mlp.rst, "Currently we only support". It does not
+# name trn2.3xlarge, whose one chip holds the first two of trn2.48xlarge's. It says nothing about trn3.
+SUPPORTED_RANKS: dict[InstanceName, tuple[int, ...]] = {
+    "trn1.2xlarge": (1, 2),
+    "trn1.32xlarge": (1, 2, 8, 32),
+    "trn2.3xlarge": (1, 4),
+    "trn2.48xlarge": (1, 4, 16, 64),
+}
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -154,6 +165,7 @@ class Lora(Section):
 
 
 class Neuron(Section):
+    instance: InstanceName | None
     python: str | None
     vllm_python: str | None
     logical_core_size: Literal[1, 2]
@@ -291,20 +303,39 @@ class Params(Section):
             raise ValueError("model.dtype: float16 is not supported on Trainium; write bfloat16 or float32")
         if self.convert.hw_backend == "trn1" and self.neuron.logical_core_size != 1:
             raise ValueError("neuron.logical_core_size must be 1 on trn1, whose cores cannot be joined")
+        self._check_instance()
         ranks, supported = self.train.dp_size * self.convert.tp_size, supported_ranks(self)
-        if supported and ranks not in supported and (ranks % supported[-1] or self.convert.tp_size > supported[-1]):
+        if supported is None or ranks in supported:
+            return
+        name = instance_name(self)
+        several = name in LARGEST.values()
+        if not several or ranks % supported[-1] or self.convert.tp_size > supported[-1]:
             raise ValueError(
                 f"train.dp_size {self.train.dp_size} × convert.tp_size {self.convert.tp_size} is {ranks} ranks, which "
-                f"AWS does not support on {self.convert.hw_backend}: choose them for {', '.join(map(str, supported))}, "
-                f"or for several full instances with {supported[-1]} each"
+                f"AWS does not support on {name}: choose them for {', '.join(map(str, supported))}"
+                + (f", or for several full instances with {supported[-1]} each" if several else "")
             )
+
+    def _check_instance(self) -> None:
+        name = instance_name(self)
+        generation = name[: len("trn1")]
+        if generation == "trn3" and self.backend == "nxd":
+            raise ValueError(f"neuron.instance {name} needs backend: neuron; nxd has trn1 and trn2 only")
+        if ("trn1" if generation == "trn1" else "trn2") != self.convert.hw_backend:
+            raise ValueError(f"neuron.instance {name} does not fit convert.hw_backend {self.convert.hw_backend}")
+
+
+def instance_name(params: Params) -> InstanceName:
+    """The machine that the params are for."""
+    return params.neuron.instance or LARGEST[params.convert.hw_backend]
 
 
 def supported_ranks(params: Params) -> tuple[int, ...] | None:
-    """The numbers of ranks that AWS supports on one instance; None where it says nothing (trn2's cores not joined)."""
-    if params.convert.hw_backend == "trn2" and params.neuron.logical_core_size != 2:
+    """The numbers of ranks that AWS supports on one instance; None where it says nothing (trn3, cores not joined)."""
+    name = instance_name(params)
+    if name.startswith("trn2") and params.neuron.logical_core_size != 2:
         return None
-    return SUPPORTED_RANKS[params.convert.hw_backend]
+    return SUPPORTED_RANKS.get(name)
 
 
 def load_params(path: Path = paths.PARAMS) -> Params:

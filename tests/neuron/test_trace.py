@@ -80,10 +80,21 @@ class Trace:
         return next(i.groups for i in self.micro_batch if i.op in ("reduce-scatter", "all-reduce") and i.groups)
 
 
-PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml") if "trn" in path.stem)
+TRAINIUM = {
+    path.stem: load_profile(path.stem, ROOT / "profiles")
+    for path in sorted((ROOT / "profiles").glob("*.yaml"))
+    if "trn" in path.stem
+}
+PROFILES = [name for name, params in TRAINIUM.items() if params.backend == "nxd"]
 PLAIN = {"neuron": {"sequence_parallel": False, "selective_checkpointing": False}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PROFILES},
+    # The models of the native profiles, as the guide trains them.
+    **{
+        f"{name}-on-nxd": ("llama3-8b-trn2-nxd", {"model": {"source": params.model.source}})
+        for name, params in TRAINIUM.items()
+        if params.backend == "neuron" and not name.startswith("llama3-8b")
+    },
     "not-sequence-parallel": ("llama3-8b-trn2-nxd", PLAIN),
     "qkv-only": ("llama3-8b-trn2-nxd", {"lora": {"target_modules": ["qkv_proj"]}}),
     "q-and-down": ("llama3-8b-trn2-nxd", {"lora": {"target_modules": ["q_proj", "down_proj"]}}),

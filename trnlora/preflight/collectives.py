@@ -1,14 +1,15 @@
 """What a training step sends between ranks: the collectives of each layer, by kind, group and size.
 
 For `nxd` the list is exact: tests/neuron/test_trace.py compares it with the graphs that NxD 0.18 makes on torch_xla.
-For the torch backend, whose reductions depend on the rows, it is the largest volume that they can have.
+For `neuron` it is too: tests/test_plan.py counts those of the static form. For the other forms of the torch backend,
+whose reductions depend on the rows, it is the largest volume that they can have.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trnlora.model.config import ModelConfig
+from trnlora.model.config import LOSS_CHUNK, ModelConfig
 from trnlora.model.targets import adapter_tensors, fused_layers, peft_modules, trainable_parameters_per_rank
 from trnlora.model.tensors import Cut
 from trnlora.params import Params
@@ -41,7 +42,8 @@ def micro_batch_collectives(params: Params, config: ModelConfig) -> list[Collect
     """The collectives of a forward and backward pass of train.micro_batch_size rows on each rank."""
     if params.convert.tp_size == 1:
         return []
-    return list(_nxd(params, config) if params.backend == "nxd" else _torch(params, config))
+    kinds = {"nxd": _nxd, "neuron": _static}
+    return list(kinds.get(params.backend, _torch)(params, config))
 
 
 def step_collectives(params: Params, config: ModelConfig) -> list[Collective]:
@@ -97,3 +99,23 @@ def _torch(params: Params, config: ModelConfig) -> Iterator[Collective]:
     hidden = params.train.micro_batch_size * params.data.seq_len * config.hidden_size
     bytes_each = hidden * DTYPE_BYTES[params.model.dtype]
     yield Collective("all-reduce", "tp", 4 * config.num_hidden_layers + 2, bytes_each)
+
+
+def _static(params: Params, config: ModelConfig) -> Iterator[Collective]:
+    """The static form of the torch backend: the same, the loss in chunks of one size, and LoRA's copies of k and v.
+
+    With train.activation_checkpointing, each layer's graph runs again, with the reductions after attention and MLP.
+    """
+    layers, tokens = config.num_hidden_layers, params.train.micro_batch_size * params.data.seq_len
+    model = DTYPE_BYTES[params.model.dtype]
+    repeated = 2 * layers if params.train.activation_checkpointing else 0
+    yield Collective("all-reduce", "tp", 4 * layers + 1 + repeated, tokens * config.hidden_size * model)
+    chunks = math.ceil(tokens / LOSS_CHUNK)
+    yield Collective("all-reduce", "tp", chunks, LOSS_CHUNK * FLOAT32)  # maxima
+    yield Collective("all-reduce", "tp", chunks, 2 * LOSS_CHUNK * FLOAT32)  # sums and the targets' logits
+    yield Collective("all-reduce", "tp", chunks, LOSS_CHUNK * config.hidden_size * model)  # the input's gradient
+    copies = params.convert.kv_size_multiplier
+    trained = len({"k_proj", "v_proj"} & set(peft_modules(params.lora.target_modules)))
+    if copies > 1 and trained:
+        rows = config.kv_size * copies // params.convert.tp_size
+        yield Collective("all-reduce", "kv", trained * layers, rows * params.lora.r * FLOAT32)

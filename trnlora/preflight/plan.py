@@ -77,12 +77,6 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
         for collective in micro_batch_collectives(params, config)
     ]
     logit_rows = tokens if params.backend == "nxd" else min(LOSS_CHUNK, tokens)
-    # Forward, and backward to the activations (frozen weights have no gradients): 2 FLOPs each per weight and token.
-    # Attention scores are not counted; the embedding, a look-up, only if it is the lm_head too.
-    matrices = sum(math.prod(shape) for shape in shapes.values())
-    if not config.tie_word_embeddings:
-        matrices -= config.vocab_size * config.hidden_size
-    recomputed = 2 if train.activation_checkpointing else 0
     return Plan(
         ranks=train.dp_size * convert.tp_size,
         shards=convert.tp_size,
@@ -97,30 +91,64 @@ def make_plan(params: Params, config: ModelConfig, packed_rows: int | None) -> P
         activation_bytes=_activation_bytes(params, config, tokens),
         logit_bytes=logit_rows * config.vocab_size // convert.tp_size * 4 * 2,
         collectives=per_step + step_collectives(params, config),
-        flops_per_step=(4.0 + recomputed) * matrices * train.global_batch_size * params.data.seq_len,
+        flops_per_step=train.global_batch_size * sum(row_flops(params, config)),
     )
 
 
-def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
-    """Bytes that autograd keeps for `tokens` tokens on one core (trnlora/model: decoder.py, fused_ops.py, lora.py).
+def row_flops(params: Params, config: ModelConfig) -> tuple[float, float]:
+    """FLOPs of the matrix products for one row of seq_len tokens, of all cores: with weights, and of attention.
 
-    Of the linear layers' inputs only those of lora_A and lora_B are kept: the other weights are frozen.
+    Forward, and backward to the activations (frozen weights have no gradients): 2 each per weight and token. The
+    embedding is a look-up, and LoRA's products are left out: about 1 %. On Trainium attention multiplies all
+    seq_len × seq_len scores; the other backends compute those within documents, which are not counted.
+    """
+    tokens, train = params.data.seq_len, params.train
+    head = config.vocab_size * config.hidden_size
+    layers = sum(math.prod(shape) for shape in hf_shapes(config).values()) - head * (2 - config.tie_word_embeddings)
+    weights = 2.0 * tokens * (layers * (2 + train.activation_checkpointing) + head * 2)
+    if not params.on_trainium:
+        return weights, 0.0
+    again = train.activation_checkpointing or (params.backend == "nxd" and params.neuron.selective_checkpointing)
+    # Scores and weighted values; the gradient of each of the two has two products.
+    return weights, 4.0 * tokens**2 * config.q_size * config.num_hidden_layers * (3 + again)
+
+
+def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
+    """Bytes that autograd keeps for `tokens` tokens on one core, and for neuron what attention needs besides."""
+    dtype = DTYPE_BYTES[params.model.dtype]
+    score = working = 0
+    if params.backend == "neuron":
+        score = 4 + (dtype if dtype != 4 else 0)  # the softmax in float32, and in the model's dtype
+        # In one layer at a time, the scores and their gradient, in float32.
+        working = 8 * config.num_attention_heads * tokens * params.data.seq_len // params.convert.tp_size
+    elif params.backend == "nxd" and not params.neuron.selective_checkpointing:
+        score = 8 + dtype  # scores and softmax in float32, and the softmax in the model's dtype
+    layer, residual = layer_bytes(params, config, tokens, score)
+    if params.train.activation_checkpointing:
+        return round((config.num_hidden_layers + 1) * residual + layer) + working  # one layer is recomputed at a time
+    return round(config.num_hidden_layers * layer + residual) + working  # the last norm's input
+
+
+def layer_bytes(params: Params, config: ModelConfig, tokens: int, score: int) -> tuple[float, float]:
+    """Bytes that one layer keeps of `tokens` tokens on one core, and those of a residual, which is its input.
+
+    As in trnlora/model: decoder.py, fused_ops.py, lora.py. Of the linear layers' inputs only those of lora_A and lora_B
+    are kept: the other weights are frozen. For `neuron`, attention is a masked product, and that its compiler computes
+    element-wise results again in the backward pass, as fused_ops does, is an assumption (PyTorch's partitioner does).
+    score: on Trainium, bytes for each of attention's seq_len × seq_len scores.
     """
     tp, dtype = params.convert.tp_size, DTYPE_BYTES[params.model.dtype]
-    on_neuron = params.backend == "nxd"
     # With sequence parallelism, everything outside attention and MLP is sharded along the tokens.
-    outside = tokens / tp if on_neuron and params.neuron.sequence_parallel else tokens
+    outside = tokens / tp if params.backend == "nxd" and params.neuron.sequence_parallel else tokens
     residual = outside * config.hidden_size * dtype
     q = config.q_size / tp
     kv = config.kv_size * params.convert.kv_size_multiplier / tp
     attention = tokens * (q + 2 * kv) * dtype
     if config.family.qk_norm:
         attention += tokens * (q + kv) * dtype  # the norms' inputs
-    if not on_neuron:
+    if not params.on_trainium:
         attention += tokens * q * dtype  # the fused kernel's output
-    elif not params.neuron.selective_checkpointing:
-        # scores and softmax in float32, and the softmax in the model's dtype
-        attention += config.num_attention_heads / tp * tokens * params.data.seq_len * (8 + dtype)
+    attention += config.num_attention_heads / tp * tokens * params.data.seq_len * score
     modules = peft_modules(params.lora.target_modules)
     # The inputs of lora_A: whole where a layer is cut by rows, a rank's part where it is cut by columns.
     inputs = {
@@ -134,7 +162,4 @@ def _activation_bytes(params: Params, config: ModelConfig, tokens: int) -> int:
     low = len(fused_layers(modules) if params.lora.share_a else modules) * params.lora.r  # the inputs of lora_B
     lora += tokens * low * 4
     mlp = tokens * 2 * config.intermediate_size / tp * dtype
-    layer = 2 * residual + attention + lora + mlp
-    if params.train.activation_checkpointing:
-        return round((config.num_hidden_layers + 1) * residual + layer)  # one layer is recomputed at a time
-    return round(config.num_hidden_layers * layer + residual)  # the last norm's input
+    return 2 * residual + attention + lora + mlp, residual
