@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from support import ROOT, trainium
+from support.rehearsal import NATIVE
 from support.trainium import BENCH, device, executable, install_neuron_ls
 
 from trnlora.backends import environment, neuron_environment, neuron_machine
@@ -40,6 +41,13 @@ def profile(**sections: dict[str, Any]) -> Params:
 
 
 # The training stage --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with the name of torch_neuronx can be found, which nothing here imports."""
+    monkeypatch.setenv("PYTHONPATH", str(NATIVE))
+    monkeypatch.syspath_prepend(str(NATIVE))
 
 
 @pytest.fixture
@@ -117,6 +125,14 @@ def test_the_cores_of_the_ranks_must_be_free(project: Path, tmp_path: Path) -> N
     install_neuron_ls(tmp_path, [device(n, [BENCH] if n == 0 else None) for n in range(16)])
     assert "0 of 4 Neuron cores are free and 4 are needed" in train(project).stderr
     neuron_machine.check_free_cores(4, 2)  # of a program that takes any
+
+
+def test_a_machine_without_torch_neuronx_is_told_before_the_ranks_start(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH")
+    printed = train(project).stderr
+    assert printed == f"error: {sys.executable} has no torch-neuronx: `make doctor` says what backend neuron needs\n"
 
 
 def test_ranks_are_not_forks_and_other_backends_are_left_alone() -> None:

@@ -1,9 +1,11 @@
 """The Python, the environment variables and the limits that a backend's training processes need. Imports no torch."""
 
+import importlib.util
 import os
 
 from trnlora.backends import neuron_environment, neuron_machine, nxd_environment
 from trnlora.backends.python_environment import rerun, training_python
+from trnlora.errors import UserError
 from trnlora.params import Params
 
 
@@ -21,6 +23,10 @@ def enter(params: Params, ranks_per_node: int, num_nodes: int, first_address: st
         neuron_environment.check_variables(ranks_per_node)
         env = neuron_environment.training_environment(params, num_nodes)
     rerun(training_python(params), env)
+    if params.backend == "neuron" and importlib.util.find_spec("torch_neuronx") is None:
+        raise UserError(
+            f"{training_python(params)} has no torch-neuronx: `make doctor` says all that backend neuron needs"
+        )
     neuron_machine.prepare(params, compile_cache(params), ranks_per_node, num_nodes)
     if params.backend == "neuron":
         os.environ.update(neuron_machine.pinning(ranks_per_node, params.neuron.logical_core_size))
