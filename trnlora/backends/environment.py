@@ -24,9 +24,7 @@ def enter(params: Params, ranks_per_node: int, num_nodes: int, first_address: st
         env = neuron_environment.training_environment(params, num_nodes)
     rerun(training_python(params), env)
     if params.backend == "neuron" and importlib.util.find_spec("torch_neuronx") is None:
-        raise UserError(
-            f"{training_python(params)} has no torch-neuronx: `make doctor` says all that backend neuron needs"
-        )
+        raise UserError(f"{training_python(params)} has no torch-neuronx: `make doctor` says what backend neuron needs")
     neuron_machine.prepare(params, compile_cache(params), ranks_per_node, num_nodes)
     if params.backend == "neuron":
         os.environ.update(neuron_machine.pinning(ranks_per_node, params.neuron.logical_core_size))
