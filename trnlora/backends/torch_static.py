@@ -1,4 +1,4 @@
-"""The static form of the torch backend: what a compiler of whole graphs needs, as Trainium's.
+"""The static form of the torch backend: what a compiler of whole graphs needs, such as that of Trainium.
 
 Fixed shapes, no control flow that depends on data, no loop over documents, ids of 32 bits, no random numbers of the
 device, no gather over the vocabulary. `compile_model` compiles one graph for each kind of block, and not one for the

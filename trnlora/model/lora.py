@@ -185,7 +185,7 @@ def draw_dropout(model: DecoderLM, seed: int, labels: Tensor) -> None:
     rows = random_words((*labels.T.shape, len(layers), 3), generator)
     if model.backend.static_shapes:
         columns, rows = columns.int() << 16, rows.int() << 16  # an accelerator may not have int16
-    rows = rows.to(labels.device).permute(2, 3, 1, 0).contiguous()  # (layers, 3, B, T)
+    rows = rows.permute(2, 3, 1, 0).contiguous().to(labels.device)  # (layers, 3, B, T)
     parts = columns.to(labels.device).split([3 * layer.input_size for layer in layers])
     labelled = [] if model.backend.static_shapes else list(model.layers_of_labelled_tokens())
     for layer, own_rows, own_columns in zip(layers, rows, parts, strict=True):
