@@ -3,16 +3,20 @@
 The stand-in (tests/neuron/native) has the names of torch_neuronx; the graphs are torch.compile's.
 """
 
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 from support.nxd import REHEARSAL
 from support.rehearsal import (
+    NATIVE,
     Rehearsals,
     adapter,
     assert_bfloat16_run,
@@ -49,6 +53,20 @@ def on_cpu(rehearsals: Rehearsals) -> Path:
 def graphs(folder: Path) -> list[list[str]]:
     """For each rank, a line for each graph that it compiled."""
     return [file.read_text().splitlines() for file in sorted((folder / "graphs").iterdir())]
+
+
+def test_the_names_of_device_groups_and_compiler_are_the_documented_ones() -> None:
+    """In a process of its own: a device's name is registered once."""
+    code = (
+        "import torch; from trnlora.backends import neuron_training as native; "
+        "from trnlora.profiles import load_profile; "
+        "placement = native.trainer_placement(load_profile('llama3-8b-trn2-3xl')); "
+        "assert placement['accelerator'].get_parallel_devices(2) == [torch.device('neuron')] * 2; "
+        "assert placement['strategy'].process_group_backend == 'neuron'; "
+        "assert torch.compile(lambda x: x + 1, backend=native.NEURON)(torch.ones(2)).tolist() == [2, 2]"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(NATIVE)]), "RANK": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
 
 
 def test_a_whole_run_equals_cpu_and_compiles_each_kind_of_graph_once(rehearsals: Rehearsals, on_cpu: Path) -> None:
