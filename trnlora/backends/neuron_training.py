@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch_neuronx  # noqa: F401  # registers the device, the process groups and the compiler
-from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 
+from trnlora.backends.accelerator import NeuronCoreAccelerator
 from trnlora.backends.torch_static import build_static_model
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
@@ -45,34 +45,12 @@ def trainer_placement(params: Params) -> dict[str, Any]:
     return {"accelerator": NeuronAccelerator(), "strategy": NeuronStrategy(params)}
 
 
-class NeuronAccelerator(Accelerator):
+class NeuronAccelerator(NeuronCoreAccelerator):
     """One logical NeuronCore per process."""
-
-    def setup_device(self, device: torch.device) -> None:
-        """Nothing: the process group takes this rank's core, and must be the first to use the device."""
-
-    def teardown(self) -> None:
-        pass
-
-    @staticmethod
-    def parse_devices(devices: int) -> int:
-        return devices
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
         return [DEVICE] * devices  # each process sees its own only
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def name() -> str:
-        return NEURON
 
 
 class NeuronStrategy(ModelParallelStrategy):

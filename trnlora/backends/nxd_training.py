@@ -16,10 +16,10 @@ import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from neuronx_distributed.parallel_layers import parallel_state as state
 from neuronx_distributed.utils import cpu_mode
-from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
 
+from trnlora.backends.accelerator import NeuronCoreAccelerator
 from trnlora.backends.nxd import NxdBackend
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
@@ -117,34 +117,12 @@ def trainer_placement(params: Params) -> dict[str, Any]:
     return {"accelerator": NeuronAccelerator(), "strategy": NxdStrategy(params)}
 
 
-class NeuronAccelerator(Accelerator):
+class NeuronAccelerator(NeuronCoreAccelerator):
     """One logical NeuronCore per process."""
-
-    def setup_device(self, device: torch.device) -> None:
-        pass
-
-    def teardown(self) -> None:
-        pass
-
-    @staticmethod
-    def parse_devices(devices: int) -> int:
-        return devices
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
         return [xm.xla_device()] * devices
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def name() -> str:
-        return "neuron"
 
 
 class NxdStrategy(ModelParallelStrategy):

@@ -28,7 +28,7 @@ from trnlora.model.targets import adapter_tensors
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
 from trnlora.training.initial_adapter import set_adapter
-from trnlora.training.module import LoraFinetuner
+from trnlora.training.recorder import Recorder
 from trnlora.training.run import quiet_lightning, trainer_options
 from trnlora.weights.convert import write_shards
 from trnlora.weights.nxd_layout import kv_replica_groups
@@ -38,9 +38,6 @@ EPOCHS = 2
 SEQ_LEN = 512  # what attention kernels need, at least
 SIDES = ("cpu", "device")
 COMPILER = "aot_eager"  # of the static form on a CPU: torch's tracing and gradients, without C++
-# AdamW changes a parameter by about lr · gradient / (|gradient| + eps). With the usual eps of 1e-8 a gradient so small
-# that its sign is a rounding error makes a full step.
-EPS = 1e-3
 # The largest allowed differences, relative to the largest value (logits), the value (losses) or the tensor's norm.
 TOLERANCES = {
     "float32": {"logits": 1e-4, "losses": 1e-5, "gradients": 3e-4, "adapter": 1e-4},
@@ -107,40 +104,6 @@ def packed_rows(count: int, vocabulary: int, seed: int) -> dict[str, Tensor]:
             positions[row, start:stop] = torch.arange(stop - start)
     labels = torch.where((documents > 0) & (positions > 3), ids, -100)
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": documents}
-
-
-class Recorder(LoraFinetuner):
-    """Records what this rank computes: logits before the first step; of each step the loss, gradients and weights."""
-
-    def on_train_start(self) -> None:
-        assert self.model is not None
-        backend = self.model.backend
-        rows = (self.validation_rows[name][:1] for name in ("input_ids", "position_ids", "document_ids"))
-        self.model.eval()
-        with torch.no_grad():
-            logits = self.model.logits(self.model(*(row.to(self.device, backend.id_dtype) for row in rows)))
-        self.model.train()
-        self.record: dict[str, Any] = {"logits": _copy(logits), "steps": []}
-
-    def configure_optimizers(self) -> Any:
-        configured = super().configure_optimizers()
-        for group in configured["optimizer"].param_groups:
-            group["eps"] = EPS
-        return configured
-
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Before clipping: gradients are summed over ranks and replicas."""
-        parameters = self._trainable()
-        weights = {name: _copy(parameter) for name, parameter in parameters.items()}
-        gradients = {
-            name: _copy(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None
-        }
-        super().configure_gradient_clipping(*args, **kwargs)
-        self.record["steps"].append({"loss": self.train_loss, "weights": weights, "gradients": gradients})
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def train_side(params: Params, side: str, dtype: str, folder: Path) -> None:
