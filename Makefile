@@ -3,9 +3,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Settings, e.g. `make setup PYTHON=/opt/python3.11/bin/python3.11 TORCH_INDEX=https://mirror.example/whl/cpu`
+# Settings, e.g. `make setup PYTHON=python3.13 TORCH_INDEX=https://mirror.example/whl/cpu`
 PYTHON ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+NEURON_INDEX ?= https://pip.repos.neuron.amazonaws.com
 
 # The stages and tools of this project, whatever Python environment the caller is in.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -27,16 +28,19 @@ SERVED = $(SERVER) $(if $(ADAPTERS),--adapters $(ADAPTERS))
 SHOW = [ -t 1 ] || export COLUMNS=120; dvc exp show --no-pager --only-changed --hide-workspace --sort-by validation_loss --drop \
     '^(?!Experiment$$|State$$|(model|data|convert|lora|train)\.|tuned\.(exact_match|rougeL|chrf|loss)$$|validation_loss$$)'
 
-.PHONY: help setup setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## only the environment, from requirements.lock
-	@echo "setup: .venv is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
+	@echo "setup: .venv ($$(.venv/bin/python --version)) is up to date; '. .venv/bin/activate' puts dvc and the stages' Python on your PATH"
 
 $(READY): requirements.lock pyproject.toml tools/environment.sh
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup $@
+
+setup-neuron: $(READY) ## on Trainium: AWS's packages for backend neuron into .venv, so that it runs all stages
+	@NEURON_INDEX='$(NEURON_INDEX)' tools/environment.sh setup-neuron
 
 setup-xla: $(READY) ## .venv-xla, with the real torch_xla: for the tests of backend nxd in `make test-long`
 	@TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh setup-xla
@@ -103,6 +107,9 @@ chat: $(READY) ## a conversation with a model of the running server in the termi
 doctor: $(READY) ## check that the pipeline and the server can run on this machine with params.yaml
 	@python tools/doctor.py
 
+device-check: $(READY) ## ten steps of a tiny model on the CPU and on the active backend, compared; the first thing on a new machine
+	@python tools/device_check.py
+
 plan: $(READY) ## PROFILE=name NODES="1 2 4" SEARCH=1: memory, steps, time; SEARCH ranks layouts (default: params.yaml)
 	@python tools/plan.py $(if $(PROFILE),--profile '$(PROFILE)') $(if $(NODES),--nodes $(NODES)) $(if $(filter-out 0,$(SEARCH)),--search)
 
@@ -127,7 +134,7 @@ pull-results: $(READY) ## REV=commit: that run's adapter, answers and metrics fr
 	@ls -d 'reports/$(or $(REV),HEAD)'/*
 
 lock: $(READY) ## compile pyproject.toml's dependency groups into requirements.lock
-	@TORCH_INDEX='$(TORCH_INDEX)' tools/environment.sh lock
+	@tools/environment.sh lock
 
 audit: $(READY) ## known vulnerabilities of the locked packages, asked of osv.dev
 	@python tools/audit.py

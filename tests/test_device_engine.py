@@ -28,6 +28,7 @@ from trnlora.serving.adapters import Adapter, check_own_adapter
 from trnlora.serving.device_engine import LOG, SCRATCH, DeviceEngine, Job, neuron_engine, run_job
 from trnlora.serving.neuron_lora import write_zero_adapter
 from trnlora.serving.vllm_args import engine_args, environment
+from trnlora.serving.vllm_neuron import merged_args
 
 NXDI = {"vllm": "0.16.0", "vllm-neuron": "0.5.0", "neuronx-distributed-inference": "0.10.18399", "neuronx-cc": "2.26"}
 TORCH_NEURON: dict[str, str | None] = {
@@ -101,16 +102,15 @@ def test_one_engine_has_base_and_adapter(project: Path, monkeypatch: pytest.Monk
 def test_without_nxdi_base_and_merged_model_answer_one_after_another(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arguments: vllm-neuron/docs/getting-started/quickstart-offline-serving.md."""
+    """Arguments: those of the server."""
     params = neuron_params(monkeypatch, TORCH_NEURON)
     with pytest.raises(UserError, match=r"flatten\.merged_model: true .*; or set eval\.engine: host"):
         jobs(params)
     paths.MERGED.mkdir()
     (paths.MERGED / "config.json").write_text("{}")
     base, merged = jobs(params)
-    common = {"dtype": "bfloat16", "tensor_parallel_size": 32, "max_model_len": 8192, "max_num_seqs": 16}
-    assert base.engine == common | {"model": "artifacts/model"}
-    assert merged.engine == common | {"model": "artifacts/merged"}
+    assert base.engine == merged_args(params, paths.MODEL)
+    assert merged.engine == merged_args(params, paths.MERGED)
     assert (base.models, merged.models) == ({"base": None}, {"tuned": None})
 
 

@@ -18,6 +18,7 @@ from support import ROOT
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.doctor import (
+    check_disk,
     check_loggers,
     check_memory,
     check_port,
@@ -125,6 +126,8 @@ def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
         ("llama3-8b-trn2-nxd", True, "device", True),
         ("llama3-8b-trn2-nxd", True, "host", False),
         ("llama3-8b-trn2-nxd", False, "host", True),  # `make serve`
+        ("llama3-8b-trn2", False, "host", True),
+        ("llama3-8b-trn2", True, "host", False),
         ("smollm2-135m-cpu", False, "host", False),
     ],
 )
@@ -142,6 +145,16 @@ def test_the_vllm_of_the_device_is_described(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(vllm_neuron, "installed", lambda python, packages: versions)
     found = check_vllm(profile("llama3-8b-trn2-nxd", neuron={"vllm_python": "/x/python"}))
     assert found.startswith("vLLM of /x/python serves base and adapter: vllm 0.16.0, vllm-neuron 0.5.0")
+    merged = {"vllm": "0.29.0", "vllm-neuron": "0.29.0.1.2.0", "neuronx-distributed-inference": None}
+    monkeypatch.setattr(vllm_neuron, "installed", lambda python, packages: merged)
+    assert "serves the merged model" in check_vllm(profile("llama3-8b-trn2"))
+    with pytest.raises(UserError, match=r"does not load adapters: set flatten\.merged_model: true, so that"):
+        check_vllm(profile("llama3-8b-trn2", flatten={"merged_model": False}))
+
+
+def test_the_vllm_of_the_device_is_refused_on_trn1(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"vllm": "0.16.0", "vllm-neuron": "0.5.0", "neuronx-distributed-inference": "0.10.18399"}
+    monkeypatch.setattr(vllm_neuron, "installed", lambda python, packages: versions)
     trn1 = profile("llama3-8b-trn1")
     with pytest.raises(
         UserError, match=r"neuronx-distributed-inference 0\.10\.18399 supports trn2 and newer, not trn1"
@@ -160,6 +173,18 @@ def test_memory_that_vllm_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 << 30))
         assert check_memory(params).endswith(f"about {need} needed")
+
+
+def test_disk_that_a_merged_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 10 GiB, shards, the model, and each again in DVC's cache."""
+    monkeypatch.chdir(tmp_path)
+    Path("metrics").mkdir()
+    for merged, need in ((False, 71), (True, 91)):
+        params = profile("smollm2-135m-cpu", flatten={"merged_model": merged})
+        recorded = {"source": params.model.source, "weights_gib": 10}
+        Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 30))
+        assert check_disk(params) == f"100 GiB of disk free, about {need} needed"
 
 
 def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

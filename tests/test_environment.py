@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from support import ROOT
 
@@ -62,6 +64,49 @@ def test_the_lock_pins_every_requirement_with_a_hash() -> None:
     for block in re.split(r"^(?=\S)", lock, flags=re.M)[1:]:
         assert "--hash=sha256:" in block, block
     assert not re.search(r"^(nvidia-cu|torchvision|torchaudio|torchcodec)", lock, re.M)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_is_complete_for_every_python(python: str) -> None:
+    """By what the installed packages say they require there. `make lock` asks the index whether each has a wheel."""
+    assert requirements.pythons().contains(python)
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    locked = requirements.locked(python)
+    for found in distributions():
+        name = requirements.normalized(found.name)
+        if name in locked:
+            if "Requires-Python" in found.metadata:
+                assert SpecifierSet(found.metadata["Requires-Python"]).contains(f"{python}.0"), name
+            for requirement in map(Requirement, found.requires or []):
+                needed = requirements.normalized(requirement.name)
+                if (requirement.marker is None or requirement.marker.evaluate(environment)) and (
+                    needed not in requirements.left_out()
+                ):
+                    assert requirement.specifier.contains(locked[needed], prereleases=True), f"{name}: {requirement}"
+
+
+def test_a_pin_can_be_for_some_pythons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    lines = ("one==1.0 ; python_full_version < '3.12' \\", "one==2.0 ; python_full_version >= '3.12' \\", "two-a==3 \\")
+    (tmp_path / "requirements.lock").write_text("".join(f"{line}\n    --hash=sha256:0\n" for line in lines), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    torch = requirements.group("pipeline")["torch"].lstrip("=")
+    assert requirements.locked("3.11") == {"torch": torch, "one": "1.0", "two-a": "3"}
+    assert requirements.locked("3.12") == {"torch": torch, "one": "2.0", "two-a": "3"}
+
+
+def test_the_lock_is_compiled_with_what_torch_requires() -> None:
+    """pyproject.toml has a copy, so that `make lock` needs no index with torch's CPU build."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["uv"]
+    copies = {copy["name"]: copy for copy in tool["dependency-metadata"]}
+    for found in distributions():
+        copy = copies.pop(requirements.normalized(found.name), None)
+        if copy:
+            required = [Requirement(text) for text in found.requires or []]
+            without_extras = {str(each) for each in required if each.marker is None}
+            assert copy["version"] == found.version.removesuffix("+cpu")
+            assert {str(Requirement(text)) for text in copy["requires-dist"]} == without_extras
+    assert not copies
 
 
 def test_what_the_code_imports_is_required() -> None:
@@ -136,8 +181,25 @@ def test_profile_is_written(make: Make) -> None:
 def test_a_wrong_python_is_named(make: Make) -> None:
     done = make.run("setup", "PYTHON=/bin/false")
     assert done.returncode != 0
-    assert "error: Python 3.11 is needed and /bin/false is not that" in done.stderr
+    assert "error: Python 3.11 to 3.14 is needed and /bin/false is not that" in done.stderr
     assert not (make.root / ".venv").exists()
+
+
+def test_the_pythons_are_those_of_pyproject(make: Make) -> None:
+    text = (make.root / "pyproject.toml").read_text("utf-8")
+    (make.root / "pyproject.toml").write_text(text.replace('">=3.11,<3.15"', '">=3.8,<3.10"'), "utf-8")
+    done = make.run("setup", f"PYTHON={sys.executable}")
+    assert f"error: Python 3.8 to 3.9 is needed and {sys.executable} is not that" in done.stderr
+
+
+def test_setup_neuron_refuses_a_python_without_wheels(make: Make) -> None:
+    python = make.root / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 3.11\n", "utf-8")
+    python.chmod(0o755)
+    done = make.run("--old-file=.venv/.ready", "setup-neuron")
+    assert done.returncode != 0
+    assert "error: torch-neuronx needs Python 3.12 or newer and .venv has 3.11: remove .venv" in done.stderr
 
 
 @pytest.mark.slow

@@ -8,25 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, trainium
+from support.trainium import executable
 
-from trnlora.backends.nxd_environment import PROGRAMS, with_own_bin
+from trnlora.backends.nxd_environment import PROGRAMS
+from trnlora.backends.python_environment import with_own_bin
 from trnlora.errors import UserError
 from trnlora.params import Params
-from trnlora.preflight.neuron_checks import check_neuron
-from trnlora.profiles import load_profile, profile_values
-
-
-def executable(path: Path, script: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n", "utf-8")
-    path.chmod(0o755)
-    return path
+from trnlora.preflight.nxd_checks import check_nxd
+from trnlora.profiles import profile_values
 
 
 def profile(name: str = "llama3-8b-trn2-nxd", **neuron: object) -> Params:
-    params = load_profile(name, ROOT / "profiles")
-    return params.model_copy(update={"neuron": params.neuron.model_copy(update=neuron)})
+    return trainium.profile(name, neuron=neuron)
 
 
 @pytest.fixture
@@ -89,7 +83,7 @@ def test_neuron_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_USE_BF16", "1")
     with pytest.raises(UserError) as lacking:
-        check_neuron(profile(python=sys.executable))
+        check_nxd(profile(python=sys.executable))
     parts = str(lacking.value).split("; ")
     assert f"torch-neuronx, neuronx-distributed, neuronx-cc in {sys.executable}" in parts[1]
     assert parts[2].startswith("neuronx-cc, libneuronpjrt-path beside ")
@@ -102,8 +96,8 @@ def test_doctor_names_programs_that_are_missing(tmp_path: Path, monkeypatch: pyt
     python = executable(tmp_path / "python", f'exec {sys.executable} "$@"')
     executable(tmp_path / "neuronx-cc", "")
     with pytest.raises(UserError, match=f"; libneuronpjrt-path beside {python} "):
-        check_neuron(profile(python=str(python)))
+        check_nxd(profile(python=str(python)))
     executable(tmp_path / "libneuronpjrt-path", "")
     with pytest.raises(UserError, match="lacks") as lacking:
-        check_neuron(profile(python=str(python)))
+        check_nxd(profile(python=str(python)))
     assert " beside " not in str(lacking.value)

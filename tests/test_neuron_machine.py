@@ -1,6 +1,5 @@
 """What doctor and the launcher find on a Trainium machine. Stubs print what AWS documents of its programs."""
 
-import json
 import os
 import resource
 import shutil
@@ -15,39 +14,28 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, trainium
+from support.trainium import BENCH, device, install_neuron_ls
 
-from trnlora.backends import neuron_machine, nxd_environment
+from trnlora.backends import environment, neuron_machine, nxd_environment
 from trnlora.errors import UserError
 from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, check_params
-from trnlora.preflight import neuron_checks
+from trnlora.preflight import machine_checks, nxd_checks
+from trnlora.preflight.caution import Caution
 from trnlora.preflight.instances import INSTANCES, on_nodes, smallest_fit
 from trnlora.preflight.plan import GIB
 from trnlora.preflight.precompile import compile_command
-from trnlora.profiles import load_profile, profile_names, profile_values
+from trnlora.profiles import profile_names, profile_values
 
 TRN2, TRN1 = "llama3-8b-trn2-nxd", "llama3-8b-trn1"
 
 
 def profile(name: str = TRN2, **sections: dict[str, Any]) -> Params:
-    """A profile with some of its keys changed."""
-    params = load_profile(name, ROOT / "profiles")
-    changed = {section: getattr(params, section).model_copy(update=values) for section, values in sections.items()}
-    return params.model_copy(update=changed)
+    return trainium.profile(name, **sections)
 
 
-def device(number: int, processes: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """A device of a trn2.48xlarge. Keys of the example in aws-neuron-sdk, tools/neuron-sys-tools/neuron-ls.rst."""
-    return {
-        "neuron_device": number, "bdf": "cc:00.0", "cpu_affinity": "48-95,144-191", "numa_node": "1",
-        "connected_to": [12, 3, 4, 1], "nc_count": 4, "logical_neuroncore_config": 2, "memory_size": 103079215104,
-        "neuroncore_ids": [4 * number + core for core in range(4)], "neuron_processes": processes or [],
-    }  # fmt: skip
-
-
-BENCH = {"pid": 113985, "command": "neuron-bench exec --run-as-cc-neff --...", "neuron_runtime_version": "2.0.0"}
 TRN1_DEVICE = {"nc_count": 2}  # without joined cores
 
 
@@ -55,14 +43,7 @@ TRN1_DEVICE = {"nc_count": 2}  # without joined cores
 def neuron_ls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """neuron_ls(devices): from now on, a `neuron-ls` on PATH prints them as JSON."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-
-    def install(devices: Any) -> None:
-        (tmp_path / "devices.json").write_text(json.dumps(devices), "utf-8")
-        tool = tmp_path / "neuron-ls"
-        tool.write_text(f'#!/bin/sh\n[ "$1" = --json-output ] && cat {tmp_path}/devices.json\n', "utf-8")
-        tool.chmod(0o755)
-
-    return install
+    return lambda devices: install_neuron_ls(tmp_path, devices)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +73,7 @@ def test_other_output_of_neuron_ls_is_no_list_of_devices(neuron_ls: Callable[[An
 def test_a_process_that_holds_cores_is_named(neuron_ls: Callable[[Any], None]) -> None:
     neuron_ls([device(0), *(device(n, [BENCH]) for n in range(1, 16))])
     with pytest.raises(UserError) as refusal:
-        neuron_checks.check_free_cores(profile())
+        machine_checks.check_free_cores(profile())
     assert str(refusal.value) == (
         "4 of 64 Neuron cores are free and 64 are needed: others are held by process 113985 (neuron-bench exec "
         "--run-as-cc-neff --...); stop it (kill PID, or Ctrl-C in `make serve`)"
@@ -102,7 +83,7 @@ def test_a_process_that_holds_cores_is_named(neuron_ls: Callable[[Any], None]) -
     with pytest.raises(UserError, match=r"process 0 \(.*\), 1 \(.*\), 2 \(.*\) and 13 more; "):
         neuron_machine.check_free_cores(1, 2)
     neuron_ls([device(n) for n in range(16)])
-    assert neuron_checks.check_free_cores(profile()) == "no other process holds the 64 cores"
+    assert machine_checks.check_free_cores(profile()) == "no other process holds the 64 cores"
 
 
 @pytest.fixture
@@ -146,10 +127,10 @@ def test_the_launcher_raises_the_limit_on_open_files() -> None:
     """As a child of it sees the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     code = (
-        "import os, resource, subprocess; from trnlora.backends import environment, nxd_environment; "
+        "import os, resource, subprocess; from trnlora.backends import environment, python_environment; "
         "from trnlora.profiles import load_profile; params = load_profile('llama3-8b-trn2-nxd'); "
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard})); "
-        "os.environ[nxd_environment.RERUN_WITH] = nxd_environment.training_python(params); "
+        "os.environ[python_environment.RERUN_WITH] = python_environment.training_python(params); "
         "environment.enter(params, 64, 1, 'localhost'); subprocess.run('ulimit -Sn; ulimit -Hn', shell=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -161,11 +142,11 @@ def test_a_low_hard_limit_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r'4096 open files allowed, 64 ranks need 65536: .*"\* hard nofile 65536" to /etc'
     ):
-        neuron_checks.check_open_files(profile())
+        machine_checks.check_open_files(profile())
     few = profile(train={"dp_size": 1}, convert={"tp_size": 16})
-    assert neuron_checks.check_open_files(few) == "4096 open files allowed"
+    assert machine_checks.check_open_files(few) == "4096 open files allowed"
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, resource.RLIM_INFINITY))
-    assert neuron_checks.check_open_files(profile()) == "65536 open files allowed"
+    assert machine_checks.check_open_files(profile()) == "65536 open files allowed"
 
 
 # Worker counts -------------------------------------------------------------------------------------------------------
@@ -252,22 +233,22 @@ def test_the_driver_fits_the_sdk(
     compiler: str, fitting: list[str], others: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neuron_machine, "DRIVER", tmp_path / "version")
-    monkeypatch.setattr(nxd_environment, "installed", lambda python, packages: dict.fromkeys(packages, compiler))
+    monkeypatch.setattr(nxd_checks, "installed", lambda python, packages: dict.fromkeys(packages, compiler))
     for driver in fitting:
         (tmp_path / "version").write_text(f"{driver}\n", "utf-8")
-        assert f"Neuron driver {driver} and neuronx-cc {compiler} fit (SDK 2." in neuron_checks.check_driver(profile())
+        assert f"Neuron driver {driver} and neuronx-cc {compiler} fit (SDK 2." in nxd_checks.check_driver(profile())
     for driver in others:
         (tmp_path / "version").write_text(f"{driver}\n", "utf-8")
         with pytest.raises(UserError, match=rf"Neuron driver {driver} does not fit SDK .* aws-neuronx-dkms=2\.2\d"):
-            neuron_checks.check_driver(profile())
+            nxd_checks.check_driver(profile())
 
 
 def test_a_driver_with_another_compiler_is_only_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neuron_machine, "DRIVER", tmp_path / "version")
     (tmp_path / "version").write_text("2.30.2.0\n", "utf-8")
     for compiler in ("2.27.5334.0", None):
-        monkeypatch.setattr(nxd_environment, "installed", lambda python, packages: {packages[0]: compiler})  # noqa: B023
-        assert "it is not known whether they fit" in neuron_checks.check_driver(profile())
+        monkeypatch.setattr(nxd_checks, "installed", lambda python, packages: {packages[0]: compiler})  # noqa: B023
+        assert "it is not known whether they fit" in nxd_checks.check_driver(profile())
 
 
 # Compiling -----------------------------------------------------------------------------------------------------------
@@ -305,7 +286,7 @@ def test_nodes_may_not_share_a_compile_cache_on_a_network_file_system(
 
     def cached(folder: str, nodes: int = 2) -> str:
         params = profile(neuron={"compile_cache": folder}, train={"dp_size": 2 * nodes})
-        return neuron_checks.check_compile_cache(params)
+        return machine_checks.check_compile_cache(params)
 
     for folder in (f"{mounts}/nfs/cache", f"{mounts}/with space", f"{mounts}/fsx"):
         with pytest.raises(
@@ -326,12 +307,12 @@ def test_nodes_may_not_share_a_compile_cache_on_a_network_file_system(
 def test_the_launcher_refuses_a_shared_cache(mounts: Path) -> None:
     params = profile(neuron={"compile_cache": f"{mounts}/nfs/cache"}, train={"dp_size": 4})
     with pytest.raises(UserError, match="where 2 nodes would corrupt it"):
-        neuron_machine.prepare(params, 64, 2)
+        neuron_machine.prepare(params, environment.compile_cache(params), 64, 2)
 
 
 def test_a_cache_that_cannot_be_written_is_reported() -> None:
     with pytest.raises(UserError, match=r"compile cache /proc/\w+/x cannot be written: set neuron\.compile_cache"):
-        neuron_checks.check_compile_cache(profile(neuron={"compile_cache": "/proc/self/x"}))
+        machine_checks.check_compile_cache(profile(neuron={"compile_cache": "/proc/self/x"}))
 
 
 def test_training_and_precompilation_have_the_same_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +338,8 @@ def test_as_many_compilers_as_memory_and_cores_allow(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     command, _ = compile_command(profile())
     assert command[1:3] == ["--num_parallel", str(compilers)]
-    found = neuron_checks.check_compiler_memory(profile())
+    found = nxd_checks.check_compiler_memory(profile())
+    assert isinstance(found, Caution) == (available == 20)
     if available == 20:
         assert found.startswith("20 GiB of memory available may be too little to compile (about 32 per compiler, 15 ")
     else:

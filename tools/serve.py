@@ -1,5 +1,7 @@
 """Serve the base model as `base` and adapters by name with vLLM's OpenAI-compatible server, until Ctrl-C.
 
+On Trainium, a vllm-neuron that does not load adapters serves the merged model alone, as `tuned`.
+
     python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--adapters NAME=FOLDER …] [--dry-run]
     python tools/serve.py --replicas N …      several engines behind one address, which share the requests
     python tools/serve.py --container IMAGE … on Trainium: the same server in a container
@@ -17,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from trnlora.backends import neuron_machine
-from trnlora.backends.nxd_environment import with_own_bin
+from trnlora.backends.python_environment import with_own_bin
 from trnlora.cli import add_params, add_server, script_parser, server_address
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
@@ -42,12 +44,12 @@ def main() -> None:
         scratch = Path(folder)
         template = scratch / "chat_template.jinja"
         template.write_text(chat_template(params), encoding="utf-8")
-        launch = launch_on_neuron if params.backend == "nxd" else launch_vllm
+        launch = launch_on_neuron if params.on_trainium else launch_vllm
         env, command, names = launch(args, params, host, port, adapters, template)
         if args.dry_run:
             print_launch(env, command, scratch)
             return
-        if params.backend == "nxd":
+        if params.on_trainium:
             neuron_machine.check_free_cores(params.convert.tp_size, params.neuron.logical_core_size)
         supervise(command, env | {"TMPDIR": folder}, base_url(host, port), names)
 
@@ -63,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
         "--replicas", type=int, default=1, metavar="N", help="engines behind this address (vLLM's data parallelism)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
-    parser.add_argument("--container", metavar="IMAGE", help="backend nxd: run the server in this image of AWS")
+    parser.add_argument("--container", metavar="IMAGE", help="on Trainium: run the server in this image of AWS")
     args = parser.parse_args()
     if args.replicas < 1:
         raise UserError(f"--replicas {args.replicas}: give 1 or more")
@@ -87,12 +89,12 @@ def launch_on_neuron(
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """The same of the server on Trainium. Raises UserError for what it does not support there."""
     if args.replicas > 1:
-        raise UserError("backend nxd serves one replica per address: start several, behind launch/nginx.conf")
+        raise UserError("on Trainium there is one replica per address: start several, behind launch/nginx.conf")
     if args.adapters:
-        raise UserError("backend nxd serves only the pipeline's adapter: omit ADAPTERS=")
+        raise UserError("on Trainium only the pipeline's adapter is served: omit ADAPTERS=")
     server = neuron_launch(params, adapters[0], host, port, template)
     if args.container:
-        folders = [Path.cwd(), template.parent, *([server.compiled] if server.compiled else [])]
+        folders = [Path.cwd(), template.parent, server.compiled]
         return {}, container_command(server.env, server.command, args.container, folders), server.models
     own_bin = {"PATH": with_own_bin(server.command[0], os.environ["PATH"])}
     return server.env | own_bin, server.command, server.models

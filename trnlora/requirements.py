@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 
 def normalized(name: str) -> str:
     """A distribution's name as packaging tools compare it."""
@@ -34,12 +37,25 @@ def group(name: str) -> dict[str, str]:
     return required
 
 
+def pythons() -> SpecifierSet:
+    """The versions of Python that requirements.lock is for."""
+    return SpecifierSet(_pyproject()["project"]["requires-python"])
+
+
 def left_out() -> list[str]:
     """Packages that the overrides keep from being installed."""
     return [_split(override)[0] for override in _pyproject()["tool"]["uv"]["override-dependencies"]]
 
 
-def locked() -> dict[str, str]:
-    """Name → version of all that `make setup` installs: requirements.lock, and torch, which is installed on its own."""
-    pins = re.findall(r"^([\w.-]+)==(\S+)", Path("requirements.lock").read_text("utf-8"), re.MULTILINE)
-    return {normalized(name): version for name, version in pins} | {"torch": group("pipeline")["torch"].lstrip("=")}
+def locked(python: str | None = None) -> dict[str, str]:
+    """Name → version of all that `make setup` installs: requirements.lock, and torch, which is installed on its own.
+
+    python is the version that is meant, as in 3.12; None is this one.
+    """
+    environment = {"python_version": python, "python_full_version": f"{python}.0"} if python else None
+    pins = {"torch": group("pipeline")["torch"].lstrip("=")}
+    for line in re.findall(r"^\w[^\\\n]*", Path("requirements.lock").read_text("utf-8"), re.MULTILINE):
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate(environment):
+            pins[normalized(pin.name)] = str(pin.specifier).lstrip("=")
+    return pins

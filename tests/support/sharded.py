@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
+from trnlora.backends.torch_static import StaticTorchBackend, compile_model
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import add_lora, draw_dropout, whole_weights
@@ -85,6 +86,8 @@ def sharded_gradients(
         add_lora(model, lora)
         model.recompute_layers = recompute
         set_adapter(model, values, convert)
+        if isinstance(backend, StaticTorchBackend):
+            compile_model(model)
         models.append(model)
 
     def work(backend: TorchBackend) -> torch.Tensor:

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch_neuronx  # noqa: F401  # registers the device, the process groups and the compiler
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from trnlora.backends.torch import own_kv_group
-from trnlora.backends.torch_static import FunctionalGroup, StaticTorchBackend, compile_model
+from trnlora.backends.torch_static import build_static_model
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import adapter_state, add_lora
+from trnlora.model.lora import adapter_state
 from trnlora.params import Params
-from trnlora.weights.storage import LORA_TAG, PRETRAINED_TAG, load_rank, rank_file, save_rank
+from trnlora.weights.storage import LORA_TAG, rank_file, save_rank
 
-NEURON = "neuron"  # the name of the device, the process groups and the compiler
+NEURON = "neuron"  # the name of the process groups and of the compiler, and of the device:
+DEVICE = torch.device(NEURON)
 SUM_DTYPE = torch.float32  # Neuron has no float64
 GROUPS_CARRY_OBJECTS = False
 
@@ -31,17 +32,7 @@ def computes() -> bool:
 
 
 def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]) -> DecoderLM:
-    tp_group = mesh["tensor_parallel"].get_group()
-    kv_group = own_kv_group(tp_group, kv_groups, params.train.dp_size)
-    backend = StaticTorchBackend(FunctionalGroup(tp_group), FunctionalGroup(kv_group), compiler=NEURON)
-    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
-    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
-    add_lora(model, params.lora)
-    model.recompute_layers = params.train.activation_checkpointing
-    compile_model(model)
-    if dist.get_rank() == 0:
-        print(f"attention: {backend.attend.__name__}", flush=True)
-    return model.to(NEURON)
+    return build_static_model(mesh, params, config, shards, kv_groups, compiler=NEURON, device=DEVICE)
 
 
 def save_adapter(folder: Path, model: DecoderLM) -> None:
@@ -69,7 +60,7 @@ class NeuronAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        return [torch.device(NEURON)] * devices  # each process sees its own only
+        return [DEVICE] * devices  # each process sees its own only
 
     @staticmethod
     def auto_device_count() -> int:

@@ -1,16 +1,13 @@
-"""The Neuron environment that NxD needs: its Python, package versions and environment variables.
+"""The Neuron environment that NxD needs: package versions and environment variables.
 
 Imports neither torch nor a Neuron package.
 """
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+from trnlora.backends.python_environment import process_environment, training_python
 from trnlora.errors import UserError
 from trnlora.params import Params
 
@@ -44,25 +41,6 @@ PROGRAMS = ("neuronx-cc", "libneuronpjrt-path")
 # aws-neuron-sdk, about-neuron/arch/neuron-features/neuron-caching.rst; neuronx-distributed,
 # examples/training/llama/lightning/run_llama_7b_tp_ptl.sh.
 RETRY = "--retry_failed_compilation"
-RERUN_WITH = "TRNLORA_RERUN_WITH"  # in a process that `rerun_in_neuron_environment` has started: its Python
-
-_ASK = """
-import importlib.metadata as m, json, sys
-def version(name):
-    try: return m.version(name)
-    except m.PackageNotFoundError: return None
-print(json.dumps({name: version(name) for name in sys.argv[1:]}))
-"""
-
-
-def installed(python: str, packages: tuple[str, ...]) -> dict[str, str | None] | None:
-    """Versions of packages in another Python's environment; None for a missing one. None if it cannot run."""
-    try:
-        done = subprocess.run([python, "-c", _ASK, *packages], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    versions: dict[str, str | None] = json.loads(done.stdout)
-    return versions
 
 
 def sdk_of(compiler: str) -> Sdk | None:
@@ -81,22 +59,6 @@ def check_driver(driver: str, sdk: Sdk) -> None:
         )
 
 
-def training_python(params: Params) -> str:
-    """The absolute path of the training processes' Python. A link is not followed: a virtual environment's is one."""
-    return str(Path(params.neuron.python or sys.executable).absolute())
-
-
-def with_own_bin(python: str, path: str) -> str:
-    """The search path `path` with the folder of `python` first, unchanged if it is first already.
-
-    A link is not followed: the programs of a virtual environment are next to the link.
-    """
-    folder = str(Path(python).absolute().parent)
-    if path.split(os.pathsep)[0] == folder:
-        return path
-    return os.pathsep.join(filter(None, [folder, path]))
-
-
 def training_environment(
     params: Params, ranks_per_node: int, num_nodes: int = 1, first_address: str = "localhost"
 ) -> dict[str, str]:
@@ -105,7 +67,7 @@ def training_environment(
     The same as in AWS's LoRA script (neuronx-distributed, test/integration/modules/lora/test_llama_lora_finetune.sh),
     except XLA_USE_BF16, which would also make the float32 adapter bfloat16: here tensors keep their own dtypes. FI_…,
     for several nodes, are from its examples (examples/training/llama/lightning/run_llama_7b_tp_ptl.sh).
-    Variables that the user has set keep their values; PATH and PYTHONPATH get a folder in front.
+    Variables that the user has set keep their values.
     """
     neuron = params.neuron
     env = {
@@ -131,13 +93,7 @@ def training_environment(
         env |= {"FI_PROVIDER": "efa", "FI_EFA_USE_DEVICE_RDMA": "1", "FI_EFA_FORK_SAFE": "1"}
     if params.convert.hw_backend == "trn2":
         env["NEURON_LOGICAL_NC_CONFIG"] = str(neuron.logical_core_size)
-    env = {name: os.environ.get(name, value) for name, value in env.items()}
-    env["PATH"] = with_own_bin(training_python(params), os.environ.get("PATH", ""))
-    # The stages import this project, which is not installed in the Neuron environment.
-    root, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
-    if root not in given.split(os.pathsep):
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, given]))
-    return env
+    return process_environment(training_python(params), env)
 
 
 def compile_cache(params: Params) -> str:
@@ -148,22 +104,3 @@ def compile_cache(params: Params) -> str:
     flags = os.environ.get("NEURON_CC_FLAGS", params.neuron.cc_flags)
     in_flags = re.search(r"--cache_dir[= ]\s*[\"']?([^\s\"']+)", flags)
     return in_flags[1] if in_flags else os.environ.get("NEURON_COMPILE_CACHE_URL", params.neuron.compile_cache)
-
-
-def rerun_in_neuron_environment(params: Params, ranks_per_node: int, num_nodes: int, first_address: str) -> None:
-    """Replace this process by the same command with the Python and environment that Trainium needs.
-
-    Once: the new process is recognized by RERUN_WITH, not by its interpreter, which a neuron.python that only starts
-    another one, such as pyenv's, would never equal. Raises UserError when neuron.python is not an executable file.
-    """
-    python = training_python(params)
-    if os.environ.get(RERUN_WITH) == python:
-        return
-    if not os.access(python, os.X_OK):
-        raise UserError(
-            f"neuron.python {python} is not an executable Python interpreter: name that of your Neuron environment in "
-            "params.yaml"
-        )
-    env = training_environment(params, ranks_per_node, num_nodes, first_address) | {RERUN_WITH: python}
-    sys.stdout.flush()
-    os.execve(python, [python, "-u", *sys.argv], {**os.environ, **env})

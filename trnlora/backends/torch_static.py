@@ -7,6 +7,7 @@ numbers are those of `trnlora.backends.torch`; tests/test_static.py compares the
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,11 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trnlora.backends.attention import Attention, best_attention
-from trnlora.backends.torch import Function, Group, TorchBackend
+from trnlora.backends.attention import Attention, choose_attention, masked_product
+from trnlora.backends.torch import Function, Group, TorchBackend, own_kv_group
 from trnlora.model import plain_ops
-from trnlora.model.config import LOSS_CHUNK
+from trnlora.model.config import LOSS_CHUNK, ModelConfig
 from trnlora.model.decoder import IGNORED, DecoderLM
+from trnlora.model.lora import add_lora
+from trnlora.params import Params
+from trnlora.weights.storage import PRETRAINED_TAG, load_rank, rank_file
 
 
 class FunctionalGroup:
@@ -40,17 +44,19 @@ class FunctionalGroup:
 class StaticTorchBackend(TorchBackend):
     """`trnlora.model.parallel.Backend` with static shapes.
 
-    compiler: torch.compile's backend for the graphs; None: run them as they are.
+    compiler: torch.compile's backend for the graphs; None: run them as they are. attend: attention inside documents.
     """
 
     ops = plain_ops
     static_shapes = True
     id_dtype = torch.int32  # Trainium has no int64
 
-    def __init__(self, tp_group: Group, kv_group: Group, compiler: str | Function | None):
+    def __init__(
+        self, tp_group: Group, kv_group: Group, compiler: str | Function | None, attend: Attention = masked_product
+    ):
         super().__init__(tp_group, kv_group)
         self.compiler = compiler
-        self.attend: Attention = best_attention()
+        self.attend = attend
         self._chunk_loss = self.compile(_chunk_loss)
         self._sum_flat = self.compile(_sum_flat)
 
@@ -83,6 +89,34 @@ class StaticTorchBackend(TorchBackend):
 
     def adamw(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return StaticAdamW(parameters, lr, weight_decay, self.compile)
+
+
+def build_static_model(
+    mesh: Any,
+    params: Params,
+    config: ModelConfig,
+    shards: Path,
+    kv_groups: list[list[int]],
+    compiler: str | Function | None,
+    device: torch.device,
+) -> DecoderLM:
+    """As `trnlora.backends.training.TrainingBackend.build_model`, compiled. Prints which attention is chosen."""
+    tp_group = mesh["tensor_parallel"].get_group()
+    kv_group = own_kv_group(tp_group, kv_groups, params.train.dp_size)
+    tp_size, copies = params.convert.tp_size, params.convert.kv_size_multiplier
+    attend, name = choose_attention(
+        config.num_attention_heads // tp_size, config.num_key_value_heads * copies // tp_size, config.head_dim,
+        params.data.seq_len, getattr(torch, params.model.dtype), device,
+    )  # fmt: skip
+    if dist.get_rank() == 0:
+        print(f"attention: {name}", flush=True)
+    backend = StaticTorchBackend(FunctionalGroup(tp_group), FunctionalGroup(kv_group), compiler, attend)
+    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
+    model = DecoderLM.from_shard(config, backend, copies, shard)
+    add_lora(model, params.lora)
+    model.recompute_layers = params.train.activation_checkpointing
+    compile_model(model)
+    return model.to(device)
 
 
 def compile_model(model: DecoderLM) -> None:

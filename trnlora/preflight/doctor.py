@@ -1,7 +1,7 @@
 """Checks that this machine can run the pipeline and the server.
 
-A check returns a line on what it found, or raises UserError with what is wrong and how to fix it. Nothing here imports
-torch or vLLM, except for the check of a GPU.
+A check returns a line on what it found, a Caution if that is something to know about, or raises UserError with what is
+wrong and how to fix it. Nothing here imports torch or vLLM, except for the check of a GPU.
 """
 
 import json
@@ -19,15 +19,15 @@ from trnlora import requirements
 from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import Params
+from trnlora.preflight.caution import Caution
 from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
 from trnlora.preflight.neuron_checks import neuron_checks
+from trnlora.preflight.nxd_checks import nxd_checks
 from trnlora.preflight.plan import GIB
 from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
 from trnlora.weights.nxd_layout import check_divisible
-
-PYTHON = (3, 11)
 
 Check = Callable[[], str]
 
@@ -38,12 +38,14 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     yield check_packages
     yield check_repository
     if params.backend == "nxd":
+        yield from nxd_checks(params)
+    elif params.backend == "neuron":
         yield from neuron_checks(params)
     else:
         yield partial(check_backend, params)
-    if params.train.loggers and params.backend != "nxd":  # which may train with another Python
+    if params.train.loggers and not (params.on_trainium and params.neuron.python):  # which is another Python
         yield partial(check_loggers, params)
-    if params.backend == "nxd" and not (repro and params.eval.engine == "host"):
+    if params.on_trainium and not (repro and params.eval.engine == "host"):
         yield partial(check_vllm, params)
     yield partial(check_model, params)
     if parse_source(params.model.source).scheme == "hf":
@@ -57,7 +59,7 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
 
 
 def run_checks(params: Params, repro: bool = False, quiet: bool = False) -> bool:
-    """Print a line per check (quiet: only of those that fail) and return whether all passed."""
+    """Print a line per check (quiet: only of those that fail) and return whether all passed. A Caution passes."""
     passed = True
     for check in checks(params, repro):
         try:
@@ -67,15 +69,15 @@ def run_checks(params: Params, repro: bool = False, quiet: bool = False) -> bool
             print(f"✗ {error}")
         else:
             if not quiet:
-                print(f"✓ {found}")
+                print(f"{'!' if isinstance(found, Caution) else '✓'} {found}")
     return passed
 
 
 def check_python() -> str:
-    """The lock file is for one minor version of Python."""
+    """The lock file is for some minor versions of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] != PYTHON:
-        raise UserError(f"Python {version}: the lock file is for {PYTHON[0]}.{PYTHON[1]}; use .venv (`make setup`)")
+    if not requirements.pythons().contains(version):
+        raise UserError(f"Python {version}: the lock file is for {requirements.pythons()}; use .venv (`make setup`)")
     return f"Python {version}"
 
 
@@ -136,8 +138,13 @@ def training_processes(params: Params) -> int:
 
 
 def check_vllm(params: Params) -> str:
-    """The vLLM of neuron.vllm_python, for `make serve` and eval.engine: device."""
+    """The vLLM of neuron.vllm_python, for `make serve` and eval.engine: device, and whether it will have its model."""
     found = find_vllm(params)
+    if found.server is NeuronServer.MERGED and not params.flatten.merged_model:
+        raise UserError(
+            f"vllm-neuron {found.versions['vllm-neuron']} of {found.python} does not load adapters: set "
+            "flatten.merged_model: true, so that flatten_adapter writes the model that it serves"
+        )
     shown = ", ".join(f"{name} {version}" for name, version in found.versions.items() if version)
     takes = "base and adapter" if found.server is NeuronServer.PLUGIN else "the merged model"
     return f"vLLM of {found.python} serves {takes}: {shown}"
@@ -205,12 +212,12 @@ def check_imported_data(file: Path) -> str:
 
 
 def check_disk(params: Params) -> str:
-    """Room for weights and shards (with lm_head and copies of KV heads), and for both again in DVC's cache."""
+    """Room for weights, shards (with lm_head and copies of KV heads) and merged model, and again in DVC's cache."""
     free = shutil.disk_usage(".").free / GIB
     weights = weights_gib(params)
     if weights is None:
         return f"{free:.0f} GiB of disk free; the model's size is known once it is fetched"
-    need = 1 + 7 * weights
+    need = 1 + (9 if params.flatten.merged_model else 7) * weights
     if free < need and not is_fetched(params):
         raise UserError(f"{free:.1f} GiB of disk free, about {need:.1f} needed: free some, or move the project")
     return f"{free:.0f} GiB of disk free, about {need:.0f} needed"

@@ -10,7 +10,8 @@ import psutil
 import yaml
 
 from trnlora import paths
-from trnlora.backends.nxd_environment import training_environment, training_python
+from trnlora.backends.nxd_environment import training_environment
+from trnlora.backends.python_environment import training_python
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.plan import GIB
@@ -25,7 +26,14 @@ CORES_PER_COMPILER = 4  # of the host; an estimate
 
 
 def compile_command(params: Params) -> tuple[list[str], dict[str, str]]:
-    """The command, to be run in SCRATCH, and its environment variables. Raises UserError for cpu and cuda."""
+    """The command, to be run in SCRATCH, and its environment variables. Raises UserError unless backend is nxd."""
+    if params.backend == "neuron":
+        # torch-neuronx has a compile-only mode (aws-neuron-sdk, torch/compile/about-torch-compile.rst), which computes
+        # nothing. What a training that reads its losses does in it is not documented.
+        raise UserError(
+            "backend neuron compiles a graph when it is first run and keeps it in neuron.compile_cache: there is "
+            "nothing to compile ahead, start the training"
+        )
     if params.backend != "nxd":
         raise UserError(f"backend {params.backend} compiles nothing; `make profile NAME=llama3-8b-trn2-nxd` does")
     python = Path(training_python(params))

@@ -17,7 +17,7 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.backends import neuron_machine
-from trnlora.backends.nxd_environment import with_own_bin
+from trnlora.backends.python_environment import with_own_bin
 from trnlora.data.examples import PreparedExample, prompt_token_ids
 from trnlora.errors import UserError
 from trnlora.files import read_json
@@ -30,8 +30,8 @@ from trnlora.serving.vllm_neuron import (
     NeuronServer,
     check_served,
     find_vllm,
+    merged_args,
     merged_environment,
-    model_args,
     prepare_plugin,
 )
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
@@ -99,7 +99,7 @@ def neuron_engine(params: Params, tuned: Adapter) -> DeviceEngine:
         env = merged_environment(params)
         folders = {BASE: paths.MODEL, TUNED: paths.MERGED}
         return DeviceEngine(
-            [Job(found.python, model_args(params, folder), env, {name: None}) for name, folder in folders.items()]
+            [Job(found.python, merged_args(params, folder), env, {name: None}) for name, folder in folders.items()]
         )
     # NxDI loads the last weight file that it finds in an adapter's folder, and one from elsewhere may have several.
     alone = SCRATCH.absolute() / TUNED

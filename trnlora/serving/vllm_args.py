@@ -28,8 +28,8 @@ _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; `serve_command` passes the same ones as command-line flags.
 
-    They leave room for what the pipeline trains and for `adapters`, which may have other ranks and layers. With backend
-    nxd they are those of an engine on the host's CPU, for eval.engine: host. Those on Trainium are in vllm_neuron.py.
+    They leave room for what the pipeline trains and for `adapters`, which may have other ranks and layers. On Trainium
+    they are those of an engine on the host's CPU, for eval.engine: host. Those on Trainium are in vllm_neuron.py.
 
     Raises UserError for a LoRA rank that vLLM cannot serve.
     """

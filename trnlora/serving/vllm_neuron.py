@@ -3,7 +3,8 @@
 Sources: aws-neuron-sdk, libraries/nxd-inference/vllm/quickstart-vllm-online-serving.rst,
 libraries/nxd-inference/developer_guides/vllm-user-guide-v1.rst and
 libraries/nxd-inference/tutorials/trn2-llama3.1-8b-multi-lora-tutorial.ipynb for the plugin with NxD Inference;
-vllm-neuron/docs/getting-started for the one without.
+vllm-neuron/docs for the one without: getting-started/quickstart-online-serving.md and setup-guide.md,
+guides/features-guide.md and reference-configuration.md, tutorials/tutorial-llama3-70b.md.
 """
 
 import enum
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trnlora import paths
-from trnlora.backends.nxd_environment import installed
+from trnlora.backends.python_environment import installed
 from trnlora.errors import UserError
 from trnlora.files import SUMS, sha256
 from trnlora.model.config import ModelConfig
@@ -34,6 +35,10 @@ _WITHOUT_LORA = ("0.2.0", "0.3.")
 # From this version of NxD Inference on (SDK 2.29), "models are now only supported on Trn2 and newer hardware"
 # (aws-neuron-sdk, release-notes/components/nxd-inference.rst).
 _TRN2_ONLY = (0, 9)
+# How many tokens of a prompt vllm-neuron without NxD Inference can compute at a time; vLLM's default is the last.
+# Source: reference-configuration.md, kv_segment_size_buckets.
+_SEGMENTS = (512, 1024, 2048)
+EFA_DEVICES = Path("/sys/class/infiniband")
 # The compiler's own default, for compiled graphs where neuron.compile_cache is not a local folder.
 _LOCAL_CACHE = "/var/tmp/neuron-compile-cache"
 
@@ -166,11 +171,41 @@ def plugin_environment(params: Params, compiled: Path) -> dict[str, str]:
     }
 
 
+def merged_args(params: Params, model: Path) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for a model, with vllm-neuron without NxD Inference.
+
+    It computes a prompt in segments of one size, which prefix caching needs; a prompt shorter than a segment is padded.
+    The sizes are given because it does not start with vLLM's defaults where max_model_len is 2048 or less: a prompt
+    must then be computed at once, without prefix caching, while that is on by default.
+    """
+    length = params.serve.max_model_len
+    segment = max((size for size in _SEGMENTS if size < length), default=None)
+    buckets = {"num_batched_tokens_buckets": [segment or length]}
+    if segment:
+        buckets["kv_segment_size_buckets"] = [segment]
+    return {
+        **model_args(params, model),
+        "max_num_batched_tokens": segment or length,
+        "enable_prefix_caching": segment is not None,
+        "additional_config": {"neuron_config": buckets},
+    }
+
+
 def merged_environment(params: Params) -> dict[str, str]:
-    """Environment variables of vLLM without NxDI, which finds compiled graphs again by itself."""
-    # From vllm-neuron/docs/getting-started/quickstart-online-serving.md: compiling may take longer than the defaults.
-    timeouts = ("VLLM_NEURON_COMPILATION_TIMEOUT", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS")
-    return _environment(params) | {name: os.environ.get(name, "1200") for name in timeouts}
+    """Environment variables of vLLM without NxD Inference. Those that the user has set keep their values."""
+    env = {
+        # From quickstart-online-serving.md: compiling may take longer than the defaults.
+        "VLLM_NEURON_COMPILATION_TIMEOUT": "1200",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200",
+        # Compiled graphs, which are found by what shapes them (design/compilation/compilation_cache.md). On local disk,
+        # also if neuron.compile_cache is on S3.
+        "VLLM_CACHE_ROOT": str(_local_cache(params) / "vllm"),
+    }
+    if len(list(EFA_DEVICES.glob("*"))) < 2:
+        # vLLM pins its processes beside the EFA device of each core, and does not start where there is none
+        # (aws-neuron-sdk, deploy/environments/quickstart-deploy-dlc.rst), or, as users say of a trn2.3xlarge, only one.
+        env["NEURON_SKIP_EFA_AFFINITY"] = "1"
+    return _environment(params) | {name: os.environ.get(name, value) for name, value in env.items()}
 
 
 def _environment(params: Params) -> dict[str, str]:
@@ -200,8 +235,12 @@ def compiled_folder(
         "versions": {name: versions.get(name) for name in PACKAGES},
     }
     key = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()[:16]
+    return _local_cache(params) / "served" / key
+
+
+def _local_cache(params: Params) -> Path:
     cache = params.neuron.compile_cache
-    return Path(_LOCAL_CACHE if cache.startswith("s3://") else cache).absolute() / "served" / key
+    return Path(_LOCAL_CACHE if cache.startswith("s3://") else cache).absolute()
 
 
 @dataclass(frozen=True)
@@ -211,7 +250,7 @@ class NeuronEngine:
     args: dict[str, Any]  # keyword arguments of vllm.LLM
     env: dict[str, str]
     adapters: dict[str, Path]  # the PEFT folders by the names of the models that they are; empty without LoRA
-    compiled: Path | None  # NEURON_COMPILED_ARTIFACTS
+    compiled: Path  # NEURON_COMPILED_ARTIFACTS
 
 
 def prepare_plugin(params: Params, versions: Mapping[str, str | None], tuned: Adapter, scratch: Path) -> NeuronEngine:
@@ -237,7 +276,7 @@ class Launch:
     command: list[str]
     env: dict[str, str]
     models: list[str]  # the names for clients
-    compiled: Path | None  # the folder of compiled graphs, if the server is given one
+    compiled: Path  # the folder of compiled graphs
 
 
 def neuron_launch(params: Params, tuned: Adapter, host: str, port: int, chat_template: Path) -> Launch:
@@ -251,10 +290,11 @@ def neuron_launch(params: Params, tuned: Adapter, host: str, port: int, chat_tem
     end = ["--chat-template", str(chat_template), "--host", host, "--port", str(port)]
     if found.server is NeuronServer.MERGED:
         # `vllm serve`, without relying on PATH.
-        args = model_args(params, paths.MERGED)
+        args = merged_args(params, paths.MERGED)
         command = [found.python, "-m", "vllm.entrypoints.cli.main", "serve", args.pop("model"), *flags(args)]
         command += ["--served-model-name", TUNED, *end]
-        return Launch(command, merged_environment(params), [TUNED], None)
+        env = merged_environment(params)
+        return Launch(command, env, [TUNED], Path(env["VLLM_CACHE_ROOT"]))
     engine = prepare_plugin(params, found.versions, tuned, chat_template.parent)
     command = [
         *(found.python, "-m", "vllm.entrypoints.openai.api_server", *flags(engine.args)),

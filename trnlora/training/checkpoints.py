@@ -45,17 +45,17 @@ NUMERIC_MODULES = (
 )  # fmt: skip
 
 
-def run_folder(identity: dict[str, Any]) -> Path:
+def run_folder(identity: dict[str, Any], code: dict[str, str]) -> Path:
     """The folder for checkpoints of the run that `identity` (JSON types) defines, by this code.
 
-    identity: the params and the digests of the inputs. For the code, see `numeric_code`.
+    identity: the params and the digests of the inputs. code: `numeric_code`.
     """
-    return CHECKPOINTS / _digest(identity) / _digest(numeric_code())
+    return CHECKPOINTS / _digest(identity) / _digest(code)
 
 
 @functools.cache  # what this process has imported, even if a file is edited during the run
-def numeric_code() -> dict[str, str]:
-    """Identifies what computes a run's numbers: digests of the imported modules, torch's version, the instruction set.
+def numeric_code(backend: str) -> dict[str, str]:
+    """Identifies what computes a run's numbers: backend, imported modules, torch's version, instruction set.
 
     A module's digest covers its statements, not its comments, docstrings and line breaks. The instruction set counts
     because the last bits of sums depend on it, and a resumed run must end with the same bytes. (They also depend on
@@ -63,7 +63,11 @@ def numeric_code() -> dict[str, str]:
     """
     modules = sorted(name for name in sys.modules if name.startswith(NUMERIC_MODULES))
     digests = {name: _digest(_statements(Path(str(sys.modules[name].__file__)))) for name in modules}
-    return digests | {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
+    return digests | {
+        "backend": backend,
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _statements(source: Path) -> str:
@@ -90,10 +94,11 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def find(folder: Path, chosen: Path | None) -> Path | None:
+def find(folder: Path, chosen: Path | None, code: dict[str, str]) -> Path | None:
     """The checkpoint to resume from: `chosen`, or else the latest in `folder`; None for a new run.
 
-    If `folder` has no checkpoint but other code has left some of the same run, prints how to use or delete them.
+    code: the present `numeric_code`. If `folder` has no checkpoint but other code or another backend has left some of
+    the same run, prints how to use or delete them.
     Raises UserError if `chosen` is damaged, is not a checkpoint, or is of a run with other params or inputs.
     """
     if chosen is not None:
@@ -106,7 +111,7 @@ def find(folder: Path, chosen: Path | None) -> Path | None:
     found = latest(folder)
     others = [] if found else sorted(folder.parent.glob("*/step_*"), key=lambda saved: saved.name)
     if others:
-        differing = ", ".join(_differing_code(others[-1]))
+        differing = ", ".join(_differing_code(others[-1], code))
         print(
             f"not resuming: the checkpoints of this run in {others[-1].parent} are by other code ({differing}). To use "
             f"the last one: python {sys.argv[0]} --resume-from {others[-1]}; to drop them: rm -r {others[-1].parent}",
@@ -115,9 +120,9 @@ def find(folder: Path, chosen: Path | None) -> Path | None:
     return found
 
 
-def _differing_code(saved: Path) -> list[str]:
+def _differing_code(saved: Path, ours: dict[str, str]) -> list[str]:
     """The entries of `numeric_code` that differ from those of a checkpoint."""
-    ours, theirs = numeric_code(), read_json(saved / RUN)["code"]
+    theirs = read_json(saved / RUN)["code"]
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
@@ -184,8 +189,9 @@ class Checkpoints(pl.Callback):
     `progress` among the trainer's callbacks, so that a step is counted before it is saved.
     """
 
-    def __init__(self, folder: Path, progress: TrainingProgress, every: int, kept: int):
+    def __init__(self, folder: Path, code: dict[str, str], progress: TrainingProgress, every: int, kept: int):
         self.folder = folder
+        self.code = code
         self.progress = progress
         self.every = every
         self.kept = kept
@@ -239,7 +245,7 @@ class Checkpoints(pl.Callback):
             "progress": self.progress.state(),
             "replicas": replicas,
             "threads": torch.get_num_threads(),
-            "code": numeric_code(),
+            "code": self.code,
             "logger_runs": self.progress.loggers.runs(),
         }
 

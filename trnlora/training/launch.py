@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from typing import Any, NoReturn
 
 from trnlora import paths
-from trnlora.backends import environment
+from trnlora.backends import environment, neuron_machine
 from trnlora.errors import UserError, explain
 from trnlora.files import clear_partial
 from trnlora.params import Params
@@ -139,6 +139,7 @@ def _forked_rank(train: Callable[..., None], *arguments: Any) -> None:
 
 def run_rank(main: Callable[[], None]) -> None:
     """Run `main` as a rank. Reports a failure to the launcher only, which prints it once instead of once per rank."""
+    neuron_machine.pin_rank()  # before torch, whose threads are then pinned too
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     handler = get_error_handler()

@@ -58,6 +58,7 @@ class Start:
     """What all ranks agree on before training: the folder of the checkpoints, and where to resume."""
 
     folder: Path
+    code: dict[str, str]  # `checkpoints.numeric_code`
     resume: ResumePoint | None
     addresses: list[str]  # of all nodes
 
@@ -151,16 +152,17 @@ def read_inputs(params: Params) -> Inputs:
 
 def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> Start:
     """Check that all nodes have the same inputs, and let the first rank choose the checkpoint to resume from."""
+    code = checkpoints.numeric_code(params.backend)
     folder = checkpoints.run_folder(
         {
-            "backend": params.backend,
             "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
             "lora": params.lora.model_dump(),
             "train": params.train.model_dump(exclude=NOT_PART_OF_THE_RUN),
             "inputs": inputs.digests,
-        }
+        },
+        code,
     )
-    found = checkpoints.find(folder, resume_from) if is_first() else None
+    found = checkpoints.find(folder, resume_from, code) if is_first() else None
     mine = dataclasses.asdict(ResumePoint.read(found)) if found else None
     addresses = cluster.check_same_inputs(inputs.digests | {"params.yaml": params.model_dump_json()})
     agreed = cluster.broadcast_from_first(mine)
@@ -173,7 +175,7 @@ def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> 
                 f"run has {params.train.dp_size} × {torch.get_num_threads()}: results may differ from those of an "
                 "uninterrupted run in the last digits"
             )
-    return Start(folder, resume, addresses)
+    return Start(folder, code, resume, addresses)
 
 
 def open_curves(start: Start) -> Live | None:
@@ -229,7 +231,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Lightning's Trainer, set to the step at which the run resumes."""
     train = params.train
-    saving = Checkpoints(start.folder, progress, train.checkpoint_every_steps, train.checkpoints_kept)
+    saving = Checkpoints(start.folder, start.code, progress, train.checkpoint_every_steps, train.checkpoints_kept)
 
     def on_fit_start(*_: Any) -> None:  # all ranks have their models
         if cluster.num_nodes() > 1:
@@ -237,25 +239,33 @@ def make_trainer(
             cluster.limit_waiting([dist.group.WORLD, module.dp_group])
 
     trainer = pl.Trainer(
-        **backend.trainer_placement(params),
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
-        num_nodes=cluster.num_nodes(),
-        max_epochs=train.epochs,
-        max_steps=inputs.total_steps,
-        accumulate_grad_batches=train.global_batch_size // (train.micro_batch_size * train.dp_size),
+        **trainer_options(params, backend, inputs.total_steps),
         # The base model's loss: the whole validation set before the first step. A resumed run already has it.
         num_sanity_val_steps=0 if start.resume else -1,
-        inference_mode=False,  # gradients flow through tensors that a validation has made: `DecoderLM._frequencies`
-        reload_dataloaders_every_n_epochs=1,  # each epoch has its own order
-        use_distributed_sampler=False,  # MicroBatches distributes the rows over the replicas
-        enable_checkpointing=False,  # Lightning's hold the whole model, but not the position in an epoch
-        enable_progress_bar=False,  # TrainingProgress does this, and counts tokens
-        enable_model_summary=False,
         callbacks=[progress, saving, pl.callbacks.LambdaCallback(on_fit_start=on_fit_start)],
-        logger=False,  # TrainingProgress writes the curves and has the loggers
     )
     checkpoints.fast_forward(trainer, start.step, inputs.steps_per_epoch)
     return trainer
+
+
+def trainer_options(params: Params, backend: TrainingBackend, total_steps: int) -> dict[str, Any]:
+    """The arguments of Lightning's Trainer that every training with `LoraFinetuner` needs."""
+    train = params.train
+    return {
+        **backend.trainer_placement(params),
+        "devices": int(os.environ["LOCAL_WORLD_SIZE"]),
+        "num_nodes": cluster.num_nodes(),
+        "max_epochs": train.epochs,
+        "max_steps": total_steps,
+        "accumulate_grad_batches": train.global_batch_size // (train.micro_batch_size * train.dp_size),
+        "inference_mode": False,  # gradients flow through tensors that a validation made: `DecoderLM._frequencies`
+        "reload_dataloaders_every_n_epochs": 1,  # each epoch has its own order
+        "use_distributed_sampler": False,  # MicroBatches distributes the rows over the replicas
+        "enable_checkpointing": False,  # Lightning's hold the whole model, but not the position in an epoch
+        "enable_progress_bar": False,  # TrainingProgress does this, and counts tokens
+        "enable_model_summary": False,
+        "logger": False,  # TrainingProgress writes the curves and has the loggers
+    }
 
 
 def adapter_folder() -> contextlib.AbstractContextManager[Any]:

@@ -27,19 +27,14 @@ def copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", copy=True)
 
 
-class WholeRows(finetuner.MicroBatches):
-    """Keeps the padding at the end of rows on both backends, since random numbers (dropout) depend on the shape."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "static_shapes": True})
-
-
 class Recorder(finetuner.LoraFinetuner):
     def on_train_start(self) -> None:
         assert self.model is not None
         rows = (self.validation_rows[name][:1] for name in ("input_ids", "position_ids", "document_ids"))
+        self.model.eval()
         with torch.no_grad():
-            logits = self.model.logits(self.model(*(row.to(self.device) for row in rows)))
+            logits = self.model.logits(self.model(*(row.to(self.device, self.model.backend.id_dtype) for row in rows)))
+        self.model.train()
         self.record: dict[str, Any] = {"logits": logits.cpu(), "steps": [], "attentions": 0}
         if "NXD_CPU_MODE" in os.environ:
             from trnlora.backends import nxd
@@ -71,7 +66,10 @@ class Recorder(finetuner.LoraFinetuner):
 
 if __name__ == "__main__":
     finetuner.LoraFinetuner = Recorder  # type: ignore[misc]
-    finetuner.MicroBatches = WholeRows  # type: ignore[misc]
+    if "GRAPHS" in os.environ:
+        from trnlora.backends import neuron_training
+
+        neuron_training.DEVICE = torch.device("cpu")
     if "RANK" in os.environ:
         settle_vector_math()  # as the torch backend does
     run(main)

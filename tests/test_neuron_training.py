@@ -1,0 +1,122 @@
+"""Backend neuron with the real stage and a stand-in for torch_neuronx: the run of cpu, and one graph of each kind.
+
+The stand-in (tests/neuron/native) has the names of torch_neuronx; the graphs are torch.compile's.
+"""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.nxd import REHEARSAL
+from support.rehearsal import (
+    Rehearsals,
+    adapter,
+    assert_bfloat16_run,
+    assert_same_run,
+    curve,
+    environment,
+    run_script,
+    write_params,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("neuron_training")]
+
+CUT = "trn2", 1, 2  # two replicas of two ranks
+# Two epochs with a validation after each, three micro-batches a step and replica, the last of an epoch not full.
+RUN: dict[str, Any] = {
+    "lora": {"lora_dropout": 0.05, "target_modules": "all-linear"},
+    "train": {"epochs": 2, "max_steps": None, "global_batch_size": 6, "checkpoint_every_steps": 2},
+}
+# The embedding; a layer, the norm and the loss of a chunk in validations, and in training, there with backward graphs
+# of the first two; the sum of gradients over ranks and over replicas; the gradients' norm; clipping; AdamW.
+GRAPHS = 1 + 3 + 3 + 2 + 2 + 3
+
+
+@pytest.fixture(scope="module")
+def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> Rehearsals:
+    return Rehearsals(tmp_path_factory, steps=0, seq_len=256)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(rehearsals: Rehearsals) -> Path:
+    return rehearsals.train("cpu", *CUT, **RUN)
+
+
+def graphs(folder: Path) -> list[list[str]]:
+    """For each rank, a line for each graph that it compiled."""
+    return [file.read_text().splitlines() for file in sorted((folder / "graphs").iterdir())]
+
+
+def test_a_whole_run_equals_cpu_and_compiles_each_kind_of_graph_once(rehearsals: Rehearsals, on_cpu: Path) -> None:
+    found = rehearsals.train("neuron", *CUT, **RUN)
+    steps = len(curve(on_cpu, "loss"))
+    assert steps > 2
+    assert_same_run(found, on_cpu, steps)
+    ranks = graphs(found)
+    assert len(ranks) == 4
+    assert [len(lines) for lines in ranks] == [GRAPHS] * 4, ranks
+
+
+def test_a_checkpoint_of_cpu_resumes_on_neuron(rehearsals: Rehearsals, on_cpu: Path) -> None:
+    """Only on request, since its last digits are another backend's. Each kind of graph is compiled once here too."""
+    folder = rehearsals.converted("cpu", *CUT, **RUN)
+    for name in ("record", "graphs"):
+        (folder / name).mkdir()
+    env, launcher = environment("cpu", "trn2", 4, folder)
+    process = subprocess.Popen([*launcher, str(REHEARSAL / "record.py")], cwd=folder, env=env)
+    while not list(folder.glob(".scratch/checkpoints/*/*/step_00000002/SHA256SUMS")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    (saved,) = folder.glob(".scratch/checkpoints/*/*")
+    checkpoint = max(saved.iterdir())
+
+    write_params(folder, backend="neuron")
+    env, launcher = environment("neuron", "trn2", 4, folder)
+    command = [*launcher, str(REHEARSAL / "record.py")]
+    printed = run_until(
+        command, folder, env, f"not resuming: the checkpoints of this run in {saved.relative_to(folder)}"
+    )
+    assert "are by other code (backend, " in printed
+    shutil.rmtree(folder / "graphs")
+    (folder / "graphs").mkdir()
+    run_script(REHEARSAL / "record.py", folder, env, launcher, "--resume-from", str(checkpoint.relative_to(folder)))
+    assert len(curve(folder, "loss")) == len(curve(on_cpu, "loss"))
+    for name in ("loss", "grad_norm", "lr"):
+        assert curve(folder, name) == pytest.approx(curve(on_cpu, name), abs=2e-5, rel=1e-5), name
+    for one, other in zip(adapter(folder), adapter(on_cpu), strict=True):
+        assert all((tensor - other[name]).abs().max() < 1e-5 for name, tensor in one.items())
+    assert [len(lines) for lines in graphs(folder)] == [GRAPHS] * 4
+
+
+def run_until(command: list[str], folder: Path, env: dict[str, str], line: str) -> str:
+    """What a command prints up to a line with this text, after which it is stopped."""
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout
+    printed = ""
+    for text in process.stdout:
+        printed += text
+        if line in text:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert line in printed
+    return printed
+
+
+def test_bfloat16_weights_stay_near_float32(rehearsals: Rehearsals) -> None:
+    """Over 50 steps; the adapter is float32. On cpu, bfloat16 differs from float32 by 0.09 in a step's loss."""
+    train = {"max_steps": 50, "epochs": 9}
+    runs = [
+        rehearsals.train(where, "trn2", 1, ranks=1, model={"dtype": dtype}, train=train)
+        for where, dtype in (("neuron", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32"))
+    ]
+    assert len(curve(runs[0], "loss")) == 50
+    assert_bfloat16_run(*runs, bounds=(0.15, 0.15))
