@@ -108,10 +108,10 @@ def test_planned_memory_against_published_runs(run: Published) -> None:
     "name", ["llama3-8b-trn2", "llama3.1-8b-trn2", "llama3-70b-trn2", "qwen3-8b-trn2", "mistral-7b-trn2"]
 )
 def test_native_profiles_have_the_layout_that_the_search_puts_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the host costs nothing, which is unknown for native PyTorch."""
+    """Also without the floor, which is unknown for native PyTorch."""
     params, config = profile(name)
     assert search(params, config)[0].key == layout_key(params)
-    monkeypatch.setattr(model, "HOST_SECONDS", 0.0)
+    monkeypatch.setattr(model, "LAYER_FLOOR", 0.0)
     assert search(params, config)[0].key == layout_key(params)
 
 

@@ -17,7 +17,7 @@ NODE_COLUMNS = (
     "nodes", "replicas", "micro-batches", "GiB per core", "TP GiB", "DP MiB", "DP ms", "ideal s", "steps",
 )  # fmt: skip
 SEARCH_COLUMNS = (
-    "#", "dp", "tp", "kv ×", "micro-batch", "recompute", "GiB per core", "products", "memory", "collectives", "host",
+    "#", "dp", "tp", "kv ×", "micro-batch", "recompute", "GiB per core", "products", "memory", "collectives", "floor",
     "ms per step", "tokens/s", "",
 )  # fmt: skip
 SHOWN = 12  # layouts of a search, besides those with a name
@@ -100,7 +100,7 @@ def _time_lines(params: Params, config: ModelConfig, plan: Plan) -> Iterator[str
     yield (
         f"modelled     {time.total * 1000:,.0f} ms per step, {plan.tokens_per_step / time.total:,.0f} tokens/s{whole}: "
         f"products {time.products * 1000:,.0f} ms, memory {time.memory * 1000:,.0f}, "
-        f"collectives {time.collectives * 1000:,.0f}, host {time.host * 1000:,.0f} (an estimate: docs/scale.md)"
+        f"collectives {time.collectives * 1000:,.0f}, floor {time.floor * 1000:,.0f} (an estimate: docs/scale.md)"
     )
 
 
@@ -127,7 +127,7 @@ def print_search(params: Params, config: ModelConfig) -> None:
         f"{len(layouts)} layouts fit {instance.name} with backend {params.backend}, "
         f"{params.train.global_batch_size} rows of {params.data.seq_len} tokens per step. Times in ms: the device "
         "takes the longer of\nproducts and memory, and then the collectives; a step takes the longer of device and "
-        "host. An estimate, to rank layouts: docs/scale.md",
+        "floor. An estimate, to rank layouts: docs/scale.md",
         highlight=False,
     )
 
@@ -140,7 +140,7 @@ def _search_row(number: int, layout: Layout, name: str) -> Iterator[str]:
     yield from map(str, (dp_size, tp_size, multiplier, micro_batch))
     yield "yes" if again else "no"
     yield f"{layout.plan.core_bytes / GIB:.2f}"
-    for seconds in (time.products, time.memory, time.collectives, time.host, time.total):
+    for seconds in (time.products, time.memory, time.collectives, time.floor, time.total):
         yield f"{seconds * 1000:,.0f}"
     yield f"{layout.plan.tokens_per_step / time.total:,.0f}"
     yield name

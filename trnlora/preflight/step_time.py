@@ -1,7 +1,7 @@
-"""A model of an optimizer step's time on Trainium: a roofline of products and memory, collectives, and the host.
+"""A model of an optimizer step's time on Trainium: a roofline of products and memory, collectives, and a floor.
 
 It ranks layouts. As a forecast it is an estimate: docs/scale.md has its errors against published measurements. Two of
-its constants are fitted to those, PRODUCT_SHARE and HOST_SECONDS; the others are AWS's figures.
+its constants are fitted to those, PRODUCT_SHARE and LAYER_FLOOR; the others are AWS's figures.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from trnlora.preflight.plan import layer_bytes, make_plan, row_flops
 
 # Fitted: the share of the peak that matrix products reach.
 PRODUCT_SHARE = 0.82
-# Fitted: what the host takes to start one pass (forward, backward or recomputation) of one layer, whatever its size, on
-# torch_xla. For native PyTorch, which starts a compiled graph per layer, nobody has published it; the same is assumed.
-HOST_SECONDS = 6.0e-3
+# Fitted: the seconds that one pass (forward, backward or recomputation) of one layer takes at least, whatever its size,
+# on torch_xla: what the host needs to start it, and what of the device's time does not shrink with the work. For native
+# PyTorch, which starts a compiled graph per layer, nobody has published it; the same is assumed.
+LAYER_FLOOR = 6.0e-3
 
 # Of collectives. Source: aws-neuron-sdk, neuron-runtime/explore/intranode-collective-comm.rst: 1 read and 1 write of
 # memory per byte that a ring gathers, 2 reads and 1 write per byte that it reduces; 1 to 2 µs per hop; mesh below 1 MB
@@ -28,12 +29,12 @@ HOP_SECONDS = 2e-6
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. Products overlap with memory traffic, and the host works ahead of the device."""
+    """Seconds of one optimizer step. Products overlap with memory traffic."""
 
     products: float
     memory: float
     collectives: float
-    host: float
+    floor: float
 
     @property
     def device(self) -> float:
@@ -41,7 +42,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return max(self.device, self.host)
+        return max(self.device, self.floor)
 
 
 def step_time(params: Params, config: ModelConfig, instance: Instance, attention_kernel: bool = False) -> StepTime:
@@ -69,7 +70,7 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
         products=flops / (PRODUCT_SHARE * instance.flops * ranks / cores),
         memory=micro_batches * moved / (instance.hbm / cores),
         collectives=micro_batches * per_micro_batch + per_step,
-        host=micro_batches * passes * config.num_hidden_layers * HOST_SECONDS,
+        floor=micro_batches * passes * config.num_hidden_layers * LAYER_FLOOR,
     )
 
 

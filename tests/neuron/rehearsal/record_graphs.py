@@ -26,7 +26,7 @@ import torch_xla.runtime as xr
 from trnlora.backends import nxd_training
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
-from trnlora.model.lora import whole_weights
+from trnlora.model.lora import draw_dropout, whole_weights
 from trnlora.params import Params, load_params
 from trnlora.preflight.known_models import known_config
 from trnlora.weights.nxd_layout import kv_replica_groups, shard_shapes
@@ -83,6 +83,7 @@ def main(params: Params, layers: int, folder: Path) -> None:
     shape = (params.train.micro_batch_size, params.data.seq_len)
     ids, labels, ones = torch.randint(1000, shape), torch.randint(1000, shape), torch.ones(shape, dtype=torch.int64)
     batch = [tensor.to(xm.xla_device()) for tensor in (ids, torch.arange(shape[1]).expand(shape), ones, labels)]
+    draw_dropout(model, 3, batch[-1])
     model.loss(*batch)
     before = transfers_to_device()
     model.loss(*batch)
