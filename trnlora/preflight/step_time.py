@@ -49,7 +49,8 @@ def step_time(params: Params, config: ModelConfig, instance: Instance, attention
     """The modelled time of a step of params.train.global_batch_size rows.
 
     attention_kernel: scores stay in the chip, and only those that a token may attend to are computed. False: a masked
-    product, which is what both Neuron backends use. Left out: LoRA's products, the optimizer, loading rows.
+    product, which nxd computes, and neuron where nkilib's kernels are not used. Left out: LoRA's products, the
+    optimizer, loading rows.
     """
     train = params.train
     ranks = train.dp_size * params.convert.tp_size
