@@ -77,33 +77,57 @@ LORAS = [
 ]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("family", "lora"), [*(("llama", lora) for lora in LORAS), ("qwen3", LORAS[1])])
+FAMILIES_AND_LORAS = [*(("llama", lora) for lora in LORAS), ("qwen3", LORAS[1])]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "backend_name", "recompute"),
+    [
+        *((*each, "cpu", recompute) for each in FAMILIES_AND_LORAS for recompute in (False, True)),
+        *(
+            pytest.param(*FAMILIES_AND_LORAS[n], "neuron", recompute, marks=pytest.mark.slow)
+            for n, recompute in ((2, False), (4, False), (1, True))
+        ),
+    ],
+)
 def test_activations_are_those_autograd_keeps(
-    tmp_path: Path, family: str, lora: dict[str, Any], recompute: bool
+    tmp_path: Path, family: str, lora: dict[str, Any], backend_name: str, recompute: bool
 ) -> None:
-    """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward."""
+    """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward.
+
+    neuron: in its static form, compiled by PyTorch's front end, which decides what a graph keeps.
+    """
     from trnlora.backends import torch as torch_backend
+    from trnlora.backends.torch_static import StaticTorchBackend, compile_model
     from trnlora.model.decoder import DecoderLM
     from trnlora.model.lora import add_lora
 
     params = load_params(ROOT / "params.yaml")
     params = params.model_copy(
         update={
+            "backend": backend_name,
             "convert": params.convert.model_copy(update={"tp_size": 1}),
             "lora": params.lora.model_copy(update=lora),
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
         }
     )
     config = ModelConfig.from_folder(write_model(tmp_path / "model", family, num_hidden_layers=6, head_dim=32))
-    (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert))
+
+    def static(tp_group: torch_backend.Group, kv_group: torch_backend.Group) -> StaticTorchBackend:
+        return StaticTorchBackend(tp_group, kv_group, compiler="aot_eager_decomp_partition")
+
+    make = static if backend_name == "neuron" else torch_backend.TorchBackend
+    (backend,) = torch_backend.thread_backends(kv_replica_groups(config, params.convert), make)
     model = DecoderLM.empty(config, backend, 1).to_empty(device="cpu")
     add_lora(model, params.lora)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     model.recompute_layers = recompute
+    if backend_name == "neuron":
+        compile_model(model)
     tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size
+    batch = (tensor.to(torch.int32) for tensor in (ids, torch.arange(tokens)[None], torch.ones_like(ids)))
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -114,8 +138,10 @@ def test_activations_are_those_autograd_keeps(
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        hidden = model(ids, torch.arange(tokens)[None], torch.ones_like(ids))
+        hidden = model(*batch)
     planned = make_plan(params, config, None).activation_bytes
+    if backend_name == "neuron":  # subtract what is needed while one layer is computed
+        planned -= 8 * config.num_attention_heads * tokens**2
     if recompute:  # subtract the layer that the backward pass recomputes
         planned = (6 + 1) * tokens * config.hidden_size * 4
     assert hidden.requires_grad
