@@ -304,3 +304,16 @@ def test_the_folder_of_the_python_is_first_on_path() -> None:
     assert with_own_bin("/venv/bin/python", "/usr/bin:/bin") == "/venv/bin:/usr/bin:/bin"
     assert with_own_bin("/venv/bin/python", "/venv/bin:/bin") == "/venv/bin:/bin"
     assert with_own_bin("/venv/bin/python", "") == "/venv/bin"
+
+
+def test_a_container_of_the_native_sdk_needs_no_vllm_here(
+    project: Path, tuned: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trnlora.serving.vllm_neuron.installed", lambda python, packages: None)
+    (project / "artifacts/merged").mkdir()
+    (project / "artifacts/merged/config.json").write_text("{}", "utf-8")
+    native = load_profile("llama3-8b-trn2-3xl", ROOT / "profiles")
+    server = neuron_launch(native, tuned, "127.0.0.1", 8000, project / "chat.jinja", in_container=True)
+    assert server.command[:5] == ["python", "-m", "vllm.entrypoints.cli.main", "serve", "artifacts/merged"]
+    with pytest.raises(UserError, match=r"neuron\.vllm_python .* is not an executable Python"):
+        neuron_launch(PARAMS, tuned, "127.0.0.1", 8000, project / "chat.jinja", in_container=True)

@@ -92,7 +92,7 @@ def launch_on_neuron(
         raise UserError("on Trainium there is one replica per address: start several, behind launch/nginx.conf")
     if args.adapters:
         raise UserError("on Trainium only the pipeline's adapter is served: omit ADAPTERS=")
-    server = neuron_launch(params, adapters[0], host, port, template)
+    server = neuron_launch(params, adapters[0], host, port, template, in_container=args.container is not None)
     if args.container:
         folders = [Path.cwd(), template.parent, server.compiled]
         return {}, container_command(server.env, server.command, args.container, folders), server.models

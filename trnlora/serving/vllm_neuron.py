@@ -279,13 +279,19 @@ class Launch:
     compiled: Path  # the folder of compiled graphs
 
 
-def neuron_launch(params: Params, tuned: Adapter, host: str, port: int, chat_template: Path) -> Launch:
+def neuron_launch(
+    params: Params, tuned: Adapter, host: str, port: int, chat_template: Path, in_container: bool = False
+) -> Launch:
     """The server that neuron.vllm_python has, with one replica; writes its files next to `chat_template`.
 
+    in_container: with backend neuron, one that this machine need not have: its SDK's vllm-neuron takes a merged model.
     Raises UserError if there is no vLLM for this hardware, if it needs the merged model and there is none, or if NxDI
     lacks the model.
     """
-    found = find_vllm(params)
+    if in_container and params.backend == "neuron":
+        found = NeuronVLLM("python", NeuronServer.MERGED, {})
+    else:
+        found = find_vllm(params)
     check_served(found.server)
     end = ["--chat-template", str(chat_template), "--host", host, "--port", str(port)]
     if found.server is NeuronServer.MERGED:
