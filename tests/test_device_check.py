@@ -12,7 +12,8 @@ import torch
 from support import ROOT
 from support.stages import set_params
 
-from trnlora.training.device_check import TOLERANCES, compare
+from trnlora.profiles import load_profile
+from trnlora.training.device_check import SIDES, TOLERANCES, compare, tiny_params
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("device_check")]
 
@@ -70,3 +71,8 @@ def test_a_difference_is_named(
 
 def test_nothing_differs_without_a_fault(records: Path) -> None:
     assert not [difference for difference in compare(records, "float32") if difference.is_too_large]
+
+
+def test_backend_cuda_is_checked_without_a_gpu() -> None:
+    params = load_profile("smollm2-135m-cpu", ROOT / "profiles").model_copy(update={"backend": "cuda"})
+    assert {tiny_params(params, side, "float32").backend for side in SIDES} == {"cpu"}

@@ -50,7 +50,7 @@ def tiny_params(params: Params, side: str, dtype: str) -> Params:
     rows = 2 * params.train.dp_size * params.train.micro_batch_size
     return params.model_copy(
         update={
-            "backend": "cpu" if side == "cpu" else params.backend,
+            "backend": params.backend if side != "cpu" and params.on_trainium else "cpu",
             "model": params.model.model_copy(update={"dtype": dtype}),
             "data": params.data.model_copy(update={"seq_len": SEQ_LEN}),
             "lora": params.lora.model_copy(update={"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}),
@@ -111,7 +111,8 @@ def train_side(params: Params, side: str, dtype: str, folder: Path) -> None:
     quiet_lightning()
     params = tiny_params(params, side, dtype)
     config = tiny_config(params)
-    backend = _static_form() if side != "cpu" and not params.on_trainium else training_backend(params.backend)
+    is_static = side != "cpu" and not params.on_trainium
+    backend = _static_form() if is_static else training_backend(params.backend)
     rows = STEPS // EPOCHS * params.train.global_batch_size - 1  # the last step of an epoch has fewer
     module = Recorder(
         build=functools.partial(_build, backend, params, config, folder / "shards"),
