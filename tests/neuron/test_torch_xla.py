@@ -4,6 +4,7 @@ docs/trainium.md says what this needs. Several ranks exchange values over gloo (
 """
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -135,7 +136,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(rehearsals: Rehearsals, whole_
         COMMAND, cwd=folder, env=stage_environment(), capture_output=True, text=True, timeout=900, check=False
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming from step 4 of 9" in again.stdout
+    assert re.search(r"resuming from step [4-8] of 9", again.stdout)  # a step takes as long as the poll above
     for name in ("loss", "grad_norm", "lr"):
         assert curve(folder, name) == curve(whole_run, name)
     for shard, expected in zip(adapter(folder), adapter(whole_run), strict=True):
