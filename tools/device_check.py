@@ -36,9 +36,9 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(0)  # as stages/finetune_lora.py
     else:
-        side = args.side[0]
-        of_side = params.model_copy(update={"backend": "cpu"}) if side == "cpu" else params
-        start_ranks(of_side, train, params, *args.side)
+        train_params = params.train.model_copy(update={"loggers": []})  # they would have to be installed
+        backend = "cpu" if args.side[0] == "cpu" else params.backend
+        start_ranks(params.model_copy(update={"backend": backend, "train": train_params}), train, params, *args.side)
 
 
 def train(params: Params, side: str, dtype: str) -> None:
@@ -61,24 +61,24 @@ def check(params: Params) -> None:
         write_tiny_shards,
     )
 
+    names = dict(zip(SIDES, ("cpu", params.backend if params.on_trainium else "static form"), strict=True))
     shutil.rmtree(SCRATCH, ignore_errors=True)
     differences: list[Difference] = []
     for dtype in TOLERANCES:
         write_tiny_shards(SCRATCH / dtype, params, dtype)
         for side in reversed(SIDES):  # first the one that may not run
             (SCRATCH / dtype / side).mkdir()
-            name = side if side == "cpu" or params.on_trainium else "static form"
-            print(f"training {STEPS} steps in {dtype}: {params.backend if name == 'device' else name}", flush=True)
+            print(f"training {STEPS} steps in {dtype}: {names[side]}", flush=True)
             command = [sys.executable, *sys.argv, "--side", side, dtype]
             if subprocess.run(command, check=False).returncode:
-                raise UserError(f"the {side} side did not train: see the lines above")
+                raise UserError(f"{names[side]} did not train: see the lines above")
         differences += compare(SCRATCH / dtype, dtype)
     Console().print(difference_table(differences))
     wrong = [difference for difference in differences if difference.is_too_large]
     if wrong:
         first = wrong[0]
         raise UserError(
-            f"backend {params.backend} differs from the CPU: {first.what} of rank {first.rank} in {first.dtype} by "
+            f"{names['device']} differs from the CPU: {first.what} of rank {first.rank} in {first.dtype} by "
             f"{first.value:.1e}, allowed are {first.tolerance:.0e} ({first.where or 'before the first step'}; "
             f"{len(wrong)} of {len(differences)} comparisons): do not train on it; the records are in {SCRATCH}"
         )

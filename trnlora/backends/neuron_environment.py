@@ -15,7 +15,7 @@ from trnlora.backends.python_environment import process_environment, training_py
 from trnlora.errors import UserError
 from trnlora.params import Params
 
-INDEX = "https://pip.repos.neuron.amazonaws.com"  # where AWS publishes torch-neuronx, neuronx-cc and nki
+INDEX = "https://pip.repos.neuron.amazonaws.com"  # where AWS publishes them; tools/environment.sh has it too
 # Programs of the training environment that torch_neuronx starts by name, so that they must be on PATH.
 PROGRAMS = ("neuronx-cc",)
 # Source: aws-neuron-sdk, release-notes/components/torchneuron.rst, "Support matrix".
@@ -53,9 +53,11 @@ def check_packages(found: Mapping[str, str | None]) -> list[str]:
     wrong = []
     python, torch, neuronx, compiler = (found[name] for name in ("python", "torch", "torch-neuronx", "neuronx-cc"))
     if python and number(python) not in PYTHONS:
-        wrong.append(f"Python 3.12, 3.13 or 3.14 (found {python})")
+        *others, last = (f"{major}.{minor}" for major, minor in PYTHONS)
+        wrong.append(f"Python {', '.join(others)} or {last} (found {python})")
     if torch and number(torch) < OLDEST_FAMILY:
-        wrong.append(f"torch 2.13 or newer (found {torch}, for which torch-neuronx is PyTorch/XLA's: backend nxd)")
+        oldest = ".".join(map(str, OLDEST_FAMILY))
+        wrong.append(f"torch {oldest} or newer (found {torch}, for which torch-neuronx is PyTorch/XLA's: backend nxd)")
     elif torch and neuronx and number(neuronx) != number(torch):
         family = ".".join(map(str, number(torch)))
         wrong.append(

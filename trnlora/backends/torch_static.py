@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trnlora.backends.attention import Attention, choose_attention, masked_product
+from trnlora.backends.mkl import settle_vector_math
 from trnlora.backends.torch import Function, Group, TorchBackend, own_kv_group
 from trnlora.model import plain_ops
 from trnlora.model.config import LOSS_CHUNK, ModelConfig
@@ -101,6 +102,7 @@ def build_static_model(
     device: torch.device,
 ) -> DecoderLM:
     """As `trnlora.backends.training.TrainingBackend.build_model`, compiled. Prints which attention is chosen."""
+    settle_vector_math()
     tp_group = mesh["tensor_parallel"].get_group()
     kv_group = own_kv_group(tp_group, kv_groups, params.train.dp_size)
     tp_size, copies = params.convert.tp_size, params.convert.kv_size_multiplier

@@ -180,6 +180,8 @@ def draw_dropout(model: DecoderLM, seed: int, labels: Tensor) -> None:
     on the backend, the device, the cut or how much padding was cut off. A recomputed layer has the same ones.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and layer.dropout > 0]
+    if not layers:
+        return
     generator = torch.Generator().manual_seed(seed)
     columns = random_words((3 * sum(layer.input_size for layer in layers),), generator)
     rows = random_words((*labels.T.shape, len(layers), 3), generator)
@@ -187,10 +189,14 @@ def draw_dropout(model: DecoderLM, seed: int, labels: Tensor) -> None:
         columns, rows = columns.int() << 16, rows.int() << 16  # an accelerator may not have int16
     rows = rows.permute(2, 3, 1, 0).contiguous().to(labels.device)  # (layers, 3, B, T)
     parts = columns.to(labels.device).split([3 * layer.input_size for layer in layers])
-    labelled = [] if model.backend.static_shapes else list(model.layers_of_labelled_tokens())
     for layer, own_rows, own_columns in zip(layers, rows, parts, strict=True):
-        of_tokens = own_rows[:, next_tokens(labels) != IGNORED] if layer in labelled else own_rows
-        layer.words = of_tokens, own_columns.view(3, -1)
+        layer.words = own_rows, own_columns.view(3, -1)
+    if not model.backend.static_shapes:
+        labelled = next_tokens(labels) != IGNORED
+        for later in model.layers_of_labelled_tokens():
+            if isinstance(later, LoraLayer) and later.words:
+                all_rows, own_columns = later.words
+                later.words = all_rows[:, labelled], own_columns
 
 
 def random_words(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

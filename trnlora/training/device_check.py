@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trnlora.backends.training import TrainingBackend, training_backend
-from trnlora.files import write_json
 from trnlora.model.config import ModelConfig
-from trnlora.model.decoder import DecoderLM
+from trnlora.model.decoder import IGNORED, DecoderLM
 from trnlora.model.targets import adapter_tensors
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Params
@@ -57,7 +56,7 @@ def tiny_params(params: Params, side: str, dtype: str) -> Params:
             "train": params.train.model_copy(
                 update={
                     "epochs": EPOCHS, "max_steps": None, "lr": 1e-3, "global_batch_size": rows, "keep": "last",
-                    "validate_every_steps": None, "early_stopping_patience": None, "loggers": [],
+                    "validate_every_steps": None, "early_stopping_patience": None,
                     "activation_checkpointing": params.train.activation_checkpointing and side != "cpu",
                 }
             ),
@@ -78,7 +77,7 @@ def tiny_config(params: Params) -> ModelConfig:
 
 
 def write_tiny_shards(folder: Path, params: Params, dtype: str) -> None:
-    """Write the tiny model with random weights of `dtype` to `folder`, as an HF folder and as shards."""
+    """Write the tiny model with random weights of `dtype` to `folder`, as HF's file and as shards."""
     config = tiny_config(params)
     generator = torch.Generator().manual_seed(params.train.seed)
     weights = {
@@ -88,7 +87,6 @@ def write_tiny_shards(folder: Path, params: Params, dtype: str) -> None:
     model = folder / "model"
     model.mkdir(parents=True)
     save_file(weights, model / "model.safetensors")
-    write_json(model / "config.json", {"model_type": "llama"})
     write_shards(model, folder / "shards", config, params.convert)
 
 
@@ -102,7 +100,7 @@ def packed_rows(count: int, vocabulary: int, seed: int) -> dict[str, Tensor]:
         for number, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True), 1):
             documents[row, start:stop] = number
             positions[row, start:stop] = torch.arange(stop - start)
-    labels = torch.where((documents > 0) & (positions > 3), ids, -100)
+    labels = torch.where((documents > 0) & (positions > 3), ids, IGNORED)
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_ids": documents}
 
 
