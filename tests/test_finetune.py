@@ -35,9 +35,6 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 
-NO_DROPOUT = {"lora_dropout": 0.0}  # its masks differ between replicas
-
-
 @pytest.mark.parametrize(
     "sharding",
     [
@@ -47,9 +44,9 @@ NO_DROPOUT = {"lora_dropout": 0.0}  # its masks differ between replicas
     ],
 )
 def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path], sharding: dict[str, Any]) -> None:
-    """tests/test_all_linear.py has tp 1, 2 and 4, with dropout."""
-    one = metrics(trained("one", lora=NO_DROPOUT, convert=ONE_RANK), "finetune_lora")
-    several = metrics(trained("several", lora=NO_DROPOUT, **sharding), "finetune_lora")
+    """With dropout. tests/test_all_linear.py has tp 1, 2 and 4."""
+    one = metrics(trained("one", convert=ONE_RANK), "finetune_lora")
+    several = metrics(trained("several", **sharding), "finetune_lora")
     for key in ("base_validation_loss", "train_loss", "validation_loss"):
         assert several[key] == pytest.approx(one[key], abs=1e-3), key
     assert several["train_tokens"] == one["train_tokens"]

@@ -15,12 +15,11 @@ class Instance:
 
     Sources: aws-neuron-sdk, about-neuron/arch/neuron-hardware/{trn1,trn2,trn3}-arch.rst and trainium{2,3}.rst, and
     "Best practices for training on AWS Neuron" for the memory of a logical core (about 24 GiB with two joined). They
-    do not have trn2.3xlarge: its one chip is trainium2.rst's; vCPUs and memory are what alpharomercoma/torchneuronx
-    (README.md) found on one; its network is not known. AWS publishes Trn3 UltraServers of 4 and of 36 such servers.
+    do not have trn2.3xlarge: its one chip is trainium2.rst's, and its network is not known. AWS publishes Trn3
+    UltraServers of 4 and of 36 such servers.
     """
 
     name: InstanceName
-    hw_backend: str
     chips: int
     cores: int  # physical NeuronCores
     memory: int  # of the devices, bytes
@@ -29,8 +28,6 @@ class Instance:
     link: float  # NeuronLink bandwidth of a chip to the others of the instance, bytes per second
     switched: bool  # whether every chip reaches every other with all of it; otherwise they are a 2D torus
     network: float | None  # EFA bandwidth, bits per second
-    vcpus: int
-    host_memory: int  # bytes
 
     def ranks(self, params: Params) -> tuple[int, ...]:
         """The numbers of ranks that this instance runs, in ascending order.
@@ -47,18 +44,16 @@ class Instance:
 
 
 INSTANCES = (  # smallest first
-    Instance("trn1.2xlarge", "trn1", 1, 2, 32 * GIB, 190e12, 820 * GIB, 0, False, 25e9, 8, 32 * GIB),
-    Instance("trn1.32xlarge", "trn1", 16, 32, 512 * GIB, 3040e12, 13120 * GIB, 384e9, False, 800e9, 128, 512 * GIB),
-    Instance("trn2.3xlarge", "trn2", 1, 8, 96 * GIB, 667e12, 2.9e12, 0, False, None, 12, 128 * GIB),
-    Instance("trn2.48xlarge", "trn2", 16, 128, 1536 * GIB, 10.7e15, 46.4e12, 1024e9, False, 3200e9, 192, 2048 * GIB),
+    Instance("trn1.2xlarge", 1, 2, 32 * GIB, 190e12, 820 * GIB, 0, False, 25e9),
+    Instance("trn1.32xlarge", 16, 32, 512 * GIB, 3040e12, 13120 * GIB, 384e9, False, 800e9),
+    Instance("trn2.3xlarge", 1, 8, 96 * GIB, 667e12, 2.9e12, 0, False, None),
+    Instance("trn2.48xlarge", 16, 128, 1536 * GIB, 10.7e15, 46.4e12, 1024e9, False, 3200e9),
     # The page's two figures for a Trn3 chip's links differ: 2,048 GiB/s here, and 256 GB/s to the chips of its server.
     Instance(
-        "trn3-gen2-server", "trn2", 4, 32, 576 * GIB, 96.624e15 / 36, 705.6e12 / 36, 2048 * GIB, True, 800e9, 64,
-        768 * GIB,
+        "trn3-gen2-server", 4, 32, 576 * GIB, 96.624e15 / 36, 705.6e12 / 36, 2048 * GIB, True, 800e9
     ),
     Instance(
-        "trn3-gen1-server", "trn2", 16, 128, 2304 * GIB, 42.944e15 / 4, 313.6e12 / 4, 2048 * GIB, True, 3200e9, 192,
-        2048 * GIB,
+        "trn3-gen1-server", 16, 128, 2304 * GIB, 42.944e15 / 4, 313.6e12 / 4, 2048 * GIB, True, 3200e9
     ),
 )  # fmt: skip
 # An estimate: the runtime, compiled code and collectives' buffers take the rest of a core's memory.
