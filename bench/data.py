@@ -36,8 +36,9 @@ import yaml
 from trnlora import paths
 from trnlora.cli import script_parser
 from trnlora.errors import UserError, run
-from trnlora.files import SUMS, read_json, write_sums
+from trnlora.files import SUMS, write_sums
 from trnlora.metrics import timing_file
+from trnlora.readers import read_json
 
 ROOT = Path(__file__).parent.parent
 CATEGORIES = ("closed_qa", "classification", "creative_writing", "information_extraction")

@@ -168,7 +168,7 @@ def one_document(prepared: Path, length: int) -> None:
 
 def run_ours() -> dict[str, Any]:
     """Run the stage in the current folder."""
-    from trnlora.files import read_json
+    from trnlora.readers import read_json
 
     subprocess.run([sys.executable, ROOT / "stages" / "finetune_lora.py"], stdout=subprocess.DEVNULL, check=True)
     metrics = read_json(paths.METRICS / "finetune_lora.json")

@@ -20,10 +20,11 @@ from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.data.examples import read_examples
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, check_sums, read_json, write_json, write_sums
+from trnlora.files import atomic_dir, check_sums, write_json, write_sums
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
+from trnlora.readers import read_json
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from support import ROOT
 from support.server import free_port
 
 from trnlora.errors import run
-from trnlora.files import read_json, write_json, write_jsonl, write_sums
+from trnlora.files import write_json, write_jsonl, write_sums
 from trnlora.model.config import ModelConfig
+from trnlora.readers import read_json
 
 
 class Bench:
@@ -77,7 +78,7 @@ def bench(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # params.yaml: every stage reads it first; fetch_model does so before any download
 
 PARAMS: list[tuple[str, Any, str]] = [
-    ("train.lr", "1e-4", "YAML reads 1e-4 as a string"),
+    ("train.lr", "0.0001", "write it unquoted"),
     ("train.lr", -1.0, "train.lr"),
     ("train.lr", 0.0, "train.lr"),
     ("train.lr", float("nan"), "train.lr"),

@@ -20,7 +20,8 @@ import yaml
 from support import ROOT
 
 from trnlora.errors import UserError
-from trnlora.files import read_json, sha256
+from trnlora.files import sha256
+from trnlora.readers import read_json
 from trnlora.sources import Source, parse_source
 
 COMMIT = "8cde5ca8380496c9a6cc7ef3a8b46a0372a1d920"

@@ -13,8 +13,8 @@ from support import ROOT
 from support.rows import rows_of
 
 from trnlora.errors import UserError
-from trnlora.files import read_json, read_jsonl
 from trnlora.params import Params, load_params
+from trnlora.readers import read_json, read_jsonl
 
 EXAMPLES = 300  # per test; takes a second or two
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

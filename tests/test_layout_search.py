@@ -10,7 +10,6 @@ import pytest
 from support import ROOT
 
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, check_params
 from trnlora.preflight import step_time as model
@@ -20,6 +19,7 @@ from trnlora.preflight.layout_search import layout_key, search
 from trnlora.preflight.plan import GIB, make_plan
 from trnlora.preflight.step_time import collective_time, step_time
 from trnlora.profiles import load_profile, profile_values
+from trnlora.readers import read_json
 
 LLAMA = ModelConfig.from_hf(read_json(ROOT / "profiles/configs/Llama-3.1-8B.json"))
 TINYLLAMA = dataclasses.replace(

@@ -19,7 +19,6 @@ from support.trainium import BENCH, device, install_neuron_ls
 
 from trnlora.backends import environment, neuron_machine, nxd_environment
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, check_params
 from trnlora.preflight import machine_checks, nxd_checks
@@ -28,6 +27,7 @@ from trnlora.preflight.instances import INSTANCES, on_nodes, smallest_fit
 from trnlora.preflight.plan import GIB
 from trnlora.preflight.precompile import compile_command
 from trnlora.profiles import profile_names, profile_values
+from trnlora.readers import read_json
 
 TRN2, TRN1 = "llama3-8b-trn2-nxd", "llama3-8b-trn1"
 

@@ -14,13 +14,13 @@ from support.project import Project
 
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, instance_name, load_params
 from trnlora.preflight.collectives import micro_batch_collectives
 from trnlora.preflight.instances import USABLE, core_memory, instance_of, on_nodes, smallest_fit
 from trnlora.preflight.plan import make_plan
 from trnlora.profiles import load_profile
+from trnlora.readers import read_json
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 
 ROOT = Path(__file__).parents[1]

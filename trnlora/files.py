@@ -1,4 +1,4 @@
-"""Atomic file writes: everything is written under a temporary name, then renamed. Checksums, JSON and JSONL."""
+"""Atomic file writes: everything is written under a temporary name, then renamed. Checksums."""
 
 import contextlib
 import fcntl
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from trnlora.errors import UserError
-
-RECREATE = ": delete it and run `dvc repro`"
 
 
 def partial_path(target: Path) -> Path:
@@ -94,47 +92,6 @@ def write_jsonl(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with atomic_file(target) as partial, partial.open("w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError naming the file when it is missing or not JSON."""
-    return parse_json(_read_text(path), str(path), RECREATE)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file with one JSON object per line. Raises UserError naming the file and line for anything else."""
-    text = _read_text(path)
-    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would split at U+2028 within a string
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = parse_json(line, f"{path} line {number}", RECREATE)
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not a JSON object{RECREATE}")
-        rows.append(row)
-    return rows
-
-
-def parse_json(text: str, where: str, fix: str = "") -> Any:
-    """The value of a JSON text. Raises UserError (`where` … `fix`) for what is not JSON or what Python cannot hold."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if "\n" in text else ""  # a line of a JSONL file has its number in `where`
-        reason = f"{error.msg} at {line}column {error.colno}"
-    except RecursionError:
-        reason = "nested too deeply"
-    except ValueError as error:  # what int() says about a number of 5,000 digits
-        reason = str(error)
-    raise UserError(f"{where} is not valid JSON ({reason}){fix}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8 ({error}){RECREATE}") from None
 
 
 def sha256(path: Path) -> str:

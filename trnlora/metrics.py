@@ -8,16 +8,15 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trnlora import paths
 from trnlora.files import write_json
+from trnlora.readers import read_yaml
 
 
 @functools.cache
 def stages() -> tuple[str, ...]:
     """The names of the pipeline's stages in the order of dvc.yaml."""
-    return tuple(yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text("utf-8"))["stages"])
+    return tuple(read_yaml(Path(__file__).parents[1] / "dvc.yaml")["stages"])
 
 
 def metrics_file(stage: str) -> Path:

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -16,12 +15,12 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
-    ValidationError,
     model_validator,
 )
 
 from trnlora import paths
 from trnlora.errors import UserError
+from trnlora.readers import checked, read_yaml
 
 InstanceName = Literal[
     "trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge", "trn3-gen1-server", "trn3-gen2-server"
@@ -348,14 +347,7 @@ def load_params(path: Path = paths.PARAMS) -> Params:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises UserError where it is missing, is not valid YAML or holds no keys."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run from the project's root, or name a file with --params") from None
-    try:
-        values = yaml.safe_load(text)
-    except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, KeyError for !!bool x, RecursionError …
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no keys: `make profile NAME=smollm2-135m-cpu` writes params.yaml")
     return values
@@ -363,31 +355,4 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def check_params(values: dict[str, Any], path: Path) -> Params:
     """`values` of the file `path` as Params. Raises UserError with one line that names `path` and what is wrong."""
-    try:
-        return Params.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(detail) for detail in error.errors())) from None
-
-
-def _explain(detail: Any) -> str:
-    key = ".".join(name for part in detail["loc"] if (name := str(part).strip()))
-    if detail["type"] == "missing":
-        return f"{key} is missing"
-    if detail["type"] == "extra_forbidden":
-        return f"{key} is not a known key (mistyped?)"
-    text = detail["msg"].removeprefix("Value error, ")
-    value = detail["input"]
-    if isinstance(value, str) and _is_number(value):
-        mantissa, e, exponent = value.lower().partition("e")
-        text += f"; YAML reads {value} as a string, write {float(mantissa)}e{exponent}" if e else "; write it unquoted"
-    elif not isinstance(value, dict | list) and not (isinstance(value, int) and value.bit_length() > 64):
-        text += f" (it is {value!r})"
-    return f"{key}: {text}" if key else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return checked(values, Params, str(path))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from trnlora.errors import UserError
-from trnlora.files import read_jsonl
+from trnlora.readers import read_jsonl
 
 SOURCES = "sources.json"  # in artifacts/prepared: a FileEntry for each file of the data
 

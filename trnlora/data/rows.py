@@ -7,7 +7,7 @@ from typing import NamedTuple
 from trnlora.data.examples import FileEntry
 from trnlora.data.formats import Row, RowFormat
 from trnlora.errors import UserError
-from trnlora.files import parse_json
+from trnlora.readers import parse_json
 
 CHUNK_BYTES = 8 << 20  # of a file, that one process reads at a time
 

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import yaml
-
 from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import Data
+from trnlora.readers import read_yaml
 from trnlora.sources import parse_source
 
 PIPELINE = Path("dvc.yaml")
@@ -21,7 +20,7 @@ def check_tracked(params: Data) -> None:
     """
     if not PIPELINE.exists():
         return
-    names = yaml.safe_load(PIPELINE.read_text("utf-8"))["stages"]["prepare_data"]["deps"]
+    names = read_yaml(PIPELINE)["stages"]["prepare_data"]["deps"]
     tracked = [Path(name).absolute() for name in names]
     uris = [source.source for source in data_sources(params)]
     if params.prompt_template.startswith("path://"):

@@ -10,9 +10,10 @@ from trnlora.errors import UserError
 from trnlora.evaluation.answers import Scored, answer_rows, spread
 from trnlora.evaluation.gates import gate
 from trnlora.evaluation.scoring import changed_fraction
-from trnlora.files import check_sums, read_json, write_json, write_jsonl
+from trnlora.files import check_sums, write_json, write_jsonl
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.params import Params
+from trnlora.readers import read_json
 from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_own_adapter
 from trnlora.serving.device_engine import DeviceEngine, neuron_engine
 from trnlora.serving.engine import Engine, start_engine

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trnlora.errors import UserError
-from trnlora.files import read_json
+from trnlora.readers import read_json
 
 # Rows of logits that exist at once on the torch backend: 256 × 49,152 in float32 are 48 MiB. Here because the preflight
 # plan needs it without importing torch.

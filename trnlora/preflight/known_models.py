@@ -4,11 +4,11 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.metrics import metrics_file
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.preflight.plan import DTYPE_BYTES, GIB, make_plan
+from trnlora.readers import read_json
 from trnlora.sources import hub_snapshot, parse_source
 
 CONFIGS = Path("profiles/configs")  # config.json of the profiles' models, by the model's name

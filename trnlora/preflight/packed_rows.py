@@ -6,6 +6,7 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.data.source_files import data_sources
 from trnlora.params import DataSource, Params
+from trnlora.readers import read_yaml
 from trnlora.sources import parse_source
 
 HUB_DATA_BYTES = {"databricks/databricks-dolly-15k": 13_085_339}  # size of the JSONL file
@@ -26,9 +27,7 @@ def is_prepared(params: Params) -> bool:
     lock = Path("dvc.lock")
     if not (paths.PREPARED / "train.parquet").exists() or not lock.exists():
         return False
-    import yaml
-
-    stage = yaml.safe_load(lock.read_text("utf-8")).get("stages", {}).get("prepare_data", {})
+    stage = read_yaml(lock).get("stages", {}).get("prepare_data", {})
     recorded = stage.get("params", {}).get("params.yaml", {})
     given = params.data.model_dump(exclude_unset=True)
     return all(recorded.get(f"data.{name}") == value for name, value in given.items())

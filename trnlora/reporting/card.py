@@ -8,9 +8,10 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.files import atomic_dir, read_json, write_json
+from trnlora.files import atomic_dir, write_json
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
+from trnlora.readers import read_json
 from trnlora.reporting.provenance import data_revision, data_uris, what_was_run
 from trnlora.reporting.results import Results
 from trnlora.reporting.summary import fenced, score_table

@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
+from trnlora.readers import read_json
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 # The model names that the server's clients use.

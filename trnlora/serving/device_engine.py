@@ -20,8 +20,8 @@ from trnlora.backends import neuron_machine
 from trnlora.backends.python_environment import with_own_bin
 from trnlora.data.examples import PreparedExample, prompt_token_ids
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.params import Params
+from trnlora.readers import read_json
 from trnlora.serving import vllm_worker
 from trnlora.serving.adapters import BASE, TUNED, Adapter
 from trnlora.serving.engine import Completion

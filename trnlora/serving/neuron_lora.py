@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from trnlora.files import read_json, write_json
+from trnlora.files import write_json
+from trnlora.readers import read_json
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 NXDI_CONFIG = "neuron_config.json"  # in the folder of compiled graphs (NxDI, models/config.py, CONFIG_FILE)

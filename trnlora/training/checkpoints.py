@@ -31,7 +31,8 @@ import torch
 import torch.distributed as dist
 
 from trnlora.errors import UserError
-from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, read_json, write_json, write_sums
+from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, write_json, write_sums
+from trnlora.readers import read_json
 from trnlora.training import cluster
 from trnlora.training.progress import TrainingProgress
 

@@ -21,12 +21,13 @@ from trnlora import paths
 from trnlora.backends.training import TrainingBackend, training_backend
 from trnlora.data.examples import SOURCES, row_name
 from trnlora.errors import UserError
-from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, read_json, sha256, write_json, write_sums
+from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, write_json, write_sums
 from trnlora.metrics import write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
 from trnlora.params import Params
+from trnlora.readers import read_json
 from trnlora.training import checkpoints, cluster
 from trnlora.training.batches import read_packed_rows, row_ids, steps_per_epoch
 from trnlora.training.checkpoints import Checkpoints, ResumePoint

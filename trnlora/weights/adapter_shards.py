@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config, rank_shapes
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
+from trnlora.readers import read_json
 from trnlora.weights.nxd_layout import kv_replica_groups, rank_blocks
 from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 

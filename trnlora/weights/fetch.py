@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trnlora.errors import UserError
-from trnlora.files import read_json, sha256
+from trnlora.files import sha256
 from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import hf_shapes
 from trnlora.params import Model
+from trnlora.readers import read_json
 from trnlora.sources import Source, hub_snapshot
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trnlora.errors import UserError
-from trnlora.files import read_json
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, peft_modules
 from trnlora.params import Lora
+from trnlora.readers import read_json
 from trnlora.sources import hub_snapshot, parse_source
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
-from trnlora.files import SUMS, atomic_file, read_json, write_json
+from trnlora.files import SUMS, atomic_file, write_json
+from trnlora.readers import read_json
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")

@@ -1,0 +1,127 @@
+"""Reading files that may hold anything: JSON, JSON lines and YAML, as checked values or as one clear line.
+
+Every file that the project reads goes through here, its own as well as the user's. YAML is read by the parser that DVC
+uses, in YAML 1.2: `010` is ten, `yes` is a string, and a key that is there twice is an error. With another parser, the
+params that a stage reads could differ from those that DVC compares.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from trnlora.errors import UserError
+
+RECREATE = ": delete it and run `dvc repro`"
+
+T = TypeVar("T")
+
+
+def read_text(path: Path, fix: str = RECREATE) -> str:
+    """The text of a file. Raises UserError naming it when it is missing, or not UTF-8 (then with `fix`)."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8 ({error}){fix}") from None
+
+
+def read_json(path: Path, fix: str = RECREATE) -> Any:
+    """Read a JSON file. Raises UserError (… `fix`) naming the file when it is missing or not JSON."""
+    return parse_json(read_text(path, fix), str(path), fix)
+
+
+def read_json_as(path: Path, kind: type[T], fix: str = RECREATE) -> T:
+    """Read a JSON file that holds a `kind`: a class of pydantic, a TypedDict, or a type such as dict[str, Any].
+
+    Raises UserError (… `fix`) naming the file, the key and what is wrong with its value.
+    """
+    return checked(read_json(path, fix), kind, str(path), fix)
+
+
+def read_jsonl(path: Path, fix: str = RECREATE) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line. Raises UserError (… `fix`) naming the file and line for another."""
+    text = read_text(path, fix)
+    lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would split at U+2028 within a string
+    rows = []
+    for number, line in enumerate(lines, 1):
+        row = parse_json(line, f"{path} line {number}", fix)
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not a JSON object{fix}")
+        rows.append(row)
+    return rows
+
+
+def parse_json(text: str, where: str, fix: str = "") -> Any:
+    """The value of a JSON text. Raises UserError (`where` … `fix`) for what is not JSON or what Python cannot hold."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if "\n" in text else ""  # a line of a JSONL file has its number in `where`
+        reason = f"{error.msg} at {line}column {error.colno}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # what int() says about a number of 5,000 digits
+        reason = str(error)
+    raise UserError(f"{where} is not valid JSON ({reason}){fix}")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file as DVC does. Raises UserError when it is missing or not valid."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run from the project's root") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The value of a YAML text, None for an empty one. Raises UserError for what is not valid, or holds a key twice."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
+
+    try:
+        return YAML(typ="safe").load(text)
+    except DuplicateKeyError as error:
+        problem = f"{error.problem} in line {error.problem_mark.line + 1}"
+    except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, RecursionError, UnicodeDecodeError …
+        problem = " ".join(str(error).split())[:300]
+    raise UserError(f"{where} is not valid YAML: {problem}")
+
+
+def checked(value: Any, kind: type[T], where: str, fix: str = "") -> T:
+    """`value` as a `kind`, e.g. a class of pydantic. Raises UserError (`where`: … `fix`) with what is wrong with it."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {validation_problems(error)}{fix}") from None
+
+
+def validation_problems(error: ValidationError) -> str:
+    """What pydantic found, in one line: the keys, what is wrong with each and the value that it has."""
+    return "; ".join(_explain(detail) for detail in error.errors())
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(name for part in detail["loc"] if (name := str(part).strip()))
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"{key} is not a known key (mistyped?)"
+    text = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    if isinstance(value, str) and _is_number(value):
+        text += "; write it unquoted"
+    elif not isinstance(value, dict | list) and not (isinstance(value, int) and value.bit_length() > 64):
+        text += f" (it is {value!r})" if len(repr(value)) <= 100 else f" (it is {repr(value)[:100]}…)"
+    return f"{key}: {text}" if key else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
