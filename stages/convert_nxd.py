@@ -18,8 +18,8 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.errors import UserError, run
-from trnlora.files import SUMS, atomic_dir, check_sums, write_sums
-from trnlora.metrics import write_metrics
+from trnlora.files import SUMS, check_sums, check_unlocked, locked, partial_path, write_sums
+from trnlora.metrics import stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import Convert, load_params
 from trnlora.weights.nxd_layout import check_divisible
@@ -34,24 +34,24 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, default=paths.SHARDS, metavar="DIR", help="default: %(default)s")
     args = parser.parse_args()
     convert = load_params(args.params).convert
-
-    # The rules are checked before anything heavy is imported.
-    config = ModelConfig.from_folder(paths.MODEL)
-    check_divisible(config, convert)
     if args.to_hf:
-        to_hf(config, convert, args.shards, args.to_hf)
+        with locked(paths.MODEL, shared=True), locked(args.shards, shared=True):
+            to_hf(convert, args.shards, args.to_hf)
     else:
-        to_nxd(config, convert)
+        to_nxd(convert)
 
 
-def to_nxd(config: ModelConfig, convert: Convert) -> None:
-    from trnlora.weights.convert import GIB, write_shards
-
+def to_nxd(convert: Convert) -> None:
     started = time.perf_counter()
-    # The check of the logits reads the same weights as the conversion, so it would not notice damage in them.
-    check_sums(paths.MODEL, "fetch_model")
-    converting = time.perf_counter()
-    with atomic_dir(paths.SHARDS) as partial:
+    with stage_outputs("convert_nxd", [paths.SHARDS], reads=[paths.MODEL]):
+        config = read_config(convert)
+        # The check of the logits reads the same weights as the conversion, so it would not notice damage in them.
+        check_sums(paths.MODEL, "fetch_model")
+
+        from trnlora.weights.convert import GIB, write_shards
+
+        converting = time.perf_counter()
+        partial = partial_path(paths.SHARDS)
         size = write_shards(paths.MODEL, partial, config, convert)
         convert_seconds = time.perf_counter() - converting
         print("comparing the shards' logits with HF's", flush=True)
@@ -62,18 +62,24 @@ def to_nxd(config: ModelConfig, convert: Convert) -> None:
                 f"{convert.max_logits_diff:g}: the shards were not kept; report this model's config"
             )
         write_sums(partial)
-
-    metrics = {
-        "logits_max_abs_diff": difference,
-        "checked_tokens": CHECKED_TOKENS,
-        "checked_layers": config.num_hidden_layers,
-        "checked_vocabulary": config.vocab_size,
-        "shards": convert.tp_size,
-        "size_gib": size / GIB,
-    }
-    timing = {"convert_seconds": convert_seconds, "seconds": time.perf_counter() - started}
-    write_metrics("convert_nxd", metrics, timing)
+        metrics = {
+            "logits_max_abs_diff": difference,
+            "checked_tokens": CHECKED_TOKENS,
+            "checked_layers": config.num_hidden_layers,
+            "checked_vocabulary": config.vocab_size,
+            "shards": convert.tp_size,
+            "size_gib": size / GIB,
+        }
+        timing = {"convert_seconds": convert_seconds, "seconds": time.perf_counter() - started}
+        write_metrics("convert_nxd", metrics, timing)
     print(f"{convert.tp_size} shards in {paths.SHARDS}, largest logit difference to HF {difference:.2g}")
+
+
+def read_config(convert: Convert) -> ModelConfig:
+    """The model's config. Raises UserError, before anything heavy is imported, if the model cannot be cut that way."""
+    config = ModelConfig.from_folder(paths.MODEL)
+    check_divisible(config, convert)
+    return config
 
 
 def logits_difference(shards: Path, config: ModelConfig, convert: Convert) -> float:
@@ -97,7 +103,10 @@ def logits_difference(shards: Path, config: ModelConfig, convert: Convert) -> fl
         )
 
 
-def to_hf(config: ModelConfig, convert: Convert, shards: Path, folder: Path) -> None:
+def to_hf(convert: Convert, shards: Path, folder: Path) -> None:
+    config = read_config(convert)
+    check_unlocked(folder)
+
     from trnlora.weights.convert import write_hf_folder
 
     check_sums(paths.MODEL, "fetch_model", without=(".safetensors",))

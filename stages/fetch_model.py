@@ -20,8 +20,8 @@ from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.data.tokenizer import check_tokenizer
 from trnlora.errors import run
-from trnlora.files import atomic_dir, write_sums
-from trnlora.metrics import write_metrics
+from trnlora.files import partial_path, write_sums
+from trnlora.metrics import stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 from trnlora.sources import parse_source
@@ -35,19 +35,18 @@ def main() -> None:
     source = parse_source(params.model.source)
     started = time.perf_counter()
 
-    from trnlora.weights.fetch import check_weights, fetch
-
     def check_config(config: dict[str, Any]) -> None:
         check_divisible(ModelConfig.from_hf(config), params.convert)
 
-    with atomic_dir(paths.MODEL) as folder:
+    with stage_outputs("fetch_model", [paths.MODEL]):
+        from trnlora.weights.fetch import check_weights, fetch
+
+        folder = partial_path(paths.MODEL)
         revision = fetch(source, params.model, folder, check_config)
         config = ModelConfig.from_folder(folder)
         parameters = check_weights(folder, config)
         check_tokenizer(folder, config.vocab_size)
         weights = sorted(folder.glob("*.safetensors"))
-        for file in folder.iterdir():
-            file.chmod(0o644)  # safetensors writes files that only their owner can read
         sums = write_sums(folder)
         metrics = {
             "source": source.uri,
@@ -62,7 +61,7 @@ def main() -> None:
             "tie_word_embeddings": config.tie_word_embeddings,
             "sha256": {file.name: sums[file.name] for file in weights},
         }
-    write_metrics("fetch_model", metrics, {"seconds": time.perf_counter() - started})
+        write_metrics("fetch_model", metrics, {"seconds": time.perf_counter() - started})
     print(f"{paths.MODEL}: {parameters / 1e6:.1f} M parameters, {metrics['weights_gib']} GiB, from {source.uri}")
 
 

@@ -13,7 +13,8 @@ inputs and params, and ends in the same bytes (trnlora/training/checkpoints.py).
 
 Reads   artifacts/shards, artifacts/model/config.json, artifacts/prepared/{train,validation}.parquet
 Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt and adapter_config.json (NxD's paths),
-        metrics/finetune_lora.json, metrics/timing/finetune_lora.json, plots/training (DVCLive's curves)
+        metrics/finetune_lora.json, metrics/timing/finetune_lora.json, plots/training (DVCLive's curves; until the
+        end they are in .scratch/curves, where those of a run that failed stay)
 """
 
 import os
@@ -23,11 +24,15 @@ from pathlib import Path
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.errors import run
+from trnlora.metrics import metrics_file, timing_file
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
 from trnlora.training.launch import run_rank, start_ranks
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 from trnlora.weights.peft_folder import check_init_adapter, fetch_adapter
+
+STAGE = "finetune_lora"
+OUTPUTS = (paths.LORA_SHARDS, paths.CURVES, metrics_file(STAGE), timing_file(STAGE))
 
 
 def main() -> None:
@@ -46,7 +51,7 @@ def main() -> None:
     params, config = read_params(args.params)
     if params.lora.init_adapter:
         check_init_adapter(fetch_adapter(params.lora.init_adapter), config, params.lora)
-    start_ranks(params, train, args.params, args.resume_from)
+    start_ranks(params, train, args.params, args.resume_from, outputs=OUTPUTS)
 
 
 def train(params_file: Path, resume_from: Path | None) -> None:

@@ -20,10 +20,10 @@ from trnlora import paths
 from trnlora.cli import add_params, script_parser
 from trnlora.data.examples import read_examples
 from trnlora.errors import UserError, run
-from trnlora.files import atomic_dir, check_sums, write_json, write_sums
-from trnlora.metrics import metrics_file, write_metrics
+from trnlora.files import check_sums, partial_path, write_json, write_sums
+from trnlora.metrics import metrics_file, stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
-from trnlora.params import load_params
+from trnlora.params import Params, load_params
 from trnlora.readers import read_json
 
 
@@ -31,11 +31,23 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_params(parser)
     params = load_params(parser.parse_args().params)
+    started = time.perf_counter()
+    folders, reads = [paths.ADAPTER, paths.MERGED], [paths.LORA_SHARDS, paths.MODEL, paths.PREPARED]
+    with stage_outputs("flatten_adapter", folders, [paths.ADAPTER_SUMS], reads):
+        trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
+        loss, labelled = flatten(params, trainer_loss)
+        gap = abs(loss - trainer_loss)
+        metrics = {"peft_validation_loss": loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
+        write_metrics("flatten_adapter", metrics, {"seconds": time.perf_counter() - started})
+    print(f"adapter in {paths.ADAPTER}: loss {loss:.4f} with HF + PEFT, {trainer_loss:.4f} in training")
+
+
+def flatten(params: Params, trainer_loss: float) -> tuple[float, int]:
+    """Write the adapter, its checksums and the merged model. Returns its loss with HF + PEFT and the tokens counted."""
     config = ModelConfig.from_folder(paths.MODEL)
     check_sums(paths.LORA_SHARDS, "finetune_lora")
     check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
     check_sums(paths.MODEL, "fetch_model")
-    trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
     examples = read_examples(paths.PREPARED / "validation.jsonl")
 
     os.environ["TQDM_DISABLE"] = "1"  # transformers' progress bars; must be set before it is imported
@@ -46,29 +58,23 @@ def main() -> None:
     from trnlora.weights.merge_adapter import write_merged
     from trnlora.weights.peft_export import peft_adapter, peft_adapter_config
 
-    started = time.perf_counter()
     shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
     adapter = peft_adapter(shards, config, params.convert, params.lora)
-    with atomic_dir(paths.ADAPTER) as partial:
-        save_file(adapter, partial / "adapter_model.safetensors")
-        write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
-        loss, labelled = peft_loss(paths.MODEL, partial, params.model.dtype, examples)
-        gap = abs(loss - trainer_loss)
-        if not gap <= params.eval.max_loss_gap:  # also when it is NaN
-            raise UserError(
-                f"HF + PEFT give the validation rows a loss of {loss:.5f}, the trainer measured {trainer_loss:.5f}: "
-                f"more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter was not kept; "
-                "check that artifacts/model is the model that was converted (`dvc status`)"
-            )
-    write_sums(paths.ADAPTER, paths.ADAPTER_SUMS)
-
-    with atomic_dir(paths.MERGED) as partial:
-        if params.flatten.merged_model:
-            write_merged(paths.MODEL, partial, adapter, params.lora, params.convert.buffer_mib * 2**20)
-
-    metrics = {"peft_validation_loss": loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
-    write_metrics("flatten_adapter", metrics, {"seconds": time.perf_counter() - started})
-    print(f"adapter in {paths.ADAPTER}: loss {loss:.4f} with HF + PEFT, {trainer_loss:.4f} in training")
+    partial = partial_path(paths.ADAPTER)
+    save_file(adapter, partial / "adapter_model.safetensors")
+    write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
+    loss, labelled = peft_loss(paths.MODEL, partial, params.model.dtype, examples)
+    if not abs(loss - trainer_loss) <= params.eval.max_loss_gap:  # also when it is NaN
+        raise UserError(
+            f"HF + PEFT give the validation rows a loss of {loss:.5f}, the trainer measured {trainer_loss:.5f}: "
+            f"more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter was not kept; "
+            "check that artifacts/model is the model that was converted (`dvc status`)"
+        )
+    write_sums(partial, partial_path(paths.ADAPTER_SUMS))
+    if params.flatten.merged_model:
+        merged = partial_path(paths.MERGED)
+        write_merged(paths.MODEL, merged, adapter, params.lora, params.convert.buffer_mib * 2**20)
+    return loss, labelled
 
 
 if __name__ == "__main__":

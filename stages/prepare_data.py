@@ -25,8 +25,8 @@ from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_fetched_tokenizer
 from trnlora.data.tracking import check_tracked
 from trnlora.errors import run
-from trnlora.files import atomic_dir, write_json, write_sums
-from trnlora.metrics import write_metrics
+from trnlora.files import locked, partial_path, write_json, write_sums
+from trnlora.metrics import stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 
@@ -41,26 +41,28 @@ def main() -> None:
     started = time.perf_counter()
 
     params = load_params(args.params).data
-    check_tracked(params)
-    tokenizer = load_fetched_tokenizer(paths.MODEL)
-    ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
-    template = load_template(params.prompt_template, params.template_kwargs, tokenizer)
-    encoder = RowEncoder(
-        tokenizer, template, params.seq_len, params.overlong, params.mask_history, params.special_tokens
-    )
-    with tempfile.TemporaryDirectory(prefix="prepare-data-") as folder:
+    outputs = stage_outputs("prepare_data", [paths.PREPARED], reads=[paths.MODEL])
+    temporary = tempfile.TemporaryDirectory(prefix="prepare-data-")
+    with outputs if args.show is None else locked(paths.MODEL, shared=True), temporary as folder:
+        check_tracked(params)
+        tokenizer = load_fetched_tokenizer(paths.MODEL)
+        ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
+        template = load_template(params.prompt_template, params.template_kwargs, tokenizer)
+        encoder = RowEncoder(
+            tokenizer, template, params.seq_len, params.overlong, params.mask_history, params.special_tokens
+        )
         chosen = prepare.choose_rows(open_sources(data_sources(params), Path(folder)), params)
         if args.show is not None:
             prepare.print_examples(chosen, encoder, args.show)
             return
 
-        with atomic_dir(paths.PREPARED) as out:
-            splits = prepare.encode_all(chosen, encoder, out)
-            counts = prepare.write_splits(splits, chosen, encoder, params, out)
-            write_json(out / SOURCES, file_table(chosen.files))
-            write_sums(out)
-    metrics = prepare.dataset_metrics(chosen, splits, counts)
-    write_metrics("prepare_data", metrics, {"seconds": time.perf_counter() - started})
+        out = partial_path(paths.PREPARED)
+        splits = prepare.encode_all(chosen, encoder, out)
+        counts = prepare.write_splits(splits, chosen, encoder, params, out)
+        write_json(out / SOURCES, file_table(chosen.files))
+        write_sums(out)
+        metrics = prepare.dataset_metrics(chosen, splits, counts)
+        write_metrics("prepare_data", metrics, {"seconds": time.perf_counter() - started})
     prepare.print_counts(metrics)
     prepare.print_warnings(chosen, splits, params)
 

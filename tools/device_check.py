@@ -17,6 +17,7 @@ from pathlib import Path
 
 from trnlora.cli import add_params_or_profile, chosen_params, script_parser
 from trnlora.errors import UserError, run
+from trnlora.files import locked
 from trnlora.params import Params
 from trnlora.training.launch import run_rank, start_ranks
 
@@ -30,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     params = chosen_params(args)
     if args.side is None:
-        check(params)
+        with locked(SCRATCH):
+            check(params)
     elif "RANK" in os.environ:
         run_rank(lambda: train(params, *args.side))
         sys.stdout.flush()

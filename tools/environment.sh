@@ -139,8 +139,20 @@ check_venv() {
     fi
 }
 
+# One at a time: two would install into the same .venv. The kernel frees the lock when this process ends.
+lock_venv() {
+    mkdir -p .scratch
+    exec 9>.scratch/.setup.lock
+    if ! flock --nonblock 9; then
+        echo "setup: waiting for another make setup in this folder"
+        flock 9
+    fi
+}
+
 setup() {
     local stamp=$1
+    lock_venv
+    if [[ $stamp -nt requirements.lock && $stamp -nt pyproject.toml && $stamp -nt tools/environment.sh ]]; then return; fi
     rm -f "$stamp"
     make_venv
     # uv, by its hash in the lock. --no-deps everywhere: the lock is complete, and leaves out what the overrides name.

@@ -1,8 +1,16 @@
-"""Errors that a user can fix, and how a script ends on one: a single line, exit code 1, no traceback."""
+"""Errors that a user can fix, and how a script ends on one, or on a signal: a single line, no traceback."""
 
+import contextlib
 import errno
+import io
+import os
+import re
+import select
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -12,33 +20,135 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))  # it may quote a key or a library with line breaks
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGHUP, as an exception, so that what is half written is removed on the way out."""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`. Errors that a user can fix end it with one line (exit code 1), bugs with a traceback."""
+    """Run a script's `main`. Errors that a user can fix end it with one line (exit code 1), bugs with a traceback.
+
+    Ctrl-C, SIGTERM and SIGHUP end it with 128 plus their number, after cleaning up; a second one at once. A script
+    whose output nobody reads any more (`make report | head -1`) ends as if by SIGPIPE, without a line.
+    """
+    print_anything()
     try:
-        main()
+        with _signals_as_exceptions():
+            main()
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what is still closing down
+        sys.exit(128 + signal.SIGINT)
+    except Stopped as stopped:
+        number = signal.Signals(stopped.args[0])
+        print(f"error: stopped by {number.name}: rerun to continue", file=sys.stderr)
+        sys.exit(128 + number)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer must go somewhere
+            sys.exit(128 + signal.SIGPIPE)
         line = explain(error)
         if line is None:
             raise
         sys.exit(f"error: {line}")
 
 
+def print_anything() -> None:
+    """Let this process print text that its terminal cannot show, e.g. … with an ASCII locale, as backslash escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Raise Stopped on SIGTERM and SIGHUP, unless the caller ignores them (nohup). A child gets the default back."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        _default_signals()
+        raise Stopped(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            _handled.append(number)
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        _default_signals()
+
+
+_handled: list[int] = []
+
+
+def _default_signals() -> None:
+    while _handled:
+        signal.signal(_handled.pop(), signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_default_signals)
+
+
+def _nobody_reads_stdout() -> bool:
+    watched = select.poll()
+    watched.register(1, 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
+
+
 def explain(error: BaseException) -> str | None:
-    """The line that explains an error that a user can fix; None for a bug."""
+    """The line that explains an error that a user can fix; None for a bug.
+
+    An error of the operating system that names a file is one of the machine; libraries report some without a number.
+    """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError):
-        return "out of memory: close other programs, or use a smaller model or data.seq_len"
-    if not isinstance(error, OSError):
+    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+        return "out of memory: close other programs, raise ulimit -v, or use a smaller model or data.seq_len"
+    if any(text in str(error) for text in NO_SPACE):
+        return NO_SPACE_LINE.format(name="an output")
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (source, target, reason) …
+        source, target, reason = error.args[0][0]
+        return f"cannot copy {source} to {known_name(target)} ({reason}): free space or fix permissions, and rerun"
+    if not isinstance(error, OSError) or error.errno is None:
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk (writing {error.filename or 'an output'}): free some and rerun"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"cannot open {error.filename} ({error.strerror}): fix its permissions and rerun"
-    if error.errno in (errno.EISDIR, errno.ENOTDIR):
-        return f"{error.filename} is a directory where a file is expected, or the reverse: move it away and rerun"
-    if error.errno == errno.EIO:
-        return f"I/O error on {error.filename or 'a file'}: the disk may be failing, see dmesg"
-    return None
+    name = known_name(error.filename) if error.filename is not None else None
+    if error.errno in LINES:
+        return LINES[error.errno].format(name=name or "a file", strerror=error.strerror)
+    return f"{name}: {error.strerror}: check the file and its file system, and rerun" if name else None
+
+
+def known_name(path: Any) -> str:
+    """A path as the user knows it: that of the output, for its temporary name or its lock (trnlora/files.py)."""
+    text = os.fsdecode(path) if isinstance(path, bytes) else str(path)
+    return re.sub(r"(?<![^/])\.([^/]+?)(?:\.old)?\.(?:partial|lock)(?![^/])", r"\1", text)
+
+
+NO_SPACE_LINE = "no space left on the disk (writing {name}): free some and rerun"
+# What libraries say in errors of their own: safetensors (with the system's text), torch.save.
+NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing file")
+# torch's CPU allocator; the loader of shared libraries; threading
+OUT_OF_MEMORY = ("can't allocate memory", "failed to map segment from shared object", "can't start new thread")
+_PERMISSIONS = "cannot open {name} ({strerror}): fix its permissions and rerun"
+_KIND = "{name} is a directory where a file is expected, or the reverse: move it away and rerun"
+_BUSY = "{name} is in use ({strerror}): stop the program that uses it and rerun"
+_FILES = "too many open files ({strerror}): raise the limit, e.g. `ulimit -n 65536`, and rerun"
+LINES = {
+    errno.ENOSPC: NO_SPACE_LINE,
+    errno.EDQUOT: NO_SPACE_LINE,
+    errno.EACCES: _PERMISSIONS,
+    errno.EPERM: _PERMISSIONS,
+    errno.EROFS: _PERMISSIONS,
+    errno.EISDIR: _KIND,
+    errno.ENOTDIR: _KIND,
+    errno.EEXIST: _KIND,
+    errno.EIO: "I/O error on {name}: the disk may be failing, see dmesg",
+    errno.EFBIG: "{name} is larger than ulimit -f or its file system allows: raise the limit, or use another disk",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EBUSY: _BUSY,
+    errno.ETXTBSY: _BUSY,
+    errno.ELOOP: "{name} is a link that leads back to itself: replace it and rerun",
+    errno.ENAMETOOLONG: "the name {name} is too long for its file system: use a shorter one",
+    errno.ESTALE: "{name} was removed or replaced on its file server ({strerror}): mount it again and rerun",
+    errno.ENOLCK: "cannot lock {name} ({strerror}): its file system has no file locks; put the project on a local disk",
+    errno.ENOMEM: "out of memory ({strerror}): close other programs, or use a smaller model or data.seq_len",
+}

@@ -1,12 +1,22 @@
-"""Atomic file writes: everything is written under a temporary name, then renamed. Checksums."""
+"""Writing files so that a kill, an error or a second process leaves whole ones: locks, temporary names. Checksums.
+
+Everything is written under a temporary name beside its target, which it replaces at the end. A lock, a file beside the
+target too, keeps other processes from writing the same, or what another one reads. The kernel frees a lock when its
+process ends, however it ends.
+"""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,66 +29,236 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def _old_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old.partial")
+
+
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+# Locks --------------------------------------------------------------------------------------------------------------
+
+LOCK_TRIES = 10  # 0.2 s: a process that only looks whether something is locked holds the lock for a moment
+
+_held: set[int] = set()  # the file descriptors of this process's locks
+
+
+def _close_held() -> None:
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)  # a child that is left behind must not hold a lock
+
+
+@contextlib.contextmanager
+def locked(target: Path, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from writing `target`, and from reading it unless `shared`.
+
+    Raises UserError naming the process that has locked it, or if it cannot be locked. Without permission to write
+    beside it, or without locks in its file system, it is read unlocked. Waits only for locks of a moment.
+    """
+    try:
+        lock = _lock(target, shared)
+    except OSError as error:
+        if not shared:
+            raise _cannot_lock(target, error) from None
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            _unlock(target, lock)
+
+
+def check_unlocked(target: Path) -> None:
+    """Raise UserError naming the process that uses `target`, if there is one. Creates nothing."""
+    if _lock_path(target).exists():
+        with locked(target):
+            pass
+
+
+def _lock(target: Path, shared: bool) -> int:
+    """Create and lock the file beside `target`; its descriptor. The file names the processes that hold the lock."""
+    path = _lock_path(target)
+    if not shared:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    tries = 0
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                break
+        except FileNotFoundError:
+            pass  # its last holder has just removed the file
+        except BlockingIOError:
+            tries += 1
+            if tries == LOCK_TRIES:
+                os.close(lock)
+                raise UserError(f"{target} is in use by {_users(path)}: wait until that is done, or stop it") from None
+            time.sleep(0.02)
+        except OSError:
+            os.close(lock)
+            raise
+        os.close(lock)
+    _held.add(lock)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+        if not shared:
+            os.truncate(lock, 0)
+        os.write(lock, _holder(os.getpid()))
+    return lock
+
+
+def _unlock(target: Path, lock: int) -> None:
+    _held.discard(lock)
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while others share it: then the file stays
+        _lock_path(target).unlink()
+    os.close(lock)
+
+
+def _cannot_lock(target: Path, error: OSError) -> Exception:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"cannot write to {target.parent} ({error.strerror}): fix its permissions and rerun")
+    if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF):
+        return UserError(
+            f"cannot lock {target} ({error.strerror}): its file system has no locks; put the project on a local disk"
+        )
+    return error
+
+
+@functools.cache
+def _holder(pid: int) -> bytes:
+    """The line for this process in a lock's file: process, host, command.
+
+    pid: of this process. The ranks of a training are named by the process that the user has started, which ends them.
+    """
+    import psutil
+
+    me = psutil.Process(pid)
+    same = [process for process in me.parents() if sys.argv[0] and sys.argv[0] in process.cmdline()]
+    shown = (same or [me])[-1]
+    return f"{shown.pid}\t{socket.gethostname()}\t{' '.join(shown.cmdline())}\n".encode(errors="replace")
+
+
+def _users(lock: Path) -> str:
+    """The processes that hold a lock, as its file names them, without those of this host that have ended."""
+    import psutil
+
+    found = []
+    for line in lock.read_text("utf-8", errors="replace").splitlines():
+        pid, host, command = line.split("\t", 2)
+        if host != socket.gethostname():
+            found.append(f"process {pid} on {host} ({command})")
+        elif psutil.pid_exists(int(pid)):
+            found.append(f"process {pid} ({command})")
+    return " and ".join(dict.fromkeys(found)) or "another process"
+
+
+# Outputs ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_outputs(folders: Sequence[Path], files: Sequence[Path] = (), reads: Sequence[Path] = ()) -> Iterator[None]:
+    """Lock these outputs, and the inputs `reads`, and let the caller write every output under its `partial_path`.
+
+    Partial folders exist and are empty. On success, all outputs get their names, one after the other: folders first.
+    On an error, or when nothing was written under a file's partial name, what was there before stays as it is. What a
+    killed process left is removed first. A link in place of an output is replaced; what it points to is not touched.
+    Raises UserError, before anything is changed, if another process uses an output or writes an input, or if an output
+    cannot be replaced.
+    """
+    with contextlib.ExitStack() as locks:
+        for target in (*folders, *files):
+            locks.enter_context(locked(target))
+        for source in reads:
+            locks.enter_context(locked(source, shared=True))
+        for folder in folders:
+            _check_replaceable(folder, is_folder=True)
+        for file in files:
+            _check_replaceable(file, is_folder=False)
+        try:
+            for target in (*folders, *files):
+                _remove(partial_path(target))
+                _remove(_old_path(target))
+            for folder in folders:
+                partial_path(folder).mkdir()
+            yield
+            for target in (*folders, *files):
+                _sync(partial_path(target))
+            for folder in folders:
+                _replace_folder(folder)
+            for file in files:
+                if partial_path(file).exists():
+                    partial_path(file).replace(file)
+        finally:
+            for target in (*folders, *files):
+                with contextlib.suppress(OSError):
+                    _remove(_old_path(target))
+                    _remove(partial_path(target))
+
+
 @contextlib.contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`. On success it replaces `target`, on an error it is removed.
-
-    Leftovers of a killed process are removed first. Raises UserError while another process writes the same target,
-    which happens when a stage outlives the `dvc` that started it.
-    """
-    partial = partial_path(target)
-    old = target.with_name(f".{target.name}.old.partial")
-    lock = _lock_empty_dir(partial)
-    try:
-        shutil.rmtree(old, ignore_errors=True)
-        yield partial
-        if target.is_dir():  # moved aside first: a kill during the deletion would leave part of it
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-
-
-def clear_partial(target: Path) -> None:
-    """Remove what a killed process left of `target`, but not what another process is writing now."""
-    with contextlib.suppress(UserError):
-        lock = _lock_empty_dir(partial_path(target))
-        partial_path(target).rmdir()
-        os.close(lock)
-
-
-def _lock_empty_dir(folder: Path) -> int:
-    """Create or empty `folder`, and lock it until the process ends. Returns the lock's file descriptor."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(f"another process is writing {folder}: wait until it is done, or stop it") from None
-        if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-            break
-        os.close(lock)  # its last owner has just renamed or removed it
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    return lock
+    """`atomic_outputs` of one folder: yields the empty folder that replaces it."""
+    with atomic_outputs([target]):
+        yield partial_path(target)
 
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`. On success it is renamed to `target`, on an error it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(target)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # otherwise a power failure could leave the new name without the new bytes
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    """`atomic_outputs` of one file: yields the path that replaces it."""
+    with atomic_outputs([], [target]):
+        yield partial_path(target)
+
+
+def clear_partial(*targets: Path) -> None:
+    """Remove what a killed process left of `targets`, but not what another process is writing now."""
+    for target in targets:
+        with contextlib.suppress(UserError), locked(target):
+            _remove(partial_path(target))
+
+
+def _check_replaceable(target: Path, is_folder: bool) -> None:
+    if target.is_symlink() or not target.exists():
+        return
+    if target.is_dir() != is_folder:
+        kinds = ("file", "folder") if is_folder else ("folder", "file")
+        raise UserError(f"{target} is a {kinds[0]} where a {kinds[1]} is expected: move it away and rerun")
+    if target.is_mount():
+        raise UserError(f"{target} is a mount point, which cannot be replaced: mount {target.parent} in its place")
+
+
+def _replace_folder(target: Path) -> None:
+    if target.exists() or target.is_symlink():  # moved aside first: a kill during the deletion would leave part of it
+        target.rename(_old_path(target))
+    partial_path(target).rename(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(partial: Path) -> None:
+    """Write a file, or all files of a folder, to the disk, readable for whom the umask allows.
+
+    Otherwise a power failure could leave the new name without the new bytes. Some libraries (safetensors) write files
+    that only their owner can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [partial, *partial.rglob("*")]:
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                with contextlib.suppress(PermissionError):  # a file system without permissions
+                    os.fchmod(file.fileno(), 0o666 & ~umask)
+                os.fsync(file.fileno())
 
 
 def write_json(target: Path, value: Any) -> None:

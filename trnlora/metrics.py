@@ -4,12 +4,14 @@ metrics/<stage>.json holds what is the same in two runs of one commit; metrics/t
 and speed, on which no stage depends.
 """
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trnlora import paths
-from trnlora.files import write_json
+from trnlora.files import atomic_outputs, partial_path, write_json
 from trnlora.readers import read_yaml
 
 
@@ -29,7 +31,17 @@ def timing_file(stage: str) -> Path:
     return paths.METRICS / "timing" / f"{stage}.json"
 
 
+def stage_outputs(
+    stage: str, folders: Sequence[Path], files: Sequence[Path] = (), reads: Sequence[Path] = ()
+) -> contextlib.AbstractContextManager[None]:
+    """`atomic_outputs` of a stage: these folders and files and its metrics, which get their names last.
+
+    Enter it before reading anything, so that a second run is refused at once and changes nothing.
+    """
+    return atomic_outputs(folders, [*files, metrics_file(stage), timing_file(stage)], reads)
+
+
 def write_metrics(stage: str, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
-    """Write both files of a stage."""
-    write_json(metrics_file(stage), metrics)
-    write_json(timing_file(stage), timing)
+    """Write both files of a stage under their partial names, within its `stage_outputs`."""
+    write_json(partial_path(metrics_file(stage)), metrics)
+    write_json(partial_path(timing_file(stage)), timing)

@@ -13,6 +13,9 @@ ADAPTER = Path("artifacts/adapter")  # flatten_adapter: the PEFT folder
 ADAPTER_SUMS = Path("artifacts/adapter.SHA256SUMS")
 MERGED = Path("artifacts/merged")  # flatten_adapter: base + adapter as an HF folder; empty without flatten.merged_model
 ANSWERS = Path("artifacts/answers.jsonl")  # eval_vllm: prompt, reference, base and tuned answers
+OUTPUTS = (MODEL, PREPARED, SHARDS, LORA_SHARDS, ADAPTER, ANSWERS)  # one of each stage
 
 METRICS = Path("metrics")  # <stage>.json, tracked by git so that `dvc metrics diff` needs no remote
 PLOTS = Path("plots")
+CURVES = PLOTS / "training"  # finetune_lora: DVCLive's curves
+CATEGORY_PLOT = PLOTS / "exact_match_by_category.json"  # eval_vllm

@@ -10,8 +10,8 @@ from trnlora.errors import UserError
 from trnlora.evaluation.answers import Scored, answer_rows, spread
 from trnlora.evaluation.gates import gate
 from trnlora.evaluation.scoring import changed_fraction
-from trnlora.files import check_sums, write_json, write_jsonl
-from trnlora.metrics import metrics_file, write_metrics
+from trnlora.files import check_sums, partial_path, write_json, write_jsonl
+from trnlora.metrics import metrics_file, stage_outputs, write_metrics
 from trnlora.params import Params
 from trnlora.readers import read_json
 from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_own_adapter
@@ -28,6 +28,13 @@ def evaluate(params: Params, engine: Engine | DeviceEngine | None = None) -> Non
     engine: one that was started with room for this adapter; None: that of eval.engine. Raises UserError for inputs that
     are missing or damaged, when vLLM fails, and when a gate fails: then only REJECTED is written.
     """
+    reads = [paths.MODEL, paths.PREPARED, paths.ADAPTER, paths.MERGED]
+    with stage_outputs("eval_vllm", [], [paths.ANSWERS, paths.CATEGORY_PLOT], reads):
+        evaluate_locked(params, engine)
+
+
+def evaluate_locked(params: Params, engine: Engine | DeviceEngine | None) -> None:
+    """`evaluate`, while no other process writes what it reads, or the same results."""
     inputs = read_inputs(params)
     begun = time.perf_counter()
     if engine is None and params.eval.engine == "device":
@@ -56,11 +63,11 @@ def evaluate(params: Params, engine: Engine | DeviceEngine | None = None) -> Non
         write_jsonl(REJECTED, rows)
         raise UserError("; ".join(failures) + f" (the answers are in {REJECTED})")
     REJECTED.unlink(missing_ok=True)
-    write_jsonl(paths.ANSWERS, rows)
+    write_jsonl(partial_path(paths.ANSWERS), rows)
     speeds = {BASE: base.speed(), TUNED: tuned.speed()}
     timing = {"engine_start_seconds": engine_start_seconds, "seconds": time.perf_counter() - begun, **speeds}
     write_metrics("eval_vllm", metrics, timing)
-    write_json(paths.PLOTS / "exact_match_by_category.json", plot_points(models))
+    write_json(partial_path(paths.CATEGORY_PLOT), plot_points(models))
 
 
 @dataclass(frozen=True)

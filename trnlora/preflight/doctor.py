@@ -15,9 +15,10 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
-from trnlora import requirements
+from trnlora import paths, requirements
 from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
+from trnlora.files import check_unlocked
 from trnlora.params import Params
 from trnlora.preflight.caution import Caution
 from trnlora.preflight.known_models import hub_config, is_fetched, known_config, weights_gib
@@ -37,6 +38,7 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     yield check_python
     yield check_packages
     yield check_repository
+    yield check_no_other_run
     if params.backend == "nxd":
         yield from nxd_checks(params)
     elif params.backend == "neuron":
@@ -114,6 +116,13 @@ def check_repository() -> str:
                 f"{lock} is unreadable, left by an interrupted run: delete it when no dvc is running"
             ) from None
     return f"Git at {git.stdout[:9]}, DVC not locked"
+
+
+def check_no_other_run() -> str:
+    """Whether a stage is at work here, e.g. one whose `dvc` was killed: DVC would delete its outputs all the same."""
+    for output in paths.OUTPUTS:
+        check_unlocked(output)
+    return "no other process writes artifacts/"
 
 
 def check_backend(params: Params) -> str:

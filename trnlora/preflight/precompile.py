@@ -13,6 +13,7 @@ from trnlora import paths
 from trnlora.backends.nxd_environment import training_environment
 from trnlora.backends.python_environment import training_python
 from trnlora.errors import UserError
+from trnlora.files import locked
 from trnlora.params import Params
 from trnlora.preflight.plan import GIB
 
@@ -67,13 +68,14 @@ def precompile(params: Params) -> None:
     command, env = compile_command(params)
     if not Path(command[0]).exists():
         raise UserError(f"{command[0]} is missing: neuron.python must be the Python of a Neuron training environment")
-    write_trial(params)
-    print(
-        f"compiling at most {parallel_compilers(params)} graphs at a time: {available_gib():.0f} GiB of memory "
-        f"available, about {compiler_gib(params):.0f} per compiler, {len(os.sched_getaffinity(0))} cores",
-        flush=True,
-    )
-    done = subprocess.run(command, cwd=SCRATCH, env={**os.environ, **env}, check=False)
+    with locked(SCRATCH):
+        write_trial(params)
+        print(
+            f"compiling at most {parallel_compilers(params)} graphs at a time: {available_gib():.0f} GiB of memory "
+            f"available, about {compiler_gib(params):.0f} per compiler, {len(os.sched_getaffinity(0))} cores",
+            flush=True,
+        )
+        done = subprocess.run(command, cwd=SCRATCH, env={**os.environ, **env}, check=False)
     if done.returncode:
         raise UserError(
             f"neuron_parallel_compile ended with exit code {done.returncode}: the lines above name the graphs that "

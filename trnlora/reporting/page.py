@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trnlora.files import atomic_file
+from trnlora.files import atomic_outputs, partial_path
 from trnlora.metrics import stages
 from trnlora.reporting.answers import AnswerRow, answer_rows, count_tags
 from trnlora.reporting.charts import charts
@@ -21,9 +21,9 @@ def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Pat
         folder / "report.html": page(now, other, run, answers),
         folder / "summary.md": summary(now, other, run, answers),
     }
-    for path, text in texts.items():
-        with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+    with atomic_outputs([], [*texts]):
+        for path, text in texts.items():
+            partial_path(path).write_text(text, encoding="utf-8")
     html, markdown = texts
     return html, markdown
 

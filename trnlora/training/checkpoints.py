@@ -168,8 +168,7 @@ def _rank_file(mesh: Any) -> str:
 
 
 def restore_curves(saved: Path, target: Path) -> None:
-    """Restore DVCLive's files as they were at the checkpoint."""
-    shutil.rmtree(target, ignore_errors=True)
+    """Copy DVCLive's files as they were at the checkpoint to `target`, which must not exist."""
     shutil.copytree(saved / CURVES, target)
 
 

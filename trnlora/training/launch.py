@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any, NoReturn
 
-from trnlora import paths
 from trnlora.backends import environment, neuron_machine
-from trnlora.errors import UserError, explain
-from trnlora.files import clear_partial
+from trnlora.errors import UserError, explain, print_anything
+from trnlora.files import check_unlocked, clear_partial
 from trnlora.params import Params
 from trnlora.training import cluster
 from trnlora.training.cluster import Nodes
@@ -24,18 +24,22 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its
 LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
 
 
-def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> None:
+def start_ranks(params: Params, train: Callable[..., None], *arguments: Any, outputs: Sequence[Path] = ()) -> None:
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
-    train: a function at the top level of a module that does not import torch. In the batch script of a SLURM job,
-    starts the script on every node of the job instead. Raises UserError of one line if a logger is not installed, if a
-    rank fails, if a signal stops the training, or if the nodes do not meet.
+    train: a function at the top level of a module that does not import torch. outputs: what the first rank locks and
+    writes. In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError of
+    one line if another process uses the outputs, if a logger is not installed, if a rank fails, if a signal stops the
+    training, or if the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
         os.execvp(command[0], command)  # SLURM runs the batch script on the first node only
     nodes = cluster.from_environment()
     ranks = cluster.processes_per_node(nodes.count, params.convert.tp_size, params.train.dp_size)
+    if nodes.rank == 0:
+        for output in outputs:
+            check_unlocked(output)
     environment.enter(params, ranks, nodes.count, nodes.address)
     if nodes.rank == 0:  # of which a rank opens the loggers
         check_installed(params.train.loggers)
@@ -45,9 +49,14 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any) -> 
         # once and are in memory once, not per rank. It starts now, while this process does its own imports.
         multiprocessing.set_forkserver_preload(["trnlora.training.rank_server"])
         forkserver.ensure_running()
-        _launch(nodes, ranks, _forked_rank, train, *arguments)
+        launch: list[Any] = [_forked_rank, train, *arguments]
     else:
-        _launch(nodes, ranks, sys.executable, "-u", *sys.argv)
+        launch = [sys.executable, "-u", *sys.argv]
+    try:
+        _launch(nodes, ranks, *launch)
+    except UserError:
+        clear_partial(*outputs)  # of a rank that was killed
+        raise
 
 
 def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
@@ -90,7 +99,6 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
     try:
         elastic_launch(launch_config, entrypoint)(*arguments)
     except SignalException as error:
-        clear_partial(paths.LORA_SHARDS)
         raise UserError(f"training stopped by {error.sigval.name}; rerun to resume from the last checkpoint") from None
     except (DistNetworkError, DistStoreError) as error:
         raise UserError(
@@ -98,7 +106,6 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
             f"({str(error).splitlines()[0]}): start the stage on all of them, with ports open between them"
         ) from None
     except ChildFailedError as error:
-        clear_partial(paths.LORA_SHARDS)
         _report_failure(error)
 
 
@@ -145,6 +152,8 @@ def run_rank(main: Callable[[], None]) -> None:
     handler = get_error_handler()
     handler.initialize()
     end_with_parent()  # the parent is the launcher, or the server that has forked this rank
+    print_anything()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once: other ranks may be dead
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the launcher, which ends the ranks
     try:
         main()

@@ -21,8 +21,8 @@ from trnlora import paths
 from trnlora.backends.training import TrainingBackend, training_backend
 from trnlora.data.examples import SOURCES, row_name
 from trnlora.errors import UserError
-from trnlora.files import SUMS, atomic_dir, check_sums, partial_path, sha256, write_json, write_sums
-from trnlora.metrics import write_metrics
+from trnlora.files import SUMS, check_sums, locked, partial_path, sha256, write_json, write_sums
+from trnlora.metrics import stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable_parameters_per_rank
@@ -38,7 +38,7 @@ from trnlora.training.progress import TrainingProgress
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS, fetch_adapter, read_init_adapter
 from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
-CURVES = paths.PLOTS / "training"
+CURVES = Path(".scratch/curves")  # until the end of the run, so that DVC and another run leave them alone
 # A run may resume with other values of these: they change the result by at most about 1e-5.
 NOT_PART_OF_THE_RUN = {"checkpoint_every_steps", "checkpoints_kept", "dp_size", "loggers"}
 
@@ -72,9 +72,22 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
     """Train the adapter and write its shards, the curves and the metrics. Called on every rank.
 
     kv_groups: ranks that hold the same KV heads; resume_from: a checkpoint to resume from, even if other code made it.
-    Raises UserError for damaged or missing inputs, a loss that is not finite, or a lost node.
+    Raises UserError if another process uses the outputs or writes the inputs, for damaged or missing inputs, a loss
+    that is not finite, or a lost node.
     """
     quiet_lightning()
+    if not is_first():
+        train_locked(params, config, kv_groups, resume_from)
+        return
+    reads = [paths.MODEL, paths.PREPARED, paths.SHARDS]
+    with locked(checkpoints.CHECKPOINTS):
+        with stage_outputs("finetune_lora", [paths.LORA_SHARDS, paths.CURVES], reads=reads):
+            run_folder = train_locked(params, config, kv_groups, resume_from)
+        shutil.rmtree(run_folder)  # the run is complete; starting it again trains from the beginning
+
+
+def train_locked(params: Params, config: ModelConfig, kv_groups: list[list[int]], resume_from: Path | None) -> Path:
+    """`train`, while no other process writes what it reads, or the same outputs. Returns the run's checkpoints."""
     backend = training_backend(params.backend)
     inputs = read_inputs(params)
     start = agree_on_start(params, inputs, resume_from)
@@ -94,8 +107,7 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
     )
     started = time.perf_counter()
     with cluster.name_lost_nodes(start.addresses):
-        # Lock the output folder from the start, so that a second run cannot write to it.
-        with adapter_folder(), own_loggers(params, start) as loggers:
+        with own_loggers(params, start) as loggers:
             progress = TrainingProgress(
                 inputs.total_steps, curves, loggers, **(start.resume.progress if start.resume else {})
             )
@@ -103,11 +115,11 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
             kept_step = fit(trainer, module, start)
             if curves:
                 curves.end()
+                shutil.copytree(CURVES, partial_path(paths.CURVES), dirs_exist_ok=True)
             save_adapter(backend, params, trainer)
         write_results(params, config, inputs, trainer, kept_step, progress, time.perf_counter() - started)
-    if is_first():
-        shutil.rmtree(start.folder.parent)  # the run is complete; starting it again trains from the beginning
     trainer.strategy.barrier("end")  # no rank exits while another one still communicates
+    return start.folder.parent
 
 
 def is_first() -> bool:
@@ -183,6 +195,7 @@ def open_curves(start: Start) -> Live | None:
     """DVCLive's curves, on the first rank. A resumed run starts with those of the checkpoint."""
     if not is_first():
         return None
+    shutil.rmtree(CURVES, ignore_errors=True)
     if start.resume:
         checkpoints.restore_curves(Path(start.resume.folder), CURVES)
     return Live(str(CURVES), resume=start.resume is not None, dvcyaml=None, save_dvc_exp=False)
@@ -269,11 +282,6 @@ def trainer_options(params: Params, backend: TrainingBackend, total_steps: int) 
     }
 
 
-def adapter_folder() -> contextlib.AbstractContextManager[Any]:
-    """The output folder: the first rank creates it and renames it when all ranks have written."""
-    return atomic_dir(paths.LORA_SHARDS) if is_first() else contextlib.nullcontext()
-
-
 def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
     """Train, and choose the adapter that `train.keep` names. Returns its step.
 
@@ -303,7 +311,7 @@ def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
 
 
 def save_adapter(backend: TrainingBackend, params: Params, trainer: pl.Trainer) -> None:
-    """Every rank writes its file to the folder that the first rank renames at the end."""
+    """Every rank writes its file to the partial folder, which the first rank puts in place at the end."""
     module: Any = trainer.lightning_module
     partial = partial_path(paths.LORA_SHARDS)
     backend.save_adapter(partial, module.model)
