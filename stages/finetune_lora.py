@@ -51,7 +51,7 @@ def main() -> None:
     params, config = read_params(args.params)
     if params.lora.init_adapter:
         check_init_adapter(fetch_adapter(params.lora.init_adapter), config, params.lora)
-    start_ranks(params, train, args.params, args.resume_from, outputs=OUTPUTS)
+    start_ranks(params, train, args.params, args.resume_from, outputs=OUTPUTS, reads=paths.TRAINING_INPUTS)
 
 
 def train(params_file: Path, resume_from: Path | None) -> None:

@@ -15,6 +15,7 @@ keys serves the base model without a warning; these keys are PEFT's own.)
 
 import os
 import time
+from typing import Any
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
@@ -34,20 +35,19 @@ def main() -> None:
     started = time.perf_counter()
     folders, reads = [paths.ADAPTER, paths.MERGED], [paths.LORA_SHARDS, paths.MODEL, paths.PREPARED]
     with stage_outputs("flatten_adapter", folders, [paths.ADAPTER_SUMS], reads):
-        trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
-        loss, labelled = flatten(params, trainer_loss)
-        gap = abs(loss - trainer_loss)
-        metrics = {"peft_validation_loss": loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
+        trainer_loss, metrics = flatten(params)
         write_metrics("flatten_adapter", metrics, {"seconds": time.perf_counter() - started})
+    loss = metrics["peft_validation_loss"]
     print(f"adapter in {paths.ADAPTER}: loss {loss:.4f} with HF + PEFT, {trainer_loss:.4f} in training")
 
 
-def flatten(params: Params, trainer_loss: float) -> tuple[float, int]:
-    """Write the adapter, its checksums and the merged model. Returns its loss with HF + PEFT and the tokens counted."""
+def flatten(params: Params) -> tuple[float, dict[str, Any]]:
+    """Write the adapter, its checksums and the merged model. Returns the loss in training and the stage's metrics."""
     config = ModelConfig.from_folder(paths.MODEL)
     check_sums(paths.LORA_SHARDS, "finetune_lora")
     check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
     check_sums(paths.MODEL, "fetch_model")
+    trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
     examples = read_examples(paths.PREPARED / "validation.jsonl")
 
     os.environ["TQDM_DISABLE"] = "1"  # transformers' progress bars; must be set before it is imported
@@ -64,7 +64,8 @@ def flatten(params: Params, trainer_loss: float) -> tuple[float, int]:
     save_file(adapter, partial / "adapter_model.safetensors")
     write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     loss, labelled = peft_loss(paths.MODEL, partial, params.model.dtype, examples)
-    if not abs(loss - trainer_loss) <= params.eval.max_loss_gap:  # also when it is NaN
+    gap = abs(loss - trainer_loss)
+    if not gap <= params.eval.max_loss_gap:  # also when it is NaN
         raise UserError(
             f"HF + PEFT give the validation rows a loss of {loss:.5f}, the trainer measured {trainer_loss:.5f}: "
             f"more than eval.max_loss_gap {params.eval.max_loss_gap:g} apart, so the adapter was not kept; "
@@ -74,7 +75,7 @@ def flatten(params: Params, trainer_loss: float) -> tuple[float, int]:
     if params.flatten.merged_model:
         merged = partial_path(paths.MERGED)
         write_merged(paths.MODEL, merged, adapter, params.lora, params.convert.buffer_mib * 2**20)
-    return loss, labelled
+    return trainer_loss, {"peft_validation_loss": loss, "trainer_peft_loss_gap": gap, "labelled_tokens": labelled}
 
 
 if __name__ == "__main__":

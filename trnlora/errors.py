@@ -31,22 +31,20 @@ def run(main: Callable[[], None]) -> None:
     whose output nobody reads any more (`make report | head -1`) ends as if by SIGPIPE, without a line.
     """
     print_anything()
+    received: list[int] = []
     try:
-        with _signals_as_exceptions():
+        with _signals_as_exceptions(received):
             main()
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what is still closing down
-        sys.exit(128 + signal.SIGINT)
-    except Stopped as stopped:
-        number = signal.Signals(stopped.args[0])
-        print(f"error: stopped by {number.name}: rerun to continue", file=sys.stderr)
-        sys.exit(128 + number)
+    except (KeyboardInterrupt, Stopped):
+        _exit_by(received or [signal.SIGINT])
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer must go somewhere
             sys.exit(128 + signal.SIGPIPE)
         line = explain(error)
+        if line is None and received:  # a library has made an error of its own of it
+            _exit_by(received)
         if line is None:
             raise
         sys.exit(f"error: {line}")
@@ -59,30 +57,45 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _exit_by(received: list[int]) -> NoReturn:
+    number = signal.Signals(received[0])
+    if number is not signal.SIGINT:  # who has pressed Ctrl-C knows
+        print(f"error: stopped by {number.name}: rerun to continue", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+_handled: dict[int, Any] = {}  # signals that raise an exception now, with what they did before
+
+
 @contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    """Raise Stopped on SIGTERM and SIGHUP, unless the caller ignores them (nohup). A child gets the default back."""
+def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
+    """Raise KeyboardInterrupt or Stopped on a signal that ends a process, unless the caller ignores it (nohup).
+
+    received: gets the number. The next one ends the process at once, as it does a child.
+    """
 
     def stop(number: int, _: Any) -> NoReturn:
         _default_signals()
-        raise Stopped(number)
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            _handled.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before: Any = signal.getsignal(number)
+        if before in (signal.SIG_DFL, signal.default_int_handler):
+            _handled[number] = before
             signal.signal(number, stop)
     try:
         yield
     finally:
-        _default_signals()
-
-
-_handled: list[int] = []
+        if not received:
+            for number, before in _handled.items():
+                signal.signal(number, before)
+        _handled.clear()
 
 
 def _default_signals() -> None:
-    while _handled:
-        signal.signal(_handled.pop(), signal.SIG_DFL)
+    for number in _handled:
+        signal.signal(number, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_default_signals)

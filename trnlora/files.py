@@ -73,10 +73,10 @@ def locked(target: Path, shared: bool = False) -> Iterator[None]:
             _unlock(target, lock)
 
 
-def check_unlocked(target: Path) -> None:
-    """Raise UserError naming the process that uses `target`, if there is one. Creates nothing."""
+def check_unlocked(target: Path, shared: bool = False) -> None:
+    """Raise UserError if `locked` would, because of another process. Creates nothing."""
     if _lock_path(target).exists():
-        with locked(target):
+        with locked(target, shared):
             pass
 
 
@@ -132,7 +132,7 @@ def _cannot_lock(target: Path, error: OSError) -> Exception:
 
 @functools.cache
 def _holder(pid: int) -> bytes:
-    """The line for this process in a lock's file: process, host, command.
+    """The line for this process in a lock's file: process, host and command in JSON.
 
     pid: of this process. The ranks of a training are named by the process that the user has started, which ends them.
     """
@@ -141,7 +141,7 @@ def _holder(pid: int) -> bytes:
     me = psutil.Process(pid)
     same = [process for process in me.parents() if sys.argv[0] and sys.argv[0] in process.cmdline()]
     shown = (same or [me])[-1]
-    return f"{shown.pid}\t{socket.gethostname()}\t{' '.join(shown.cmdline())}\n".encode(errors="replace")
+    return f"{json.dumps([shown.pid, socket.gethostname(), ' '.join(shown.cmdline())])}\n".encode()
 
 
 def _users(lock: Path) -> str:
@@ -149,12 +149,12 @@ def _users(lock: Path) -> str:
     import psutil
 
     found = []
-    for line in lock.read_text("utf-8", errors="replace").splitlines():
-        pid, host, command = line.split("\t", 2)
-        if host != socket.gethostname():
-            found.append(f"process {pid} on {host} ({command})")
-        elif psutil.pid_exists(int(pid)):
-            found.append(f"process {pid} ({command})")
+    with contextlib.suppress(OSError, ValueError):  # removed, or not written because the disk is full
+        for pid, host, command in map(json.loads, lock.read_text("utf-8").splitlines()):
+            if host != socket.gethostname():
+                found.append(f"process {pid} on {host} ({command[:200]})")
+            elif psutil.pid_exists(pid):
+                found.append(f"process {pid} ({command[:200]})")
     return " and ".join(dict.fromkeys(found)) or "another process"
 
 

@@ -24,11 +24,17 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its
 LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
 
 
-def start_ranks(params: Params, train: Callable[..., None], *arguments: Any, outputs: Sequence[Path] = ()) -> None:
+def start_ranks(
+    params: Params,
+    train: Callable[..., None],
+    *arguments: Any,
+    outputs: Sequence[Path] = (),
+    reads: Sequence[Path] = (),
+) -> None:
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
-    train: a function at the top level of a module that does not import torch. outputs: what the first rank locks and
-    writes. In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError of
+    train: a function at the top level of a module that does not import torch. outputs, reads: what the first rank
+    locks, as in `atomic_outputs`. In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError of
     one line if another process uses the outputs, if a logger is not installed, if a rank fails, if a signal stops the
     training, or if the nodes do not meet.
     """
@@ -40,6 +46,8 @@ def start_ranks(params: Params, train: Callable[..., None], *arguments: Any, out
     if nodes.rank == 0:
         for output in outputs:
             check_unlocked(output)
+        for folder in reads:
+            check_unlocked(folder, shared=True)
     environment.enter(params, ranks, nodes.count, nodes.address)
     if nodes.rank == 0:  # of which a rank opens the loggers
         check_installed(params.train.loggers)
@@ -93,6 +101,7 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
         rdzv_configs={} if nodes.count == 1 else {"rank": nodes.rank, "timeout": cluster.START_SECONDS},
         run_id="finetune_lora", max_restarts=0, monitor_interval=0.2, log_line_prefix_template=None,
         start_method="forkserver",  # for a function
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # it would pass SIGINT on to the ranks, which ignore it, for 30 s
     )  # fmt: skip
     # Its own failure report is a page long. It is replaced by one line below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -100,6 +109,8 @@ def _launch(nodes: Nodes, ranks: int, entrypoint: Callable[..., None] | str, *ar
         elastic_launch(launch_config, entrypoint)(*arguments)
     except SignalException as error:
         raise UserError(f"training stopped by {error.sigval.name}; rerun to resume from the last checkpoint") from None
+    except KeyboardInterrupt:
+        raise UserError("training stopped by Ctrl-C; rerun to resume from the last checkpoint") from None
     except (DistNetworkError, DistStoreError) as error:
         raise UserError(
             f"{nodes.count} nodes did not meet at {nodes.address}:{nodes.port} within {cluster.START_SECONDS} s "

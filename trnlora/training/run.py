@@ -79,9 +79,8 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
     if not is_first():
         train_locked(params, config, kv_groups, resume_from)
         return
-    reads = [paths.MODEL, paths.PREPARED, paths.SHARDS]
     with locked(checkpoints.CHECKPOINTS):
-        with stage_outputs("finetune_lora", [paths.LORA_SHARDS, paths.CURVES], reads=reads):
+        with stage_outputs("finetune_lora", [paths.LORA_SHARDS, paths.CURVES], reads=paths.TRAINING_INPUTS):
             run_folder = train_locked(params, config, kv_groups, resume_from)
         shutil.rmtree(run_folder)  # the run is complete; starting it again trains from the beginning
 
