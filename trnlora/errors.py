@@ -39,6 +39,8 @@ def explain(error: BaseException) -> str | None:
         return f"cannot open {error.filename} ({error.strerror}): fix its permissions and rerun"
     if error.errno in (errno.EISDIR, errno.ENOTDIR):
         return f"{error.filename} is a directory where a file is expected, or the reverse: move it away and rerun"
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"cannot open {str(error.filename)[:200]} ({error.strerror}): use another path"
     if error.errno == errno.EIO:
         return f"I/O error on {error.filename or 'a file'}: the disk may be failing, see dmesg"
     return None
