@@ -10,7 +10,7 @@ override SETTINGS := PYTHON TORCH_INDEX NEURON_INDEX ADAPTERS A ARGS B BASE COMP
 override GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out -%,$(GIVEN)),$(eval override export $(name) := $$(value $(name))))
 # The first three may also come from the caller's environment. The others have common names, as NAME and HOST.
-unexport $(filter-out $(GIVEN) PYTHON TORCH_INDEX NEURON_INDEX,$(SETTINGS))
+$(foreach name,$(filter-out $(GIVEN) PYTHON TORCH_INDEX NEURON_INDEX,$(SETTINGS)),$(eval undefine $(name)))
 $(foreach name,$(filter-out -% $(SETTINGS),$(GIVEN)),$(warning $(name) is not a setting of this Makefile (mistyped?)))
 
 # The stages and tools of this project, whatever Python environment the caller is in.
@@ -27,7 +27,7 @@ export VLLM_NO_USAGE_STATS := 1
 override READY := .venv/.ready
 # The options of tools that talk to the server, or start it.
 override SERVER := $${HOST:+--host="$$HOST"} $${PORT:+--port="$$PORT"}
-override SERVED := $(SERVER) "$${words[@]/#/--adapters=}"
+override SERVED := $(SERVER) "$${words[@]/\#/--adapters=}"
 # pytest with these options. Of two that contradict each other the last one counts: that of ARGS.
 override pytest = PYTEST_ADDOPTS="$${PYTEST_ADDOPTS-} $(1) $${ARGS-}" pytest
 override BENCHMARKS := python bench/convert.py; python bench/data.py; python bench/train.py; python bench/train.py --memory

@@ -2,8 +2,8 @@
 
     python stages/check_params.py [--params FILE]
 
-In `dvc exp run --set-param` in the working tree, params that are refused are not left there: params.yaml is again what it
-was before.
+Params that `dvc exp run --set-param` has written into the working tree, and that are refused, do not stay there:
+params.yaml is again as it was before.
 
 Reads   params.yaml, dvc.yaml; the model's config.json where it is on this machine
 Writes  artifacts/params_checked, always the same bytes: when it runs again, the stages after it do not

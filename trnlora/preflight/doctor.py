@@ -4,6 +4,7 @@ A check returns a line on what it found, a Caution if that is something to know 
 wrong and how to fix it. Nothing here imports torch or vLLM, except for the check of a GPU.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -157,7 +158,7 @@ def check_vllm(params: Params) -> str:
 def check_what_is_read(params: Params) -> str:
     """What the params read from elsewhere: the model, data, the user's own template, adapters."""
     check_sources(params)
-    return "model.source, data.source and what else the params name is there, or on a hub"
+    return "every path:// source of the params is there"
 
 
 def check_model(params: Params) -> str:
@@ -260,7 +261,12 @@ def check_port(params: Params) -> str:
         try:
             probe.bind((host, port))
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one of the Internet's
-            raise UserError(
-                f"cannot bind {host}:{port} ({getattr(error, 'strerror', error)}): stop the program that uses it, or serve with PORT="
-            ) from None
+            in_use = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+            fix = (
+                "stop the program that uses it, or serve with PORT="
+                if in_use
+                else "set serve.host to an address of this machine"
+            )
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"cannot bind {host}:{port} ({reason}): {fix}") from None
     return f"port {port} is free on {host}"

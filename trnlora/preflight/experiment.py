@@ -1,13 +1,15 @@
 """params.yaml in the working tree after an experiment whose params were refused.
 
-`dvc exp run --set-param` changes params.yaml, runs the stages and, if one fails, leaves the file as it is. So that params
-that no stage has run with do not stay, the first stage puts the former file back.
+`dvc exp run --set-param` changes params.yaml, runs the stages and, if one fails, leaves the file as it is. So that no
+params stay that no stage has run with, the first stage puts the former file back.
 
 What DVC does before it runs a stage (dvc/repo/experiments/queue/base.py, `_stash_exp`): it stashes the changes of the
-working tree, if there are any, on top of HEAD, changes the params, stashes the result as the experiment (EXEC_MERGE), and
-drops the first stash again. A dropped stash stays in Git's object store for two weeks.
+working tree, if there are any, on top of HEAD, changes the params, stashes the result as the experiment (EXEC_MERGE),
+and drops the first stash again. A dropped stash stays in Git's object store for two weeks.
 """
 
+import contextlib
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -44,9 +46,9 @@ def restore_params() -> bool:
 def _started() -> float | None:
     """When the `dvc exp run` above this process started, in seconds since 1970; None if there is none."""
     for process in psutil.Process().parents():
-        words = process.cmdline()
-        if any(pair in (("exp", "run"), ("experiments", "run")) for pair in zip(words, words[1:], strict=False)):
-            return process.create_time()
+        with contextlib.suppress(psutil.Error):  # another user's process, or one that has just ended
+            if {("exp", "run"), ("experiments", "run")} & set(itertools.pairwise(process.cmdline())):
+                return process.create_time()
     return None
 
 

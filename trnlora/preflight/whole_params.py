@@ -1,4 +1,4 @@
-"""What is known about a run before it, from its params and from what is already on this machine; no torch, no network."""
+"""What is known of a run beforehand, from its params and what is on this machine: without torch and without network."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +28,11 @@ def check_sources(params: Params) -> None:
             source = parse_source(uri)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        if source.scheme == "path" and not source.path.exists() and not _is_in_dvc(source.path):
-            raise UserError(f"{key}: there is no {source.path}; path:// is relative to {Path.cwd()}")
+        if source.scheme == "path" and not _is_in_dvc(source.path):
+            is_data = key.startswith("data.")
+            if not (source.path.exists() if is_data else source.path.is_dir()):
+                kind = "" if is_data else "folder "
+                raise UserError(f"{key}: there is no {kind}{source.path}; path:// is relative to {Path.cwd()}")
     check_tracked(params.data)
     if params.on_trainium and Path(params.neuron.compile_cache).is_file():
         raise UserError(f"neuron.compile_cache {params.neuron.compile_cache} is a file: name a folder")
