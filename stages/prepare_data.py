@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from trnlora import paths
-from trnlora.cli import add_params, script_parser
+from trnlora.cli import add_params, script_parser, whole_number
 from trnlora.data import prepare
 from trnlora.data.encode import RowEncoder
 from trnlora.data.examples import SOURCES
@@ -34,10 +34,10 @@ from trnlora.params import load_params
 def main() -> None:
     parser = script_parser(__doc__)
     add_params(parser)
-    parser.add_argument("--show", type=int, metavar="N", help="print N training examples and write nothing")
+    parser.add_argument(
+        "--show", type=whole_number(1, 10**6), metavar="N", help="print N training examples and write nothing"
+    )
     args = parser.parse_args()
-    if args.show is not None and args.show < 1:
-        parser.error("--show needs a number of at least 1")
     started = time.perf_counter()
 
     params = load_params(args.params).data

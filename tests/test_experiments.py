@@ -35,7 +35,7 @@ def test_document_matches_what_is_printed(finished_copy: Project) -> None:
     sweep = make(project, "sweep", "SET=train.lr=1.0e-2,3.0e-3,1.0e-3", "NAME=lr")
     # lr-1 has the commit's rate, so its results are cached. No experiment fetches, prepares or converts again.
     assert re.findall(r"Reproducing experiment '(.*)'", sweep) == ["lr-1", "lr-2", "lr-3"]
-    assert ran(sweep) == 2 * ["finetune_lora", "flatten_adapter", "eval_vllm"]
+    assert ran(sweep) == 2 * ["check_params", "finetune_lora", "flatten_adapter", "eval_vllm"]
     shown = documented('make sweep SET="train.lr=1.0e-2,3.0e-3,1.0e-3" NAME=lr')
     assert [line for line in shown if line not in forms(sweep)] == []
     assert project.run("git", "status", "--porcelain") == ""

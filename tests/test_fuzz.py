@@ -13,8 +13,9 @@ from support import ROOT
 from support.rows import rows_of
 
 from trnlora.errors import UserError
-from trnlora.params import Params, load_params
-from trnlora.readers import read_json, read_jsonl
+from trnlora.params import Params, check_params, load_params, read_mapping
+from trnlora.preflight.doctor import run_checks
+from trnlora.readers import read_json, read_jsonl, write_yaml
 
 EXAMPLES = 300  # per test; takes a second or two
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -67,6 +68,18 @@ def changed_rows(draw: st.DrawFn) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
 
 
+def near(value: Any) -> st.SearchStrategy[Any]:
+    """Values of the same type, which params may well hold."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.integers(min_value=1)
+    if isinstance(value, float):
+        return st.floats(min_value=0)
+    names = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=300)
+    return names.map("path://{}".format) | st.sampled_from(["::1", "한국", "path://.", "path:///", "nxd", "cuda"])
+
+
 def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> Any:
     """The value that `read` returns for the content, or None after a UserError of one line that names the file."""
     path.write_bytes(content)
@@ -92,6 +105,70 @@ def path(tmp_path: Path) -> Path:
 def test_params(path: Path, content: bytes) -> None:
     params = value_or_line(load_params, path, content)
     assert params is None or isinstance(params, Params)
+
+
+# Scalars that YAML 1.1 and 1.2, or two parsers of one version, read differently.
+SCALARS = st.sampled_from([
+    *("010", "0o17", "0x1F", "0b11", "1_000", "1e4", "1e-4", "1.0e-4", ".5", "5.", "+1", "-0", "1:30", "190:20:30"),
+    *("1e400", ".inf", "-.Inf", ".NaN", "yes", "No", "on", "OFF", "y", "N", "TRUE", "null", "Null", "~", "=", "<<"),
+    *("2026-01-02", "2026-13-01", "2026-01-02T03:04:05Z", "'010'", '"yes"', "!!str 010", "!!int '3'", "!!float 3"),
+    *("!!bool yes", "!!binary aGk=", "!!python/none ", "[010, yes]", "{a: on}", "|\n  010\n", ">-\n  yes\n", "1 # x"),
+    *("x#y", "!foo x", "한국", "\ufeff1", "\x85", "\u2028", "\t1", "1\t", "'a''b'"),
+]) | st.text(max_size=6) | st.floats().map(repr) | st.integers().map(str)  # fmt: skip
+FRAMES = st.sampled_from([
+    *("a: {}", "a: {}\n", "{{a: {}}}", "a: [{}]", "\ufeffa: {}", "---\na: {}", "a: {}\n---\nb: 1", "a: {0}\na: {0}"),
+    *("%YAML 1.1\n---\na: {}", "a: &x {}\nb: *x", "x: &x {{a: {}}}\ny:\n  <<: *x", "a:\t{}", "\ta: {}", "? {}\n: 1"),
+    "a:\r\n  b: {}\r\n",
+])  # fmt: skip
+
+
+def dvc_value(path: Path) -> Any:
+    """What DVC reads from a params file; None where it refuses the file."""
+    from dvc.utils.serialize import load_yaml
+
+    try:
+        return load_yaml(path) or None  # DVC takes an empty file for no params, which is refused here
+    except Exception:
+        return None
+
+
+@fuzz
+@given(content=st.builds(str.format, FRAMES, SCALARS).map(lambda text: text.encode(errors="replace")) | SOUP)
+@example(content=PARAMS.decode().encode("utf-16"))
+@example(content=b"a: \xff")
+def test_the_params_that_a_stage_reads_are_those_that_dvc_reads(path: Path, content: bytes) -> None:
+    """repr tells 1 from True, 1 from 1.0 and nan from all others."""
+    read = value_or_line(read_mapping, path, content)
+    assert read is None or repr(read) == repr(dvc_value(path))
+
+
+@fuzz
+@given(value=VALUES.filter(lambda value: "nan" not in repr(value)))
+def test_yaml_that_is_written_is_read_again(path: Path, value: Any) -> None:
+    write_yaml({"a": value}, path)
+    for read in (read_mapping(path), dvc_value(path)):
+        assert json.dumps(read, sort_keys=True) == json.dumps({"a": value}, sort_keys=True)
+
+
+PROFILE = load_params(ROOT / "profiles/smollm2-135m-cpu.yaml")
+NAMES = [(name, key) for name, section in PROFILE if name != "backend" for key in type(section).model_fields]
+
+
+@settings(fuzz, max_examples=100)
+@given(data=st.data())
+@example(data=None)
+def test_doctor_prints_lines(path: Path, capsys: pytest.CaptureFixture[str], data: Any) -> None:
+    """Whatever valid params hold: a check passes, or fails with a line."""
+    values = PROFILE.model_dump()
+    for _ in range(3 if data else 0):
+        section, key = data.draw(st.sampled_from(NAMES))
+        values[section][key] = data.draw(VALUES | near(values[section][key]))
+    try:
+        params = check_params(values, path)
+    except UserError:
+        return
+    run_checks(params)
+    assert all(line[0] in "✓✗!" for line in capsys.readouterr().out.splitlines())
 
 
 @fuzz

@@ -343,7 +343,7 @@ def test_dvc_plans_all_stages_of_the_trn2_run(project: Project) -> None:
     printed = project.dvc("repro", "--dry", "--force")
     stages = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
     assert stages == [
-        "fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm",
+        "check_params", "fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm",
     ]  # fmt: skip
 
 

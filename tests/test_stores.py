@@ -66,7 +66,8 @@ def test_a_run_is_pushed_cloned_pulled_and_up_to_date(finished_copy: Project, s3
 
     # A new learning rate needs the shards. They are made again with the same bytes; no other earlier stage runs.
     elsewhere.set_params(train={"lr": 5.0e-3})
-    assert ran(elsewhere.dvc("repro", "flatten_adapter")) == ["convert_nxd", "finetune_lora", "flatten_adapter"]
+    rerun = ran(elsewhere.dvc("repro", "flatten_adapter"))
+    assert rerun == ["check_params", "convert_nxd", "finetune_lora", "flatten_adapter"]
     assert digests(elsewhere.root / "artifacts/shards") == made["shards"]
     elsewhere.commit("Another learning rate")
     shutil.rmtree(elsewhere.root / ".dvc/cache")  # so that the next command reads from the store
@@ -94,7 +95,7 @@ def test_rows_in_a_bucket_are_imported_and_a_newer_version_is_noticed(finished_c
     project.dvc("import-url", "remote://store/mine.jsonl", "data/mine.jsonl")
     assert "data/mine.jsonl.dvc is what remote://store/mine.jsonl has" in doctor()
     project.set_params(data={"source": "path://data/mine.jsonl"})
-    assert ran(project.dvc("repro", "prepare_data")) == ["prepare_data"]
+    assert ran(project.dvc("repro", "prepare_data")) == ["check_params", "prepare_data"]
     assert ran(project.dvc("repro", "prepare_data")) == []
     put(70)
     assert ran(project.dvc("repro", "prepare_data")) == []  # the version that was imported

@@ -61,7 +61,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     project.dvc("repro")
     assert ran(project.dvc("repro")) == []
     assert digests(project.root / "artifacts") == digests(undisturbed.root / "artifacts")
-    assert [metrics(project.root, stage) for stage in ORDER] == [metrics(undisturbed.root, stage) for stage in ORDER]
+    for stage in ORDER[1:]:  # the first one writes none
+        assert metrics(project.root, stage) == metrics(undisturbed.root, stage)
     check_cache(project)
     assert not list((project.root / ".scratch/checkpoints").iterdir())
     assert not list((project.root / "artifacts").glob(".*"))

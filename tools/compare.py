@@ -12,7 +12,7 @@ import sys
 
 from rich.console import Console
 
-from trnlora.cli import script_parser
+from trnlora.cli import script_parser, whole_number
 from trnlora.errors import run
 from trnlora.reporting.comparison import print_comparison
 from trnlora.reporting.results import load_results
@@ -20,13 +20,17 @@ from trnlora.reporting.results import load_results
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("a", metavar="A", nargs="?", default="HEAD", help="a commit or experiment (default: HEAD)")
+    parser.add_argument("a", metavar="A", nargs="?", help="a commit or experiment (default: HEAD)")
     parser.add_argument("b", metavar="B", nargs="?", help="another one (default: the working tree)")
     parser.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="number of answers to show (default: %(default)s)"
+        "--samples",
+        type=whole_number(0, 10**6),
+        default=3,
+        metavar="N",
+        help="number of answers to show (default: %(default)s)",
     )
     args = parser.parse_args()
-    a, b = load_results(args.a), load_results(args.b)
+    a, b = load_results(args.a or "HEAD"), load_results(args.b or None)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     print_comparison(console, a, b, args.samples)
 

@@ -40,7 +40,9 @@ make_venv() {
     # A virtual environment whose Python is gone, or that is incomplete, is made again.
     if .venv/bin/python -m pip --version >/dev/null 2>&1; then present=$(version_of .venv/bin/python) || true; fi
     if [[ -n $present && -z ${PYTHON:-} ]]; then return; fi
-    for candidate in ${PYTHON:-"${pythons[@]/#/python}" python3 python}; do
+    local candidates=("${pythons[@]/#/python}" python3 python)
+    if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+    for candidate in "${candidates[@]}"; do
         if version=$(version_of "$candidate"); then break; fi
     done
     if [[ -z $version ]]; then
@@ -71,7 +73,7 @@ install_torch() {
         return
     fi
     echo "setup: $torch from $TORCH_INDEX"
-    uv_install --index-url "$TORCH_INDEX" "$torch" || {
+    uv_install --index-url="$TORCH_INDEX" "$torch" || {
         echo "error: no $torch from $TORCH_INDEX: name an index that has it with TORCH_INDEX=, or a folder with its wheel" \
             "in the environment variable PIP_FIND_LINKS" >&2
         exit 1
@@ -90,7 +92,7 @@ setup_neuron() {
         exit 1
     fi
     echo "setup-neuron: torch-neuronx ${release%.*}.*, neuronx-cc and nki from $NEURON_INDEX"
-    .venv/bin/uv pip install --python .venv/bin/python --index "$NEURON_INDEX" --constraints requirements.lock \
+    .venv/bin/uv pip install --python .venv/bin/python --index="$NEURON_INDEX" --constraints requirements.lock \
         "$torch" "torch-neuronx==${release%.*}.*" "neuronx-cc==2.*" nki || {
         echo "error: AWS's packages cannot be added to .venv (above); where they do not fit, use two environments, as" \
             "docs/trainium.md says" >&2
@@ -109,7 +111,7 @@ setup_xla() {
     .venv-xla/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m venv --clear .venv-xla
     local install=(.venv/bin/uv pip install --no-config --quiet --python .venv-xla/bin/python)
     echo "setup-xla: $xla_torch+cpu from $TORCH_INDEX"
-    "${install[@]}" --index-url "$TORCH_INDEX" "$xla_torch+cpu" 2>/dev/null || {
+    "${install[@]}" --index-url="$TORCH_INDEX" "$xla_torch+cpu" 2>/dev/null || {
         echo "setup-xla: it is not there; $xla_torch from PyPI: 4 GB of downloads, 7 GB of disk"
         "${install[@]}" "$xla_torch"
     }

@@ -7,18 +7,25 @@
 By arithmetic alone, on any machine and offline, in about a second; docs/scale.md explains it.
 """
 
-from trnlora.cli import add_params_or_profile, chosen_params, script_parser
+from trnlora.cli import add_params_or_profile, chosen_params, script_parser, whole_number
 from trnlora.errors import run
 from trnlora.preflight.describe import describe, print_nodes, print_search
 from trnlora.preflight.known_models import model_config
 from trnlora.weights.nxd_layout import check_divisible
+
+MAX_NODES = 10_000
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     add_params_or_profile(parser)
     parser.add_argument(
-        "--nodes", type=int, nargs="+", metavar="N", help="also print the same global batch on N instances"
+        "--nodes",
+        type=whole_number(1, MAX_NODES),
+        nargs="+",
+        action="extend",
+        metavar="N",
+        help=f"also print the same global batch on N instances, 1 to {MAX_NODES}",
     )
     parser.add_argument(
         "--search", action="store_true", help="also rank all layouts that fit the instance by a modelled step time"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from trnlora.backends import neuron_machine
 from trnlora.backends.python_environment import with_own_bin
-from trnlora.cli import add_params, add_server, script_parser, server_address
+from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 from trnlora.serving.adapters import BASE, Adapter, check_adapters
@@ -59,17 +59,22 @@ def parse_arguments() -> argparse.Namespace:
     add_params(parser)
     add_server(parser)
     parser.add_argument(
-        "--adapters", nargs="+", metavar="NAME=FOLDER", help="PEFT folders (default: tuned=artifacts/adapter)"
+        "--adapters",
+        nargs="+",
+        action="extend",
+        metavar="NAME=FOLDER",
+        help="PEFT folders (default: tuned=artifacts/adapter)",
     )
     parser.add_argument(
-        "--replicas", type=int, default=1, metavar="N", help="engines behind this address (vLLM's data parallelism)"
+        "--replicas",
+        type=whole_number(1, 1000),
+        default=1,
+        metavar="N",
+        help="engines behind this address (vLLM's data parallelism)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     parser.add_argument("--container", metavar="IMAGE", help="on Trainium: run the server in this image of AWS")
-    args = parser.parse_args()
-    if args.replicas < 1:
-        raise UserError(f"--replicas {args.replicas}: give 1 or more")
-    return args
+    return parser.parse_args()
 
 
 def launch_vllm(

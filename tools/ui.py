@@ -10,7 +10,7 @@ page is only on 127.0.0.1, because it adds the API key (VLLM_API_KEY) to request
 import sys
 from pathlib import Path
 
-from trnlora.cli import add_params, add_server, script_parser, server_address
+from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
 from trnlora.errors import run
 from trnlora.params import load_params
 from trnlora.serving.client import base_url
@@ -20,8 +20,12 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_params(parser)
     add_server(parser)
-    parser.add_argument("--ui-port", type=int, default=7860, help="port of the page (default: %(default)s)")
-    parser.add_argument("--adapters", nargs="+", metavar="NAME=FOLDER", help="for tools/serve.py, if it is started")
+    parser.add_argument(
+        "--ui-port", type=whole_number(1, 65535), default=7860, help="port of the page (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--adapters", nargs="+", action="extend", metavar="NAME=FOLDER", help="for tools/serve.py, if it is started"
+    )
     args = parser.parse_args()
     params = load_params(args.params)
     host, port = server_address(args, params)

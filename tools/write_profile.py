@@ -6,15 +6,14 @@ Reads   profiles/
 Writes  params.yaml
 """
 
-import argparse
-
 from trnlora import paths
+from trnlora.cli import script_parser
 from trnlora.errors import UserError, run
 from trnlora.profiles import PROFILES, profile_names, write_profile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("name", metavar="NAME", help="a file of profiles/, without .yaml")
     args = parser.parse_args()
     known = profile_names()

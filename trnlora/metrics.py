@@ -17,8 +17,9 @@ from trnlora.readers import read_yaml
 
 @functools.cache
 def stages() -> tuple[str, ...]:
-    """The names of the pipeline's stages in the order of dvc.yaml."""
-    return tuple(read_yaml(Path(__file__).parents[1] / "dvc.yaml")["stages"])
+    """The names of the stages that write metrics, in the order of dvc.yaml: all but check_params."""
+    pipeline = read_yaml(Path(__file__).parents[1] / "dvc.yaml")["stages"]
+    return tuple(name for name, stage in pipeline.items() if "metrics" in stage)
 
 
 def metrics_file(stage: str) -> Path:

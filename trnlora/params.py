@@ -3,11 +3,14 @@
 The comments in params.yaml say what each key means; types, bounds and rules between keys are here.
 """
 
+import ipaddress
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,9 +40,43 @@ SUPPORTED_RANKS: dict[InstanceName, tuple[int, ...]] = {
     "trn2.48xlarge": (1, 4, 16, 64),
 }
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Bounds against slips of the keyboard: beyond them no machine, or a library that counts in 32 bits, could follow.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]  # of one sequence
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # torch multiplies it by 100,003 in 64 bits (training/batches.py)
+MAX_LORA_RANK = 512  # the largest that vLLM serves (vllm/config/lora.py, MaxLoRARanks)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds a line break or another character that cannot be printed")
+    if len(text.encode()) > PATH_MAX:
+        raise ValueError(f"it is longer than {PATH_MAX} bytes, which no path may be")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _host(text: str) -> str:
+    is_name = len(text) <= 253 and re.fullmatch(r"(\w([\w-]{0,61}\w)?\.)*\w([\w-]{0,61}\w)?", text)
+    if not is_name:
+        try:
+            ipaddress.ip_address(text)
+        except ValueError:
+            raise ValueError("it must be a host name or an address, without http://, brackets and port") from None
+    return text
+
+
+PATH_MAX = 4095  # of Linux
+Line = Annotated[str, AfterValidator(_one_line)]  # ends up in a path, in a command or in one line of a log
+FilePath = Annotated[Line, AfterValidator(_not_blank)]
+Host = Annotated[Line, AfterValidator(_host)]
 
 
 class Section(BaseModel):
@@ -49,7 +86,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    source: Annotated[str, StringConstraints(pattern=r"^(hf|pypi|path)://.+")]
+    source: Annotated[Line, StringConstraints(pattern=r"^(hf|pypi|path)://.+")]
     sha256: Sha256 | None
     dtype: Literal["float32", "bfloat16", "float16"]
 
@@ -63,7 +100,8 @@ def _not_s3(value: Any) -> Any:
     return value
 
 
-DataUri = Annotated[str, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
+DataUri = Annotated[Line, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
+AdapterUri = Annotated[Line, StringConstraints(pattern=r"^(hf|path)://.+")]
 FormatName = Literal["instruction", "prompt_completion", "messages", "sharegpt"]
 
 
@@ -93,17 +131,17 @@ class Data(Section):
     format: Literal["auto"] | FormatName
     columns: dict[str, str]
     categories: list[str] | None
-    prompt_template: Annotated[str, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]
+    prompt_template: Annotated[Line, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]
     template_kwargs: dict[str, str | int | float | bool | None]
     mask_history: bool
     deduplicate: bool
     special_tokens: Literal["refuse", "as_text", "keep"]
-    seq_len: Annotated[int, Field(ge=8)]
+    seq_len: Annotated[Tokens, Field(ge=8)]
     overlong: Literal["drop", "truncate"]
     validation_fraction: Annotated[float, Field(gt=0, lt=1)]
     test_fraction: Annotated[float, Field(gt=0, lt=1)]
     packing: bool
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
     @model_validator(mode="after")
     def leaves_rows_to_train_on(self) -> "Data":
@@ -120,10 +158,10 @@ class Data(Section):
 
 class Convert(Section):
     hw_backend: Literal["trn1", "trn2"]
-    tp_size: PositiveInt
+    tp_size: Annotated[int, Field(ge=1, le=1024)]
     kv_size_multiplier: PositiveInt
     max_logits_diff: Annotated[float, Field(gt=0)]
-    buffer_mib: PositiveInt
+    buffer_mib: Annotated[int, Field(ge=1, le=2**16)]
 
     @model_validator(mode="after")
     def multiplier_divides_tp(self) -> "Convert":
@@ -139,13 +177,13 @@ TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_
 
 
 class Lora(Section):
-    r: PositiveInt
+    r: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
     lora_alpha: PositiveInt
     use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | Annotated[list[TargetModule], Field(min_length=1)]
     share_a: bool
-    init_adapter: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")] | None
+    init_adapter: AdapterUri | None
 
     @model_validator(mode="before")
     @classmethod
@@ -165,13 +203,13 @@ class Lora(Section):
 
 class Neuron(Section):
     instance: InstanceName | None
-    python: str | None
-    vllm_python: str | None
+    python: FilePath | None
+    vllm_python: FilePath | None
     logical_core_size: Literal[1, 2]
     sequence_parallel: bool
     selective_checkpointing: bool
-    cc_flags: str
-    compile_cache: Annotated[str, Field(min_length=1)]
+    cc_flags: Line
+    compile_cache: FilePath
 
 
 class Flatten(Section):
@@ -179,7 +217,7 @@ class Flatten(Section):
 
 
 class Train(Section):
-    epochs: PositiveInt
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
     max_steps: PositiveInt | None
     lr: Annotated[float, Field(gt=0)]
     schedule: Literal["linear", "cosine", "constant", "wsd"]
@@ -187,18 +225,18 @@ class Train(Section):
     decay_ratio: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    dp_size: PositiveInt
-    micro_batch_size: PositiveInt
+    dp_size: Annotated[int, Field(ge=1, le=2**16)]
+    micro_batch_size: Annotated[int, Field(ge=1, le=2**16)]
     global_batch_size: PositiveInt
     activation_checkpointing: bool
-    threads: PositiveInt | None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
     validate_every_steps: PositiveInt | None
     keep: Literal["last", "best"]
     early_stopping_patience: PositiveInt | None
     checkpoint_every_steps: PositiveInt
     checkpoints_kept: PositiveInt
     loggers: list[Literal["tensorboard", "mlflow", "wandb"]]
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
     @model_validator(mode="before")
     @classmethod
@@ -229,22 +267,22 @@ class Train(Section):
 
 
 class Eval(Section):
-    adapter: Annotated[str, StringConstraints(pattern=r"^(hf|path)://.+")] | None
+    adapter: AdapterUri | None
     engine: Literal["host", "device"]
-    max_tokens: PositiveInt
+    max_tokens: Tokens
     max_prompts: PositiveInt | None
     min_changed_fraction: Fraction
     max_loss_gap: Annotated[float, Field(gt=0)]
 
 
 class Serve(Section):
-    host: str
+    host: Host
     port: Annotated[int, Field(ge=1, le=65535)]
-    max_model_len: PositiveInt
-    max_num_seqs: PositiveInt
-    max_loras: PositiveInt
+    max_model_len: Tokens
+    max_num_seqs: Annotated[int, Field(ge=1, le=2**16)]
+    max_loras: Annotated[int, Field(ge=1, le=1000)]
     runtime_adapters: bool
-    kv_cache_gib: PositiveInt
+    kv_cache_gib: Annotated[int, Field(ge=1, le=2**16)]
 
 
 class Params(Section):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+PARAMS_CHECKED = Path("artifacts/params_checked")  # check_params: always the same bytes
 
 MODEL = Path("artifacts/model")  # fetch_model: the HF folder
 MODEL_CONFIG = MODEL / "config.json"

@@ -14,6 +14,7 @@ from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import atomic_file
 from trnlora.params import Params, check_params, read_mapping
+from trnlora.readers import parse_yaml
 
 PROFILES = Path("profiles")
 DEFAULT = "smollm2-135m-cpu"
@@ -78,10 +79,13 @@ def profile_text(name: str, folder: Path = PROFILES) -> str:
 def write_profile(name: str, target: Path = paths.PARAMS, folder: Path = PROFILES) -> None:
     """Write the profile as a whole params file to `target`.
 
-    Raises UserError, and writes nothing, if the profile is not valid.
+    Raises UserError, and writes nothing, if the profile is not valid, or is in a form of YAML whose values would not be
+    the same in one file (a merge key).
     """
     load_profile(name, folder)
     text = profile_text(name, folder)
+    if parse_yaml(text, str(target)) != profile_values(name, folder):
+        raise UserError(f"{_path(name, folder)}: write its values out, without anchors, merge keys and tags")
     with atomic_file(target) as partial:
         partial.write_text(text, "utf-8")
 
@@ -144,7 +148,7 @@ def _load(round_trip: Any, path: Path) -> Any:
 
     try:
         return round_trip.load(path.read_text("utf-8"))
-    except YAMLError as error:  # e.g. a key that is there twice, of which PyYAML takes the last
+    except YAMLError as error:  # which `read_mapping` would have found
         raise UserError(f"{path} is not valid YAML: {error}") from None
 
 

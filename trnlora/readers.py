@@ -71,13 +71,15 @@ def parse_json(text: str, where: str, fix: str = "") -> Any:
 def read_yaml(path: Path) -> Any:
     """Read a YAML file as DVC does. Raises UserError when it is missing or not valid."""
     try:
-        text = path.read_bytes()
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the project's root") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: it is not UTF-8 ({error})") from None
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str | bytes, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text, None for an empty one. Raises UserError for what is not valid, or holds a key twice."""
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
@@ -89,6 +91,14 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
     except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, RecursionError, UnicodeDecodeError …
         problem = " ".join(str(error).split())[:300]
     raise UserError(f"{where} is not valid YAML: {problem}")
+
+
+def write_yaml(value: Any, target: Path) -> None:
+    """Write a YAML file from which `read_yaml` reads `value` again."""
+    from ruamel.yaml import YAML
+
+    with target.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(value, file)
 
 
 def checked(value: Any, kind: type[T], where: str, fix: str = "") -> T:
@@ -112,7 +122,7 @@ def _explain(detail: Any) -> str:
         return f"{key} is not a known key (mistyped?)"
     text = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
-    if isinstance(value, str) and _is_number(value):
+    if isinstance(value, str) and detail["type"].startswith(("int_", "float_")) and _is_number(value):
         text += "; write it unquoted"
     elif not isinstance(value, dict | list) and not (isinstance(value, int) and value.bit_length() > 64):
         text += f" (it is {value!r})" if len(repr(value)) <= 100 else f" (it is {repr(value)[:100]}…)"

@@ -12,7 +12,9 @@ import psutil
 from support.project import Project, make_project
 from trnlora.params import Params
 
-ORDER = ["fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm"]
+ORDER = [
+    "check_params", "fetch_model", "prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm",
+]  # fmt: skip
 
 CANARY = "caNary7f3a"
 SECRETS = {

@@ -4,6 +4,7 @@ A check returns a line on what it found, a Caution if that is something to know 
 wrong and how to fix it. Nothing here imports torch or vLLM, except for the check of a GPU.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from trnlora import paths, requirements
 from trnlora.data.source_files import data_sources
-from trnlora.errors import UserError
+from trnlora.errors import UserError, explain
 from trnlora.files import check_unlocked
 from trnlora.params import Params
 from trnlora.preflight.caution import Caution
@@ -25,10 +26,10 @@ from trnlora.preflight.known_models import hub_config, is_fetched, known_config,
 from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.nxd_checks import nxd_checks
 from trnlora.preflight.plan import GIB
+from trnlora.preflight.whole_params import check_fits, check_sources
 from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
-from trnlora.weights.nxd_layout import check_divisible
 
 Check = Callable[[], str]
 
@@ -49,6 +50,7 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
         yield partial(check_loggers, params)
     if params.on_trainium and not (repro and params.eval.engine == "host"):
         yield partial(check_vllm, params)
+    yield partial(check_what_is_read, params)
     yield partial(check_model, params)
     if parse_source(params.model.source).scheme == "hf":
         yield check_token
@@ -66,9 +68,12 @@ def run_checks(params: Params, repro: bool = False, quiet: bool = False) -> bool
     for check in checks(params, repro):
         try:
             found = check()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            line = explain(error)
+            if line is None:
+                raise
             passed = False
-            print(f"✗ {error}")
+            print(f"✗ {line}")
         else:
             if not quiet:
                 print(f"{'!' if isinstance(found, Caution) else '✓'} {found}")
@@ -159,6 +164,12 @@ def check_vllm(params: Params) -> str:
     return f"vLLM of {found.python} serves {takes}: {shown}"
 
 
+def check_what_is_read(params: Params) -> str:
+    """What the params read from elsewhere: the model, data, the user's own template, adapters."""
+    check_sources(params)
+    return "every path:// source of the params is there"
+
+
 def check_model(params: Params) -> str:
     """The model's config against the divisibility rules of tensor parallelism, if the config can be read.
 
@@ -168,7 +179,7 @@ def check_model(params: Params) -> str:
     config = hub_config(params) if source.scheme == "hf" and not is_fetched(params) else known_config(params)
     if config is None:
         return f"{source.uri} is fetched by the first run, which also checks that tp_size divides it"
-    check_divisible(config, params.convert)
+    check_fits(params, config)
     return (
         f"{source.uri}: {config.num_attention_heads} heads and {config.num_key_value_heads} KV heads divide by "
         f"tp_size {params.convert.tp_size} with kv_size_multiplier {params.convert.kv_size_multiplier}"
@@ -258,8 +269,13 @@ def check_port(params: Params) -> str:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"cannot bind {host}:{port} ({error.strerror}): stop the program that uses it, or serve with PORT="
-            ) from None
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one of the Internet's
+            in_use = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+            fix = (
+                "stop the program that uses it, or serve with PORT="
+                if in_use
+                else "set serve.host to an address of this machine"
+            )
+            reason = getattr(error, "strerror", error)
+            raise UserError(f"cannot bind {host}:{port} ({reason}): {fix}") from None
     return f"port {port} is free on {host}"

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import psutil
-import yaml
 
 from trnlora import paths
 from trnlora.backends.nxd_environment import training_environment
@@ -16,6 +15,7 @@ from trnlora.errors import UserError
 from trnlora.files import locked
 from trnlora.params import Params
 from trnlora.preflight.plan import GIB
+from trnlora.readers import write_yaml
 
 SCRATCH = Path(".scratch/precompile")
 STEPS = 5  # the first steps of an optimizer differ from later ones
@@ -97,4 +97,4 @@ def write_trial(params: Params) -> None:
     trial = params.model_dump()
     trial["train"]["max_steps"] = min(STEPS, params.train.max_steps or math.inf)
     trial["train"] |= {"keep": "last", "early_stopping_patience": None, "loggers": []}  # its losses mean nothing
-    (SCRATCH / "params.yaml").write_text(yaml.safe_dump(trial, sort_keys=False), encoding="utf-8")
+    write_yaml(trial, SCRATCH / paths.PARAMS)

@@ -43,7 +43,7 @@ def check_current() -> None:
     from dvc.repo import Repo
 
     with Repo() as repo:
-        changed = repo.status()
+        changed = [name for name in repo.status() if name != "check_params"]  # on which no result depends
     if changed:
         raise UserError(f"the results are older than what they depend on ({', '.join(changed)}): run `make repro`")
 
