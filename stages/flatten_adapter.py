@@ -2,10 +2,11 @@
 
     python stages/flatten_adapter.py [--params FILE]
 
-Reads   artifacts/lora_adapter (NxD shards), artifacts/model, artifacts/prepared/validation.jsonl,
-        metrics/finetune_lora.json
-Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and nothing else),
-        artifacts/adapter.SHA256SUMS (beside it, because the folder must hold just these two files),
+Reads   artifacts/lora_adapter (NxD shards, training.json), artifacts/model,
+        artifacts/prepared/{validation.jsonl,sources.json,prepared.json}, metrics/{finetune_lora,fetch_model}.json
+Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors, trnlora.json and nothing else; the last has
+        what the adapter was trained with, for the server and the evaluation: trnlora/training/adapter_record.py),
+        artifacts/adapter.SHA256SUMS (beside it, because the folder must hold just these files),
         artifacts/merged (with flatten.merged_model: base + adapter as a plain HF folder; otherwise empty),
         metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
 
@@ -18,13 +19,15 @@ import time
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
-from trnlora.data.examples import read_examples
+from trnlora.data.examples import SOURCES, read_examples
 from trnlora.errors import UserError, run
 from trnlora.files import atomic_dir, check_sums, write_json, write_sums
 from trnlora.metrics import metrics_file, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
 from trnlora.readers import read_json
+from trnlora.training.adapter_record import make_record
+from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 
 
 def main() -> None:
@@ -33,8 +36,9 @@ def main() -> None:
     params = load_params(parser.parse_args().params)
     config = ModelConfig.from_folder(paths.MODEL)
     check_sums(paths.LORA_SHARDS, "finetune_lora")
-    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
+    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl", SOURCES])
     check_sums(paths.MODEL, "fetch_model")
+    record = make_record()
     trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
     examples = read_examples(paths.PREPARED / "validation.jsonl")
 
@@ -50,8 +54,9 @@ def main() -> None:
     shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
     adapter = peft_adapter(shards, config, params.convert, params.lora)
     with atomic_dir(paths.ADAPTER) as partial:
-        save_file(adapter, partial / "adapter_model.safetensors")
-        write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
+        save_file(adapter, partial / WEIGHTS)
+        write_json(partial / CONFIG, peft_adapter_config(params.lora, params.model.source))
+        write_json(partial / RECORD, record.model_dump())
         loss, labelled = peft_loss(paths.MODEL, partial, params.model.dtype, examples)
         gap = abs(loss - trainer_loss)
         if not gap <= params.eval.max_loss_gap:  # also when it is NaN

@@ -9,13 +9,19 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from trnlora.errors import UserError
 
 RECREATE = ": delete it and run `dvc repro`"
 
 T = TypeVar("T")
+
+
+class StrictModel(BaseModel):
+    """What a file of this project holds. "3" is not 3, an unknown key is an error, and no number is inf or nan."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_text(path: Path, fix: str = RECREATE) -> str:
