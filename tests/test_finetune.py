@@ -24,6 +24,7 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
         "SHA256SUMS",
         "adapter_config.json",
         *(f"lora/model/dp_rank_00_tp_rank_0{rank}_pp_rank_00.pt" for rank in range(3)),
+        "training.json",
     ]
     found = metrics(first, "finetune_lora")
     assert found == metrics(second, "finetune_lora")
@@ -31,7 +32,9 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     for folder in (first, second):
         run_stage("flatten_adapter", folder)
     assert digests(first / "artifacts" / "adapter") == digests(second / "artifacts" / "adapter")
-    assert sorted(digests(first / "artifacts" / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(digests(first / "artifacts" / "adapter")) == [
+        "adapter_config.json", "adapter_model.safetensors", "trnlora.json"
+    ]  # fmt: skip
     assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 

@@ -1,7 +1,9 @@
 """What the JSON files hold that stages hand to each other and to the tools, and the names of rows."""
 
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
+
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from trnlora.data.prompt_template import TemplateText
 from trnlora.errors import UserError

@@ -84,8 +84,8 @@ def read_inputs(params: Params) -> Inputs:
     test = spread(read_split("test"), params.eval.max_prompts)
     other_losses: dict[str, float] = {}
     if params.eval.adapter is None:
-        adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
         check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
+        adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
         assert adapter.record, "check_own_adapter refuses a folder without"
         check_own(adapter.record, prepared)
         other_losses["trainer"] = read_loss("finetune_lora", "validation_loss")
