@@ -171,7 +171,9 @@ def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("workdir")
     serve = {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1, "runtime_adapters": True, "max_loras": 4}
     scored = {"max_tokens": 16, "max_prompts": 10, "min_changed_fraction": 0.5, "max_loss_gap": 1.0e-3}
-    set_params(root, serve=serve, eval=scored, lora={"r": 16, "target_modules": ["qkv_proj"]})
+    # Not the template that `adapter` records: what is served must be that, whatever params.yaml says.
+    data = {"prompt_template": "alpaca"}
+    set_params(root, serve=serve, eval=scored, lora={"r": 16, "target_modules": ["qkv_proj"]}, data=data)
     (root / "artifacts").mkdir()
     (root / "artifacts" / "model").symlink_to(tiny_llama)
     (root / "artifacts" / "adapter").symlink_to(adapter)

@@ -30,7 +30,7 @@ def write_prepared_with(folder: Path, template: str = "dolly") -> None:
 
 
 def write_trained_with(root: Path) -> None:
-    """training.json in artifacts/lora_adapter below `root`, where artifacts/model and artifacts/prepared are complete."""
+    """training.json in artifacts/lora_adapter below `root`, which has artifacts/model and artifacts/prepared."""
     files = [Path("artifacts/prepared") / SUMS, Path("artifacts/model/config.json")]
     trained = {"params": {"train": {"lr": 0.001}}, "inputs": {str(file): sha256(root / file) for file in files}}
     write_json(root / "artifacts/lora_adapter" / TRAINED_WITH, trained)
