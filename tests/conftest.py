@@ -177,6 +177,7 @@ def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
     (root / "artifacts").mkdir()
     (root / "artifacts" / "model").symlink_to(tiny_llama)
     (root / "artifacts" / "adapter").symlink_to(adapter)
+    write_sums(adapter, root / "artifacts" / "adapter.SHA256SUMS")
     return root
 
 

@@ -235,6 +235,15 @@ def test_serve_starts_nothing_when_adapters_contradict_each_other(
     assert "tuned was trained with dolly" in done.stdout
 
 
+def test_serve_refuses_an_adapter_that_was_edited(evaluated: Path, tmp_path: Path) -> None:
+    """A template that somebody changed in trnlora.json would be served, but was not evaluated."""
+    folder = Path(shutil.copytree(evaluated, tmp_path / "edited", symlinks=True))
+    file = folder / "artifacts/adapter" / RECORD
+    file.write_text(file.read_text("utf-8").replace("### Response", "### Answer"), "utf-8")
+    done = script("tools/serve.py", "--dry-run", cwd=folder)
+    assert_one_line(done, "artifacts/adapter/trnlora.json is damaged", "run `dvc repro -f flatten_adapter`")
+
+
 @pytest.fixture
 def scored(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `evaluated`, as the working directory."""

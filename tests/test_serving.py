@@ -144,7 +144,7 @@ def test_the_server_gets_the_arguments_that_were_evaluated() -> None:
     adapters = [Adapter("tuned", Path("artifacts/adapter"), R, frozenset(peft_modules(LORA.target_modules)))]
     command = serve_command(params(), "127.0.0.1", 8000, Path("template.jinja"), adapters)
     starts = [number for number, word in enumerate(command) if word.startswith("--")]
-    flags = {command[a].removeprefix("--"): command[a + 1 : b] for a, b in itertools.pairwise([*starts, None])}
+    flags = {command[a].removeprefix("--"): command[a + 1 : b] for a, b in itertools.pairwise([*starts, len(command)])}
     for name, value in args.items():
         expected = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
         if isinstance(value, dict):
@@ -227,7 +227,7 @@ def test_dry_run_of_backend_neuron_prints_the_merged_models_server(neuron_workdi
     (neuron_workdir / "artifacts").unlink()
     (neuron_workdir / "artifacts/merged").mkdir(parents=True)
     (neuron_workdir / "artifacts/merged/config.json").write_text("{}")
-    for name in ("model", "adapter"):
+    for name in ("model", "adapter", "adapter.SHA256SUMS"):
         (neuron_workdir / "artifacts" / name).symlink_to(artifacts / name)
     done = script("tools/serve.py", "--dry-run", cwd=neuron_workdir)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@
 
 from hashlib import sha256
 
-from trnlora.readers import StrictModel
+from trnlora.readers import Line, StrictModel, Text
 from trnlora.sources import without_machine_path
 
 # What is between a turn's text and its context, by data.prompt_template; a file's is that of `chat`.
@@ -26,8 +26,8 @@ class TemplateText(StrictModel):
     data.template_kwargs in it.
     """
 
-    name: str
-    jinja: str
+    name: Line
+    jinja: Text
 
     def __str__(self) -> str:
         """What messages call it: two templates may have one name and other variables."""

