@@ -13,6 +13,7 @@ inputs and params, and ends in the same bytes (trnlora/training/checkpoints.py).
 
 Reads   artifacts/shards, artifacts/model/config.json, artifacts/prepared/{train,validation}.parquet
 Writes  artifacts/lora_adapter/lora/model/dp_rank_00_tp_rank_RR_pp_rank_00.pt and adapter_config.json (NxD's paths),
+        training.json beside them (the params and the digests of the inputs),
         metrics/finetune_lora.json, metrics/timing/finetune_lora.json, plots/training (DVCLive's curves; until the
         end they are in .scratch/curves, where those of a run that failed stay)
 """
@@ -23,10 +24,12 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
+from trnlora.data.examples import read_prepared_with
 from trnlora.errors import run
 from trnlora.metrics import metrics_file, timing_file
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
+from trnlora.training.adapter_record import check_foreign
 from trnlora.training.launch import run_rank, start_ranks
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 from trnlora.weights.peft_folder import check_init_adapter, fetch_adapter
@@ -50,7 +53,9 @@ def main() -> None:
         os._exit(0)
     params, config = read_params(args.params)
     if params.lora.init_adapter:
-        check_init_adapter(fetch_adapter(params.lora.init_adapter), config, params.lora)
+        folder = fetch_adapter(params.lora.init_adapter)
+        check_init_adapter(folder, config, params.lora)
+        check_foreign(folder, read_prepared_with(paths.PREPARED), "lora.init_adapter")
     start_ranks(params, train, args.params, args.resume_from, outputs=OUTPUTS, reads=paths.TRAINING_INPUTS)
 
 

@@ -2,10 +2,11 @@
 
     python stages/flatten_adapter.py [--params FILE]
 
-Reads   artifacts/lora_adapter (NxD shards), artifacts/model, artifacts/prepared/validation.jsonl,
-        metrics/finetune_lora.json
-Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors and nothing else),
-        artifacts/adapter.SHA256SUMS (beside it, because the folder must hold just these two files),
+Reads   artifacts/lora_adapter (NxD shards, training.json), artifacts/model,
+        artifacts/prepared/{validation.jsonl,sources.json,prepared.json}, metrics/{finetune_lora,fetch_model}.json
+Writes  artifacts/adapter (adapter_config.json, adapter_model.safetensors, trnlora.json and nothing else; the last has
+        what the adapter was trained with, for the server and the evaluation: trnlora/training/adapter_record.py),
+        artifacts/adapter.SHA256SUMS (beside it, because the folder must hold just these files),
         artifacts/merged (with flatten.merged_model: base + adapter as a plain HF folder; otherwise empty),
         metrics/flatten_adapter.json, metrics/timing/flatten_adapter.json
 
@@ -19,13 +20,15 @@ from typing import Any
 
 from trnlora import paths
 from trnlora.cli import add_params, script_parser
-from trnlora.data.examples import read_examples
+from trnlora.data.examples import SOURCES, read_examples
 from trnlora.errors import UserError, run
 from trnlora.files import check_sums, partial_path, write_json, write_sums
 from trnlora.metrics import metrics_file, stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
 from trnlora.readers import read_json
+from trnlora.training.adapter_record import make_record
+from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 
 
 def main() -> None:
@@ -45,8 +48,9 @@ def flatten(params: Params) -> tuple[float, dict[str, Any]]:
     """Write the adapter, its checksums and the merged model. Returns the loss in training and the stage's metrics."""
     config = ModelConfig.from_folder(paths.MODEL)
     check_sums(paths.LORA_SHARDS, "finetune_lora")
-    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl"])
+    check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl", SOURCES])
     check_sums(paths.MODEL, "fetch_model")
+    record = make_record()
     trainer_loss = read_json(metrics_file("finetune_lora"))["validation_loss"]
     examples = read_examples(paths.PREPARED / "validation.jsonl")
 
@@ -61,8 +65,9 @@ def flatten(params: Params) -> tuple[float, dict[str, Any]]:
     shards = load_adapter_shards(paths.LORA_SHARDS, config, params.convert, params.lora)
     adapter = peft_adapter(shards, config, params.convert, params.lora)
     partial = partial_path(paths.ADAPTER)
-    save_file(adapter, partial / "adapter_model.safetensors")
-    write_json(partial / "adapter_config.json", peft_adapter_config(params.lora, params.model.source))
+    save_file(adapter, partial / WEIGHTS)
+    write_json(partial / CONFIG, peft_adapter_config(params.lora, params.model.source))
+    write_json(partial / RECORD, record.model_dump())
     loss, labelled = peft_loss(paths.MODEL, partial, params.model.dtype, examples)
     gap = abs(loss - trainer_loss)
     if not gap <= params.eval.max_loss_gap:  # also when it is NaN

@@ -6,7 +6,8 @@
 Reads   params.yaml (data), what data.source and data.prompt_template name, artifacts/model (the tokenizer)
 Writes  artifacts/prepared/{train,validation}.parquet   packed rows of data.seq_len tokens
         artifacts/prepared/{validation,test}.jsonl      one example per line, with its prompt and token ids
-        artifacts/prepared/sources.json                 the files of the data, and what was found in them
+        artifacts/prepared/sources.json                 the files of the data, their sha256 and what was found in them
+        artifacts/prepared/prepared.json                the template as it was used, and the params
         metrics/prepare_data.json, metrics/timing/prepare_data.json
 """
 
@@ -18,7 +19,7 @@ from trnlora import paths
 from trnlora.cli import add_params, script_parser, whole_number
 from trnlora.data import prepare
 from trnlora.data.encode import RowEncoder
-from trnlora.data.examples import SOURCES
+from trnlora.data.examples import PREPARED_WITH, SOURCES, PreparedWith
 from trnlora.data.rows import file_table
 from trnlora.data.source_files import data_sources, open_sources
 from trnlora.data.templates import load_template
@@ -60,6 +61,8 @@ def main() -> None:
         splits = prepare.encode_all(chosen, encoder, out)
         counts = prepare.write_splits(splits, chosen, encoder, params, out)
         write_json(out / SOURCES, file_table(chosen.files))
+        made_with = PreparedWith(template=template, params=params.model_dump(mode="json"))
+        write_json(out / PREPARED_WITH, made_with.model_dump())
         write_sums(out)
         metrics = prepare.dataset_metrics(chosen, splits, counts)
         write_metrics("prepare_data", metrics, {"seconds": time.perf_counter() - started})

@@ -14,6 +14,7 @@ from support.browser import Browser
 from support.evaluation import EvalWorker, peft_loss
 from support.models import FAMILIES, write_llama, write_model
 from support.project import Project, copy_project, make_project
+from support.records import write_prepared_with, write_record
 from support.repro import Finished, run_undisturbed
 from support.results import answer, write_answers
 from support.rows import rows_of
@@ -149,10 +150,10 @@ def run_project(project: Project) -> Project:
 
 @pytest.fixture(scope="session")
 def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PEFT folder of rank 16 on q, k and v of the tiny Llama: two files, as flatten_adapter writes them."""
+    """A PEFT folder of rank 16 on q, k and v of the tiny Llama: the files that flatten_adapter writes."""
     folder = write_adapter(tiny_llama, tmp_path_factory.mktemp("adapter") / "adapter")
     (folder / "README.md").unlink()
-    return folder
+    return write_record(folder, tiny_llama)
 
 
 @pytest.fixture(scope="session")
@@ -170,10 +171,13 @@ def workdir(tiny_llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("workdir")
     serve = {"max_model_len": 1024, "max_num_seqs": 16, "kv_cache_gib": 1, "runtime_adapters": True, "max_loras": 4}
     scored = {"max_tokens": 16, "max_prompts": 10, "min_changed_fraction": 0.5, "max_loss_gap": 1.0e-3}
-    set_params(root, serve=serve, eval=scored, lora={"r": 16, "target_modules": ["qkv_proj"]})
+    # Not the template that `adapter` records: what is served must be that, whatever params.yaml says.
+    data = {"prompt_template": "alpaca"}
+    set_params(root, serve=serve, eval=scored, lora={"r": 16, "target_modules": ["qkv_proj"]}, data=data)
     (root / "artifacts").mkdir()
     (root / "artifacts" / "model").symlink_to(tiny_llama)
     (root / "artifacts" / "adapter").symlink_to(adapter)
+    write_sums(adapter, root / "artifacts" / "adapter.SHA256SUMS")
     return root
 
 
@@ -193,8 +197,11 @@ def evaluated(workdir: Path, tiny_llama: Path, adapter: Path, tmp_path_factory: 
     for split, part in (("validation", rows[::80]), ("test", rows[1::60])):
         examples, _ = encoder.encode(part)
         write_jsonl(workdir / "artifacts" / "prepared" / f"{split}.jsonl", map(prepared_example, examples))
-    write_sums(workdir / "artifacts" / "prepared")
-    write_sums(workdir / "artifacts" / "adapter", workdir / "artifacts" / "adapter.SHA256SUMS")
+    write_prepared_with(workdir / "artifacts" / "prepared")
+    (workdir / "artifacts" / "adapter").unlink()
+    own = shutil.copytree(adapter, workdir / "artifacts" / "adapter")
+    write_record(own, tiny_llama, prepared=workdir / "artifacts" / "prepared")
+    write_sums(own, workdir / "artifacts" / "adapter.SHA256SUMS")
     validation = [json.loads(line) for line in (workdir / "artifacts/prepared/validation.jsonl").open("rb")]
     loss = peft_loss(tiny_llama, adapter, validation)
     (workdir / "metrics").mkdir()

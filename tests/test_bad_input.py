@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from support import ROOT
+from support.records import write_fetched, write_prepared_with, write_record, write_trained_with
 from support.server import free_port
 
 from trnlora.errors import run
@@ -354,12 +355,13 @@ def test_adapters(bench: Bench, case: str) -> None:
     bench.install_model()
     bench.write_params()
     break_it(adapter_of(bench))
-    write_sums(Path("artifacts/lora_adapter"))  # with correct checksums: wrong, but not damaged
-    Path("metrics").mkdir()
+    write_fetched(Path())
     Path("metrics/finetune_lora.json").write_text('{"validation_loss": 1.0}')
     Path("artifacts/prepared").mkdir()
     Path("artifacts/prepared/validation.jsonl").write_text("")
-    write_sums(Path("artifacts/prepared"))
+    write_prepared_with(Path("artifacts/prepared"))
+    write_trained_with(Path())
+    write_sums(Path("artifacts/lora_adapter"))  # with correct checksums: wrong, but not damaged
     assert message in bench.refused("stages/flatten_adapter.py")
 
 
@@ -378,10 +380,15 @@ def flip_a_byte(path: Path) -> None:
         ("flatten_adapter", "model/model.safetensors"),
         ("flatten_adapter", "prepared/validation.jsonl"),
         ("flatten_adapter", "lora_adapter/lora/model/dp_rank_00_tp_rank_01_pp_rank_00.pt"),
+        ("flatten_adapter", "lora_adapter/training.json"),
+        ("flatten_adapter", "prepared/prepared.json"),
+        ("flatten_adapter", "prepared/sources.json"),
         ("eval_vllm", "model/model.safetensors"),
+        ("eval_vllm", "prepared/prepared.json"),
         ("eval_vllm", "prepared/validation.jsonl"),
         ("eval_vllm", "prepared/test.jsonl"),
         ("eval_vllm", "adapter/adapter_model.safetensors"),
+        ("eval_vllm", "adapter/trnlora.json"),
     ],
 )
 def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage: str, damaged: str) -> None:
@@ -396,12 +403,10 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     bench.write_params()
     artifacts, params = Path("artifacts"), Params.model_validate(bench.params)
     shards = [load_rank(file) for file in adapter_of(bench)]
-    write_sums(artifacts / "lora_adapter")
     (artifacts / "adapter").mkdir()
     adapter = peft_adapter(shards, ModelConfig.from_folder(bench.llama), params.convert, params.lora)
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
-    write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")
     examples = [
         {
             "id": 1,
@@ -414,7 +419,12 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     ]
     for split in ("validation", "test"):
         write_jsonl(artifacts / f"prepared/{split}.jsonl", examples)
-    write_sums(artifacts / "prepared")
+    write_prepared_with(artifacts / "prepared")
+    write_trained_with(Path())
+    write_sums(artifacts / "lora_adapter")
+    write_record(artifacts / "adapter", artifacts / "model", prepared=artifacts / "prepared")
+    write_sums(artifacts / "adapter", artifacts / "adapter.SHA256SUMS")
+    write_fetched(Path())
     write_json(Path("metrics/finetune_lora.json"), {"validation_loss": 1.0})
     write_json(Path("metrics/flatten_adapter.json"), {"peft_validation_loss": 1.0})
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.records import write_fetched
 from support.stages import metrics, run_stage, set_params
 
 from trnlora.data.examples import read_examples, reference
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
         train={"max_steps": 8, "lr": 1.0e-2},
         eval={"max_tokens": 8, "max_prompts": 8, "min_changed_fraction": 0.0, "max_loss_gap": 1.0e-4},
     )
+    write_fetched(folder)
     for name in ("prepare_data", "convert_nxd", "finetune_lora", "flatten_adapter", "eval_vllm"):
         run_stage(name, folder)
     return folder

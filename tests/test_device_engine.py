@@ -27,8 +27,9 @@ from trnlora.serving import device_engine, vllm_neuron
 from trnlora.serving.adapters import Adapter, check_own_adapter
 from trnlora.serving.device_engine import LOG, SCRATCH, DeviceEngine, Job, neuron_engine, run_job
 from trnlora.serving.neuron_lora import write_zero_adapter
-from trnlora.serving.vllm_args import engine_args, environment
+from trnlora.serving.vllm_args import engine_args, environment, sampling_args
 from trnlora.serving.vllm_neuron import merged_args
+from trnlora.training.adapter_record import GREEDY
 
 NXDI = {"vllm": "0.16.0", "vllm-neuron": "0.5.0", "neuronx-distributed-inference": "0.10.18399", "neuronx-cc": "2.26"}
 TORCH_NEURON: dict[str, str | None] = {
@@ -79,6 +80,7 @@ def test_one_engine_has_base_and_adapter(project: Path, monkeypatch: pytest.Monk
         "max_num_seqs": 16,
         "max_model_len": 8192,
         "tensor_parallel_size": 32,
+        **sampling_args(GREEDY),
         "num_gpu_blocks_override": 16,
         "additional_config": {
             "max_prompt_length": 8192,

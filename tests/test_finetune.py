@@ -10,6 +10,10 @@ import pytest
 from support.runs import STOPS_EARLY
 from support.stages import digests, metrics, run_stage, set_params, stage
 
+from trnlora.data.templates import load_template
+from trnlora.files import sha256
+from trnlora.training.adapter_record import read_record
+
 pytestmark = pytest.mark.slow
 
 ADAPTER = "artifacts/lora_adapter"
@@ -24,14 +28,25 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
         "SHA256SUMS",
         "adapter_config.json",
         *(f"lora/model/dp_rank_00_tp_rank_0{rank}_pp_rank_00.pt" for rank in range(3)),
+        "training.json",
     ]
     found = metrics(first, "finetune_lora")
     assert found == metrics(second, "finetune_lora")
     assert found["validation_loss"] < found["base_validation_loss"] - 0.1  # it learns
+    set_params(second, data={"prompt_template": "alpaca"})  # since the training: it does not change what is recorded
     for folder in (first, second):
         run_stage("flatten_adapter", folder)
     assert digests(first / "artifacts" / "adapter") == digests(second / "artifacts" / "adapter")
-    assert sorted(digests(first / "artifacts" / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(digests(first / "artifacts" / "adapter")) == [
+        "adapter_config.json", "adapter_model.safetensors", "trnlora.json"
+    ]  # fmt: skip
+    recorded = read_record(second / "artifacts/adapter")
+    assert recorded
+    assert recorded.template.model_dump() == load_template("dolly", {}, None).model_dump()
+    assert recorded.params["data"]["prompt_template"] == "dolly"
+    assert recorded.params["train"]["lr"] == 1.0e-2
+    assert recorded.data.files[0].sha256 == sha256(second / "rows.jsonl")
+    assert "  trnlora.json\n" in (second / "artifacts/adapter.SHA256SUMS").read_text("utf-8")
     assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 

@@ -12,14 +12,33 @@ from hypothesis import strategies as st
 from support import ROOT
 from support.rows import rows_of
 
+from trnlora.data.prompt_template import TemplateText
 from trnlora.errors import UserError
 from trnlora.params import Params, check_params, load_params, read_mapping
 from trnlora.preflight.doctor import run_checks
-from trnlora.readers import read_json, read_jsonl, write_yaml
+from trnlora.readers import read_json, read_json_as, read_jsonl, write_yaml
+from trnlora.training.adapter_record import (
+    GREEDY,
+    AdapterRecord,
+    BaseModelRecord,
+    DataFile,
+    DataRecord,
+    params_digest,
+)
 
 EXAMPLES = 300  # per test; takes a second or two
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+DIGEST = "0" * 64
+RECORD_JSON = AdapterRecord(
+    format=1,
+    template=TemplateText(name="dolly", jinja="{{ messages }}"),
+    base_model=BaseModelRecord(source="hf://org/name", revision="main", sha256={"model.safetensors": DIGEST}),
+    data=DataRecord(files=[DataFile(file="rows.jsonl", sha256=DIGEST)], prepared_sha256=DIGEST),
+    params={"train": {"lr": 0.001}},
+    params_sha256=params_digest({"train": {"lr": 0.001}}),
+    generation=GREEDY,
+).model_dump_json()
 PARAMS = (ROOT / "profiles/smollm2-135m-cpu.yaml").read_bytes()
 ROWS = b"".join((ROOT / "data/tasks.jsonl").read_bytes().splitlines(keepends=True)[:3])
 
@@ -78,6 +97,19 @@ def near(value: Any) -> st.SearchStrategy[Any]:
         return st.floats(min_value=0)
     names = st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=300)
     return names.map("path://{}".format) | st.sampled_from(["::1", "한국", "path://.", "path:///", "nxd", "cuda"])
+
+
+@st.composite
+def changed_record(draw: st.DrawFn) -> bytes:
+    """A valid trnlora.json with an arbitrary value at some key."""
+    record: dict[str, Any] = json.loads(RECORD_JSON)
+    inner = record
+    while True:
+        key = draw(st.sampled_from(sorted(inner)))
+        if not isinstance(inner[key], dict) or not inner[key] or draw(st.booleans()):
+            inner[key] = draw(VALUES)
+            return json.dumps(record).encode()
+        inner = inner[key]
 
 
 def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> Any:
@@ -189,3 +221,13 @@ def test_what_stages_leave(path: Path, content: bytes) -> None:
     rows = value_or_line(read_jsonl, path, content)
     assert rows is None or all(isinstance(row, dict) for row in rows)
     value_or_line(read_json, path, content)
+
+
+@fuzz
+@given(content=SOUP | broken(RECORD_JSON.encode()) | changed_record())
+@example(content=RECORD_JSON.replace("0.001", '"\\ud800"').encode())
+@example(content=RECORD_JSON.replace("{{ messages }}", "\\ud800").encode())
+@example(content=b"[" * 5000)
+def test_records_of_adapters(path: Path, content: bytes) -> None:
+    record = value_or_line(lambda file: read_json_as(file, AdapterRecord), path, content)
+    assert record is None or str(record.template) + str(record.base_model) + str(record.generation)

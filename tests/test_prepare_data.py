@@ -112,6 +112,7 @@ def test_what_the_stage_writes(stage_root: Path, prepared: dict[str, bytes], tok
     assert sorted(prepared) == [
         "SHA256SUMS",
         "prepare_data.json",
+        "prepared.json",
         "sources.json",
         "test.jsonl",
         "train.parquet",
@@ -221,7 +222,7 @@ def test_the_order_in_which_a_folder_lists_its_files_changes_nothing(
     assert [(entry["file"], entry["offset"]) for entry in files] == [
         ("data/parts/a.jsonl", 0), ("data/parts/b.jsonl.gz", 300), ("data/parts/c.jsonl", 500),
     ]  # fmt: skip
-    for name in ("sources.json", "SHA256SUMS"):  # they name the files
+    for name in ("sources.json", "prepared.json", "SHA256SUMS"):  # they name the files
         del written[name], expected[name]
     assert written == expected
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import pty
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 from support import ROOT
 from support.adapters import lora_params, write_adapter
 from support.evaluation import EvalWorker
+from support.records import write_record
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
@@ -141,9 +143,12 @@ def test_the_server_gets_the_arguments_that_were_evaluated() -> None:
     args = engine_args(params())
     adapters = [Adapter("tuned", Path("artifacts/adapter"), R, frozenset(peft_modules(LORA.target_modules)))]
     command = serve_command(params(), "127.0.0.1", 8000, Path("template.jinja"), adapters)
-    flags = {flag: values for flag, *values in (part.split() for part in " ".join(command).split(" --")[1:])}
+    starts = [number for number, word in enumerate(command) if word.startswith("--")]
+    flags = {command[a].removeprefix("--"): command[a + 1 : b] for a, b in itertools.pairwise([*starts, len(command)])}
     for name, value in args.items():
         expected = [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+        if isinstance(value, dict):
+            expected = [json.dumps(value)]
         assert flags[name.replace("_", "-")] == expected
     assert flags["served-model-name"] == ["base"]
     assert flags["lora-modules"] == ["tuned=artifacts/adapter"]
@@ -222,7 +227,7 @@ def test_dry_run_of_backend_neuron_prints_the_merged_models_server(neuron_workdi
     (neuron_workdir / "artifacts").unlink()
     (neuron_workdir / "artifacts/merged").mkdir(parents=True)
     (neuron_workdir / "artifacts/merged/config.json").write_text("{}")
-    for name in ("model", "adapter"):
+    for name in ("model", "adapter", "adapter.SHA256SUMS"):
         (neuron_workdir / "artifacts" / name).symlink_to(artifacts / name)
     done = script("tools/serve.py", "--dry-run", cwd=neuron_workdir)
     assert done.returncode == 0, done.stderr
@@ -663,9 +668,10 @@ def test_eval_refuses_an_adapter_without_effect(
     (copy / "metrics" / "eval_vllm.json").unlink()
 
     other = Path(shutil.copytree(copy, tmp_path / "other", symlinks=True))
-    (other / "artifacts" / "adapter").unlink()
+    shutil.rmtree(other / "artifacts" / "adapter")
     write_adapter(tiny_llama, other / "artifacts" / "adapter", scale=0.0)
     (other / "artifacts" / "adapter" / "README.md").unlink()
+    write_record(other / "artifacts" / "adapter", tiny_llama, prepared=other / "artifacts" / "prepared")
     write_sums(other / "artifacts" / "adapter", other / "artifacts" / "adapter.SHA256SUMS")
     done = eval_worker.evaluate(other)
     assert_one_line(done, "too little effect", "0.0% of the answers changed", "from that of PEFT", "rejected.jsonl")

@@ -10,26 +10,33 @@ from typing import Any
 import pytest
 from support.server import assert_one_line, script
 
+from trnlora.data.examples import prompt_token_ids, read_examples
+
 
 class Api(http.server.BaseHTTPRequestHandler):
     """The two requests of smoke. `fails`: what the server does with a model's requests."""
 
     served: tuple[str, ...] = ("base", "tuned")
+    prompt_token_ids: list[int] | None = None  # what the server says that it made of the messages
     fails: dict[str, str]
     asked: list[str]
+    bodies: list[dict[str, Any]]
 
     def do_GET(self) -> None:
         self.reply(200, {"data": [{"id": name} for name in ("no-adapter", *self.served)]})
 
     def do_POST(self) -> None:
-        model = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model = body["model"]
         self.asked.append(model)
+        self.bodies.append(body)
         if self.fails.get(model) == "dies":
             return  # without a reply
         if self.fails.get(model) == "refuses":
             self.reply(500, {"error": {"message": "EngineCore encountered an issue."}})
         else:
-            self.reply(200, {"choices": [{"message": {"content": f"I am {model}."}}]})
+            choices = [{"message": {"content": f"I am {model}."}}]
+            self.reply(200, {"choices": choices, "prompt_token_ids": self.prompt_token_ids})
 
     def reply(self, status: int, body: Any) -> None:
         content = json.dumps(body).encode()
@@ -48,6 +55,7 @@ def api() -> Iterator[type[Api]]:
     class Handler(Api):
         fails: dict[str, str] = {}  # noqa: RUF012 (of this test)
         asked: list[str] = []  # noqa: RUF012
+        bodies: list[dict[str, Any]] = []  # noqa: RUF012
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -93,3 +101,25 @@ def test_a_merged_model_is_asked_alone(api: type[Api], workdir: Path) -> None:
     done = smoke(api, workdir)
     assert done.returncode == 0, done.stderr
     assert api.asked == ["tuned"]
+
+
+def test_the_first_test_row_is_asked_with_the_template_of_the_rows_and_the_servers_sampling(
+    api: type[Api], evaluated: Path
+) -> None:
+    """The heading of the context is dolly's, as prepared.json has it; params.yaml has alpaca."""
+    row = read_examples(evaluated / "artifacts/prepared/test.jsonl")[0]
+    api.prompt_token_ids = prompt_token_ids(row)
+    done = script("tools/smoke.py", "--port", str(api.port), cwd=evaluated)  # type: ignore[attr-defined]
+    assert done.returncode == 0, done.stderr
+    for body in api.bodies:
+        assert [message["content"].partition("\n\n### Context:\n")[2] for message in body["messages"]] == [
+            row["messages"][0]["context"]
+        ]
+        assert body.keys() == {"model", "messages", "max_tokens", "return_token_ids"}
+
+
+def test_a_server_that_makes_another_prompt_of_the_first_test_row_fails(api: type[Api], evaluated: Path) -> None:
+    api.prompt_token_ids = [1, 2, 3]
+    done = script("tools/smoke.py", "--port", str(api.port), cwd=evaluated)  # type: ignore[attr-defined]
+    assert_one_line(done, "another prompt of the first test row than eval_vllm gave", "restart the server")
+    assert "I am tuned." in done.stdout

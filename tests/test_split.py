@@ -108,8 +108,8 @@ def test_rows_that_repeat_a_prompt_and_its_answer() -> None:
 def test_how_often_a_row_is_used(weight: float, rows: int | None, copies: list[int]) -> None:
     """copies: the number of rows of the source that are used once, twice, …"""
     form = detect({"prompt": "", "completion": ""}, "auto", {}, "f line 1")
-    plain = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", source=0)
-    weighted = RowsFile(Path("b.jsonl"), form, 10, "b.jsonl", "line", source=1, weight=weight, rows=rows)
+    plain = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", "", source=0)
+    weighted = RowsFile(Path("b.jsonl"), form, 10, "b.jsonl", "line", "", source=1, weight=weight, rows=rows)
     train = keys(row(number) for number in range(1, 31))
     used = copies_of_row(train, [plain, weighted], 30)
     assert used[1:11] == bytes(10 * [1])

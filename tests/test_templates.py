@@ -8,6 +8,7 @@ import pytest
 
 from trnlora.data import templates
 from trnlora.data.formats import Message
+from trnlora.data.prompt_template import NAMES
 from trnlora.errors import UserError
 
 NOTE = "Write a response that appropriately completes the request.\n\n"
@@ -170,7 +171,7 @@ def test_vllms_chat_endpoint_builds_the_same_prompt(tmp_path: Path, tokenizer: A
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.renderers.chat_utils import load_chat_template
 
-    for name in templates.NAMES:
+    for name in NAMES:
         file = tmp_path / f"{name}.jinja"
         template = templates.load_template(name, {}, tokenizer)
         file.write_text(template.jinja, "utf-8")

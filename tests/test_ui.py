@@ -60,6 +60,8 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
         browser.driver.get(f"http://127.0.0.1:{ui.port}/")
         wait(lambda: browser.find("#ask").is_enabled())
         assert [box.get_attribute("value") for box in browser.find_all("#models input")] == NAMES
+        settings = [browser.find(f"#{name}").get_property("value") for name in ("temperature", "top_p", "max_tokens")]
+        assert settings == ["0", "1", "16"]  # those of the adapter's trnlora.json, and eval.max_tokens
         browser.find("#instruction").send_keys("Which city?")
         browser.find("#context").send_keys("Rosa lives in Nairobi.")
         prompt = "### Instruction:\nWhich city?\n\n### Context:\nRosa lives in Nairobi.\n\n### Response:\n"

@@ -3,7 +3,8 @@
     python tools/chat.py [--params FILE] [--host HOST] [--port PORT] [--model NAME]     (make chat MODEL=)
 
 /model NAME switches to another model, /new starts a new conversation, Ctrl-D ends. The server renders the messages with
-the template used in training. Input may also be piped in, one message per line; then only the answers are printed.
+the template used in training and samples as the evaluation does, greedily. Input may also be piped in, one message per
+line; then only the answers are printed.
 """
 
 import sys
@@ -45,7 +46,7 @@ def main() -> None:
                 print(error)
         elif line:
             messages.append({"role": "user", "content": line})
-            answer = client.chat(url, model, messages, params.eval.max_tokens)
+            answer = client.chat(url, model, messages, params.eval.max_tokens).text
             messages.append({"role": "assistant", "content": answer})
             print(answer, flush=True)
 

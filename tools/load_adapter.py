@@ -2,9 +2,9 @@
 
     python tools/load_adapter.py [--params FILE] [--host HOST] [--port PORT] NAME=FOLDER …     (make load ADAPTERS=)
 
-Each adapter is checked in the same way as those that `make serve` starts with. The server has room for serve.max_loras
-adapters on the layers of lora.target_modules, of rank up to lora.r. If the server has an API
-key, set VLLM_API_KEY here too.
+Each adapter is checked in the same way as those that `make serve` starts with, and must have been trained with the
+prompt template that the server has. The server has room for serve.max_loras adapters on the layers of
+lora.target_modules, of rank up to lora.r. If the server has an API key, set VLLM_API_KEY here too.
 """
 
 from trnlora import paths
@@ -14,6 +14,7 @@ from trnlora.model.targets import peft_modules
 from trnlora.params import Params, load_params
 from trnlora.serving import client
 from trnlora.serving.adapters import BASE, Adapter, check_adapter, parse_adapters
+from trnlora.serving.prompts import check_template_of_server
 from trnlora.serving.vllm_args import max_lora_rank
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     for name, folder in parse_adapters(args.adapters).items():
         adapter = check_adapter(folder, paths.MODEL, name)
         check_room(adapter, [model for model in client.served_models(url) if model != BASE], params)
+        check_template_of_server(adapter, url, params)
         client.request(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         print(f"{name} is served from {folder}")
 

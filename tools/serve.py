@@ -8,8 +8,11 @@ On Trainium, a vllm-neuron that does not load adapters serves the merged model a
 
 (make serve HOST= PORT= ADAPTERS= REPLICAS=). The default adapter is the pipeline's, as `tuned`.
 
-Chat requests are rendered with the template used in training (data.prompt_template). The API key is read only from the
-environment (VLLM_API_KEY); without a key the server binds only to loopback addresses.
+Chat requests are rendered with the template that the adapters were trained with, and sampled as the adapters were
+evaluated (greedily) unless a request says otherwise: as trnlora.json in their folders has it, whatever params.yaml and
+the model's generation_config.json say. Adapters that contradict each other, or the model, are refused.
+
+The API key is read only from the environment (VLLM_API_KEY); without a key the server binds only to loopback addresses.
 """
 
 import argparse
@@ -25,7 +28,8 @@ from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 from trnlora.serving.adapters import BASE, Adapter, check_adapters
 from trnlora.serving.client import base_url
-from trnlora.serving.server import chat_template, check_address, supervise
+from trnlora.serving.prompts import template_to_serve
+from trnlora.serving.server import check_address, supervise
 from trnlora.serving.vllm_args import environment, serve_command
 from trnlora.serving.vllm_neuron import LORA_JSON, container_command, neuron_launch
 
@@ -43,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vllm-serve-", dir=short) as folder:
         scratch = Path(folder)
         template = scratch / "chat_template.jinja"
-        template.write_text(chat_template(params), encoding="utf-8")
+        template.write_text(template_to_serve(adapters, params).jinja, encoding="utf-8")
         launch = launch_on_neuron if params.on_trainium else launch_vllm
         env, command, names = launch(args, params, host, port, adapters, template)
         if args.dry_run:

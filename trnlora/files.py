@@ -296,6 +296,15 @@ def write_sums(folder: Path, sums: Path | None = None) -> dict[str, str]:
     return made
 
 
+def read_sums(sums: Path, stage: str) -> dict[str, str]:
+    """The checksums that `write_sums` wrote in `stage`, by path. Raises UserError for a missing or damaged file."""
+    try:
+        lines = sums.read_text("utf-8").splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (FileNotFoundError, ValueError):
+        raise UserError(f"{sums} is missing or damaged: run `dvc repro -f {stage}`") from None
+
+
 def check_sums(
     folder: Path,
     stage: str,
@@ -313,11 +322,7 @@ def check_sums(
     sums = sums or folder / SUMS
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run `dvc repro {stage}`")
-    try:
-        lines = sums.read_text("utf-8").splitlines()
-        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (FileNotFoundError, ValueError):
-        raise UserError(f"{sums} is missing or damaged: {fix}") from None
+    listed = read_sums(sums, stage)
     names = [name for name in (listed if names is None else names) if not name.endswith(without)]
     for name in names:
         if name not in listed or not (folder / name).is_file():

@@ -7,15 +7,33 @@ params that a stage reads could differ from those that DVC compares.
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from trnlora.errors import UserError
 
 RECREATE = ": delete it and run `dvc repro`"
 
 T = TypeVar("T")
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no file can hold
+        raise ValueError(f"it is not valid Unicode ({error.reason})") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Line = Annotated[Text, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$")]  # messages show it
+
+
+class StrictModel(BaseModel):
+    """What a file of this project holds. "3" is not 3, an unknown key is an error, and no number is inf or nan."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def read_text(path: Path, fix: str = RECREATE) -> str:

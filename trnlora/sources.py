@@ -61,6 +61,12 @@ def parse_source(uri: str) -> Source:
     return Source(uri, scheme, **match.groupdict())
 
 
+def without_machine_path(text: str) -> str:
+    """A source URI or the path of a file, as others may see it: of an absolute path only the last part."""
+    scheme, path = ("path://", text[7:]) if text.startswith("path://") else ("", text)
+    return f"{scheme}…/{Path(path).name}" if Path(path).is_absolute() else text
+
+
 def hub_snapshot(source: Source, patterns: list[str], repo_type: str = "model") -> Path:
     """Fetch the files of a hub repository that match `patterns` and return the folder of that revision.
 

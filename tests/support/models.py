@@ -14,6 +14,12 @@ CHAT_TEMPLATE = (
 )
 
 
+# In generation_config.json, as many models have it: neither evaluation nor server may sample like this.
+SAMPLING = {
+    "do_sample": True, "temperature": 1.9, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.8, "max_new_tokens": 3
+}  # fmt: skip
+
+
 # What each family adds, on the sizes of `write_model`.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -88,5 +94,7 @@ def write_model(folder: Path, model_type: str, **config: Any) -> Path:
             randomize_vectors(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(ids | SAMPLING), "utf-8")
     write_sums(folder)  # as fetch_model does, for tests that start with a later stage
     return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support import ROOT
+from support.records import write_fetched
 from support.stages import run_stage, set_params
 
 # The learning rate rises until the training diverges. Of the validations after steps 2, 4, 6, 8 and 10, that after step
@@ -33,6 +34,7 @@ def prepare(folder: Path, model: Path) -> Path:
         lora={"target_modules": "all-linear", "lora_dropout": 0.05},
         train={"epochs": 1, "lr": 1.0e-2, "global_batch_size": 2},
     )
+    write_fetched(folder)
     run_stage("prepare_data", folder)
     return folder
 

@@ -72,6 +72,12 @@ class Server:
         messages = [{"role": "user", "content": question}]
         return self.request("/v1/chat/completions", model=model, messages=messages, max_tokens=16, temperature=0)
 
+    def unload(self, adapter: str) -> None:
+        data = json.dumps({"lora_name": adapter}).encode()
+        url = f"http://127.0.0.1:{self.port}/v1/unload_lora_adapter"
+        with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})):
+            pass
+
     def stop(self) -> None:
         if self.process.is_running():
             self.process.terminate()

@@ -1,12 +1,18 @@
 """What the JSON files hold that stages hand to each other and to the tools, and the names of rows."""
 
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, cast
 
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
+
+from trnlora.data.prompt_template import TemplateText
 from trnlora.errors import UserError
-from trnlora.readers import read_jsonl
+from trnlora.files import check_sums
+from trnlora.readers import StrictModel, read_json_as, read_jsonl
 
-SOURCES = "sources.json"  # in artifacts/prepared: a FileEntry for each file of the data
+# In artifacts/prepared:
+SOURCES = "sources.json"  # a FileEntry for each file of the data
+PREPARED_WITH = "prepared.json"  # PreparedWith
 
 
 class FileEntry(TypedDict):
@@ -16,6 +22,20 @@ class FileEntry(TypedDict):
     unit: str
     offset: int
     format: str
+    sha256: str  # of the file as it was found: compressed, CSV …
+
+
+class PreparedWith(StrictModel):
+    """What the rows of artifacts/prepared were made with. params.yaml may have other values since."""
+
+    template: TemplateText
+    params: dict[str, Any]  # the section `data` of params.yaml
+
+
+def read_prepared_with(prepared: Path) -> PreparedWith:
+    """What the rows in the folder `prepared` were made with. Raises UserError for a missing or damaged file."""
+    check_sums(prepared, "prepare_data", [PREPARED_WITH])
+    return read_json_as(prepared / PREPARED_WITH, PreparedWith, ": run `dvc repro -f prepare_data`")
 
 
 def row_name(table: list[FileEntry], id: int) -> str:

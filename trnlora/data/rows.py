@@ -24,6 +24,7 @@ class RowsFile:
     offset: int
     shown: str  # what errors call the file
     unit: str  # and one of its rows: line | row
+    sha256: str  # of the file that errors name
     source: int = 0  # which of the sources it belongs to
     weight: float = 1.0  # of params.DataSource, and so `rows`
     rows: int | None = None
@@ -38,7 +39,10 @@ class RowsFile:
 
 def file_table(files: list[RowsFile]) -> list[FileEntry]:
     """What names a row by its id, also in a later stage."""
-    return [{"file": f.shown, "unit": f.unit, "offset": f.offset, "format": str(f.format)} for f in files]
+    return [
+        {"file": f.shown, "unit": f.unit, "offset": f.offset, "format": str(f.format), "sha256": f.sha256}
+        for f in files
+    ]
 
 
 class Chunk(NamedTuple):

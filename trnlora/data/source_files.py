@@ -79,7 +79,7 @@ def open_source(number: int, source: DataSource, offset: int, folder: Path) -> t
             raise UserError(f"{shown} holds no rows")
         line, values = first
         form = detect(values, source.format or "auto", source.columns or {}, f"{shown} {unit} {line}")
-        opened.append(RowsFile(path, form, offset, shown, unit, number, source.weight, source.rows))
+        opened.append(RowsFile(path, form, offset, shown, unit, sha256(file), number, source.weight, source.rows))
         offset += count_lines(path)
     return opened, offset
 

@@ -6,10 +6,10 @@ so that a chat request with a row's messages becomes the very prompt that the ro
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trnlora.data.formats import Message
+from trnlora.data.prompt_template import TemplateText, context_heading
 from trnlora.data.special_tokens import MARK, special_token_pattern, tokenize_marked
 from trnlora.errors import UserError
 from trnlora.sources import parse_source
@@ -44,23 +44,13 @@ _CHAT_TEMPLATES = {
     "alpaca": _TURNS.replace("PREAMBLE", _ALPACA_PREAMBLE),
     "dolly": _TURNS.replace("PREAMBLE", ""),
 }
-_CONTEXT_HEADINGS = {"alpaca": "\n\n### Input:\n", "dolly": "\n\n### Context:\n", "chat": "\n\n"}
-
-NAMES = tuple(_CONTEXT_HEADINGS)
 
 # That the tokenizer gets at a time. It returns offsets, masks and texts too: of a whole chunk, more than 100 MB.
 BATCH_TEXTS = 1024
 
 
-@dataclass(frozen=True)
-class PromptTemplate:
-    """How messages become the text of a prompt.
-
-    name: data.prompt_template. jinja: a chat template, as `vllm serve --chat-template` takes it.
-    """
-
-    name: str
-    jinja: str
+class PromptTemplate(TemplateText):
+    """How messages become the text of a prompt."""
 
     def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
         """The text of messages up to where the assistant's answer begins, with the special tokens that it has.
@@ -78,7 +68,7 @@ class PromptTemplate:
 
 
 def load_template(name: str, variables: Mapping[str, Any], tokenizer: Any) -> PromptTemplate:
-    """The template `name`: one of NAMES, or path:// and a Jinja file.
+    """The template `name`: one of prompt_template.NAMES, or path:// and a Jinja file.
 
     variables: values that the template's variables get, e.g. date_string of Llama 3.2's. They are written into it, so
     that they are the same wherever it is used. tokenizer: a Hugging Face tokenizer, needed for `chat` alone, which is
@@ -86,14 +76,14 @@ def load_template(name: str, variables: Mapping[str, Any], tokenizer: Any) -> Pr
     """
     settings = "".join(f"{{%- set {key} = {_literal(value)} -%}}\n" for key, value in variables.items())
     if name in _CHAT_TEMPLATES:
-        return PromptTemplate(name, settings + _CHAT_TEMPLATES[name])
+        return PromptTemplate(name=name, jinja=settings + _CHAT_TEMPLATES[name])
     if name == "chat":
         if not tokenizer.chat_template:
             raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; use dolly or alpaca")
-        return PromptTemplate(name, settings + tokenizer.get_chat_template())
+        return PromptTemplate(name=name, jinja=settings + tokenizer.get_chat_template())
     file = parse_source(name).path
     try:
-        return PromptTemplate(name, settings + file.read_text("utf-8"))
+        return PromptTemplate(name=name, jinja=settings + file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.prompt_template: {file} cannot be read: {error}") from None
 
@@ -105,7 +95,7 @@ def _literal(value: Any) -> str:
 
 def user_message(name: str, content: str, context: str) -> str:
     """The text of a turn: the content and, if there is one, the context under the heading of the template `name`."""
-    return content + _CONTEXT_HEADINGS.get(name, _CONTEXT_HEADINGS["chat"]) + context if context else content
+    return content + context_heading(name) + context if context else content
 
 
 def chat_messages(name: str, messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trnlora import paths
-from trnlora.data.examples import PreparedExample, read_examples
+from trnlora.data.examples import PreparedExample, read_examples, read_prepared_with
 from trnlora.errors import UserError
 from trnlora.evaluation.answers import Scored, answer_rows, spread
 from trnlora.evaluation.gates import gate
@@ -17,6 +17,7 @@ from trnlora.readers import read_json
 from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_own_adapter
 from trnlora.serving.device_engine import DeviceEngine, neuron_engine
 from trnlora.serving.engine import Engine, start_engine
+from trnlora.training.adapter_record import GREEDY, check_foreign, check_own
 from trnlora.weights.peft_folder import fetch_adapter
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
@@ -85,16 +86,25 @@ class Inputs:
 def read_inputs(params: Params) -> Inputs:
     """Read and check everything that does not need vLLM. Raises UserError for anything that is missing or damaged."""
     check_sums(paths.PREPARED, "prepare_data", ["validation.jsonl", "test.jsonl"])
+    prepared = read_prepared_with(paths.PREPARED)
     validation = read_split("validation")
     test = spread(read_split("test"), params.eval.max_prompts)
     other_losses: dict[str, float] = {}
     if params.eval.adapter is None:
-        adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
         check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
+        adapter = check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)
+        assert adapter.record, "check_own_adapter refuses a folder without"
+        check_own(adapter.record, prepared)
         other_losses["trainer"] = read_loss("finetune_lora", "validation_loss")
         other_losses["peft"] = read_loss("flatten_adapter", "peft_validation_loss")
     else:
         adapter = check_adapter(fetch_adapter(params.eval.adapter), paths.MODEL, TUNED)
+        check_foreign(adapter.folder, prepared, "eval.adapter")
+    if adapter.record and adapter.record.generation != GREEDY:
+        raise UserError(
+            f"{adapter.folder} was evaluated with {adapter.record.generation}, and here answers are greedy: the scores "
+            "would not be those of what a server gives"
+        )
     check_sums(paths.MODEL, "fetch_model")
     return Inputs(validation, test, adapter, other_losses)
 

@@ -1,4 +1,4 @@
-"""The adapter as a folder for the Hugging Face hub: its two files and a model card.
+"""The adapter as a folder for the Hugging Face hub: its files and a model card.
 
 The card's metadata follow huggingface.co/docs/hub/model-cards.
 """
@@ -18,6 +18,7 @@ from trnlora.reporting.summary import fenced, score_table
 from trnlora.reporting.templating import render
 from trnlora.serving.adapters import check_own_adapter
 from trnlora.sources import parse_source
+from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 
 # eval_vllm's key below `tuned`, name of the metric, its type on the hub (huggingface.co/metrics)
 METRICS = (
@@ -61,10 +62,11 @@ def check_hub_name(name: str) -> None:
 def write_card_folder(folder: Path, params: Params, now: Results, base: str | None) -> None:
     """Write the adapter with its card to `folder`. `base`: the base model on the hub, if there is one."""
     with atomic_dir(folder) as partial:
-        shutil.copyfile(paths.ADAPTER / "adapter_model.safetensors", partial / "adapter_model.safetensors")
-        config = read_json(paths.ADAPTER / "adapter_config.json")
+        for name in (WEIGHTS, RECORD):
+            shutil.copyfile(paths.ADAPTER / name, partial / name)
+        config = read_json(paths.ADAPTER / CONFIG)
         config["base_model_name_or_path"] = base or public(params.model.source)
-        write_json(partial / "adapter_config.json", config)
+        write_json(partial / CONFIG, config)
         (partial / "README.md").write_text(card(now, base), encoding="utf-8")
 
 

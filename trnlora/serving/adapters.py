@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 
 from trnlora import paths
 from trnlora.errors import UserError
+from trnlora.files import check_sums
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
 from trnlora.readers import read_json
-from trnlora.weights.peft_folder import CONFIG, WEIGHTS
+from trnlora.training.adapter_record import GREEDY, AdapterRecord, Generation, check_base, read_record
+from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 
 # The model names that the server's clients use.
 BASE = "base"
@@ -42,6 +44,7 @@ class Adapter:
     folder: Path
     r: int
     modules: frozenset[str]  # PEFT's names of the linear layers it changes
+    record: AdapterRecord | None = None  # what it was trained with; None for one that this project did not write
 
 
 def parse_adapters(pairs: list[str]) -> dict[str, Path]:
@@ -65,24 +68,29 @@ def parse_adapters(pairs: list[str]) -> dict[str, Path]:
 def check_adapters(pairs: list[str] | None, params: Params) -> list[Adapter]:
     """The adapters to serve: those of `pairs` (name=folder), or the pipeline's own if `pairs` is None.
 
-    Raises UserError for an adapter that vLLM would refuse or not apply.
+    Raises UserError for an adapter that vLLM would refuse or not apply, and for the pipeline's own if its files are not
+    those that flatten_adapter wrote.
     """
     if pairs is None:
+        check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
         return [check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)]
     return [check_adapter(folder, paths.MODEL, name) for name, folder in parse_adapters(pairs).items()]
 
 
 def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapter:
-    """Check what flatten_adapter writes: two files, with the rank and targets of `lora` in every layer of `model`.
+    """Check what flatten_adapter writes: its files, with the rank and targets of `lora` in every layer of `model`.
 
     Extra files are refused because NxDI loads the last weight file it finds. Raises UserError.
     """
+    written = {CONFIG, WEIGHTS, RECORD}
     if not folder.is_dir():
         raise UserError(f"the adapter {folder} is missing: {_REBUILD}")
     files = {path.name for path in folder.iterdir()}
-    if files != {CONFIG, WEIGHTS}:
-        wrong = sorted(files ^ {CONFIG, WEIGHTS})
-        raise UserError(f"{folder} must contain only {CONFIG} and {WEIGHTS}; missing or unexpected: {wrong}")
+    if files != written:
+        wrong = sorted(files ^ written)
+        raise UserError(
+            f"{folder} must contain only {', '.join(sorted(written))}; missing or unexpected: {wrong}: {_REBUILD}"
+        )
     trained = peft_modules(lora.target_modules)
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
@@ -94,7 +102,7 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
         raise UserError(f"{where} has r {config['r']}, but lora.r is {lora.r}: {_REBUILD}")
     model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, lora.r, trained, every_layer=True)
-    return Adapter(name, folder, lora.r, modules)
+    return Adapter(name, folder, lora.r, modules, _read_record(folder, model, f"{folder}"))
 
 
 def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
@@ -114,7 +122,31 @@ def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
         raise UserError(f"{where} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model")
     model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, config["r"], linear_sizes(model_config))
-    return Adapter(name, folder, config["r"], modules)
+    return Adapter(name, folder, config["r"], modules, _read_record(folder, model, f"adapter {name}: {folder}"))
+
+
+def _read_record(folder: Path, model: Path, who: str) -> AdapterRecord | None:
+    """The adapter's record, if there is one. Raises UserError if it was trained on other weights than `model` has."""
+    record = read_record(folder)
+    if record:
+        check_base(record, model, who)
+    return record
+
+
+def common_generation(adapters: Collection[Adapter]) -> Generation:
+    """The sampling defaults of a server with these adapters: those that they record, or else those of the evaluation.
+
+    Raises UserError if they record different ones: vLLM has one set for all its models.
+    """
+    recorded = [(adapter.name, adapter.record.generation) for adapter in adapters if adapter.record]
+    for name, generation in recorded[1:]:
+        first, other = recorded[0]
+        if generation != other:
+            raise UserError(
+                f"the adapters {first} and {name} were evaluated with other sampling ({other}; {generation}), and vLLM "
+                "has one set of defaults for all its models: start a server for each"
+            )
+    return recorded[0][1] if recorded else GREEDY
 
 
 def _check_tensors(

@@ -4,7 +4,8 @@ import json
 import os
 import urllib.error
 import urllib.request
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from trnlora.errors import UserError
 from trnlora.serving.adapters import NO_ADAPTER
@@ -51,13 +52,32 @@ def served_models(url: str, timeout: float = 300) -> list[str]:
         raise UserError(not_vllm(url)) from None
 
 
-def chat(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """The greedy answer of `model` to a conversation. Raises as `request` does, and if the server is not vLLM."""
-    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+def served_folders(url: str) -> dict[str, Path]:
+    """Where the server has its adapters, by name: paths of its machine. Raises as `served_models` does."""
+    reply = request(url, "/v1/models")
+    try:
+        return {model["id"]: Path(model["root"]) for model in reply["data"] if model.get("parent")}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(not_vllm(url)) from None
+
+
+class ChatReply(NamedTuple):
+    """The answer to a conversation, and the prompt that the server made of it, in token ids (None: it does not say)."""
+
+    text: str
+    prompt_token_ids: list[int] | None
+
+
+def chat(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) -> ChatReply:
+    """The answer of `model` to a conversation, with the server's sampling defaults, which are those of the evaluation.
+
+    Raises as `request` does, and if the server is not vLLM.
+    """
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "return_token_ids": True}
     reply = request(url, "/v1/chat/completions", body)
     try:
-        return reply["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError):
+        return ChatReply(reply["choices"][0]["message"]["content"] or "", reply.get("prompt_token_ids"))
+    except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(not_vllm(url)) from None
 
 

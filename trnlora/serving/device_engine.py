@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from trnlora.serving.vllm_neuron import (
     merged_environment,
     prepare_plugin,
 )
+from trnlora.training.adapter_record import GREEDY
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 SCRATCH = Path(".scratch/eval_vllm")
@@ -106,7 +107,7 @@ def neuron_engine(params: Params, tuned: Adapter) -> DeviceEngine:
     alone.mkdir()
     for name in (CONFIG, WEIGHTS):
         (alone / name).symlink_to((tuned.folder / name).resolve())
-    adapter = Adapter(TUNED, alone, tuned.r, tuned.modules)
+    adapter = replace(tuned, name=TUNED, folder=alone)
     engine = prepare_plugin(params, found.versions, adapter, SCRATCH.absolute())
     print(f"compiled graphs: {engine.compiled}", flush=True)
     models: dict[str, Path | None] = {name: engine.adapters[name] for name in (BASE, TUNED)}
@@ -123,7 +124,7 @@ def run_job(job: Job, prompts: list[list[int]], max_tokens: int) -> vllm_worker.
         "engine": job.engine,
         "models": {name: str(folder) if folder else None for name, folder in job.models.items()},
         "prompts": prompts,
-        "max_tokens": max_tokens,
+        "sampling": {**GREEDY.model_dump(), "max_tokens": max_tokens},
     }
     request_file, answers_file = SCRATCH / "request.json", SCRATCH / "answers.json"
     request_file.write_text(json.dumps(request), encoding="utf-8")

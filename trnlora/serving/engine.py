@@ -13,6 +13,7 @@ from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.serving.adapters import Adapter
 from trnlora.serving.vllm_args import engine_args, environment, failure
+from trnlora.training.adapter_record import GREEDY
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Engine:
         """Greedy answers in the order of `rows`, and the seconds they took. Raises as `generate` does."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+        sampling = SamplingParams(**GREEDY.model_dump(), max_tokens=max_tokens)
         prompts = [prompt_token_ids(row) for row in rows]
         outputs, seconds = self.generate(f"{name} answers", adapter, prompts, sampling)
         completions = [output.outputs[0] for output in outputs]

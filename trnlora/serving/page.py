@@ -1,6 +1,7 @@
 """The side-by-side page: a small web application between the browser and vLLM's server.
 
-Prompts are rendered by trnlora/data/templates.py and sent as token ids, as in training and evaluation. The page's
+Prompts are rendered by trnlora/data/templates.py, with the server's template, and sent as token ids, as in training and
+evaluation. The page's
 requests carry no API key; the application adds it, so it must not be reachable from other machines.
 """
 
@@ -24,11 +25,13 @@ from starlette.routing import Route
 from trnlora import paths
 from trnlora.data.formats import Message
 from trnlora.data.special_tokens import apply_policy
-from trnlora.data.templates import Segment, load_template, tokenize
+from trnlora.data.templates import PromptTemplate, Segment, tokenize
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.serving import client
+from trnlora.serving.prompts import served_records, served_template
+from trnlora.training.adapter_record import GREEDY
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -36,7 +39,12 @@ PAGE = Path(__file__).with_name("page.html")
 def application(params: Params, url: str) -> Starlette:
     """The page and the three requests it makes: /models, /render and /complete. url: vLLM's server."""
     tokenizer = load_tokenizer(paths.MODEL)
-    template = load_template(params.data.prompt_template, params.data.template_kwargs, tokenizer)
+    known: list[PromptTemplate] = []  # the server's template, once it has answered
+
+    def current_template() -> PromptTemplate:
+        if not known:
+            known.append(served_template(url, params, tokenizer))
+        return known[0]
 
     def message_of(question: dict[str, Any]) -> Message:
         return Message("user", question["instruction"].strip(), question["context"].strip())
@@ -45,19 +53,30 @@ def application(params: Params, url: str) -> Starlette:
         return FileResponse(PAGE)
 
     async def models(_: Request) -> Response:
+        known.clear()  # the server may have been restarted with other adapters
         try:
             names = await run_in_threadpool(client.served_models, url, 5)
+            template = await run_in_threadpool(current_template)
+            records = await run_in_threadpool(served_records, url)
         except UserError as error:
             return JSONResponse({"error": f"{error}"}, 502)
-        return JSONResponse({"models": names, "template": template.name, "max_tokens": params.eval.max_tokens})
+        sampling = next((record.generation for record in records.values()), GREEDY)
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": params.eval.max_tokens}
+        return JSONResponse({"models": names, "template": template.name, "settings": settings})
 
     async def render(request: Request) -> Response:
-        return JSONResponse({"prompt": template.render(tokenizer, [message_of(await request.json())])})
+        question = message_of(await request.json())
+        try:
+            template = await run_in_threadpool(current_template)
+            return JSONResponse({"prompt": template.render(tokenizer, [question])})
+        except UserError as error:
+            return JSONResponse({"error": f"{error}"}, 502)
 
     async def complete(request: Request) -> Response:
         question = await request.json()
         settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
         try:
+            template = await run_in_threadpool(current_template)
             messages = apply_policy(params.data.special_tokens, tokenizer, [message_of(question)])
         except UserError as error:
             return JSONResponse({"error": f"{error}"}, 400)

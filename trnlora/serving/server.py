@@ -10,13 +10,8 @@ import sys
 import threading
 import urllib.request
 from collections import deque
-from typing import Any
 
-from trnlora import paths
-from trnlora.data.templates import load_template
-from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
-from trnlora.params import Params
 from trnlora.serving.process import ENGINE_DIED, STOP_SECONDS, reason, stop
 from trnlora.serving.vllm_args import failure
 
@@ -45,14 +40,6 @@ def check_address(host: str, port: int, has_key: bool) -> None:
                 f"cannot bind {host} port {port} ({error.strerror}): stop the program that uses it, or choose another "
                 "with PORT=8001"
             ) from None
-
-
-def chat_template(params: Params) -> str:
-    """The Jinja source of data.prompt_template."""
-    tokenizer: Any = None
-    if params.data.prompt_template == "chat":  # the tokenizer's own template: only this one needs transformers
-        tokenizer = load_tokenizer(paths.MODEL)
-    return load_template(params.data.prompt_template, params.data.template_kwargs, tokenizer).jinja
 
 
 def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:

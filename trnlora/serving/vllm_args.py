@@ -16,7 +16,8 @@ from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.model.targets import fused_layers, peft_modules
 from trnlora.params import Params
-from trnlora.serving.adapters import BASE, Adapter
+from trnlora.serving.adapters import BASE, Adapter, common_generation
+from trnlora.training.adapter_record import Generation
 
 # No usage statistics and no downloads: model and tokenizer are local folders.
 PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -31,7 +32,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
     They leave room for what the pipeline trains and for `adapters`, which may have other ranks and layers. On Trainium
     they are those of an engine on the host's CPU, for eval.engine: host. Those on Trainium are in vllm_neuron.py.
 
-    Raises UserError for a LoRA rank that vLLM cannot serve.
+    Raises UserError for a LoRA rank that vLLM cannot serve, and for adapters that record different sampling defaults.
     """
     modules = set(peft_modules(params.lora.target_modules)).union(*(adapter.modules for adapter in adapters))
     args: dict[str, Any] = {
@@ -39,6 +40,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
         "dtype": params.model.dtype,
         "max_model_len": params.serve.max_model_len,
         "max_num_seqs": params.serve.max_num_seqs,
+        **sampling_args(common_generation(adapters)),
         "enable_lora": True,
         "max_loras": max(params.serve.max_loras, len(adapters)),
         "max_lora_rank": max_lora_rank(max([params.lora.r, *(adapter.r for adapter in adapters)])),
@@ -55,6 +57,16 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
         args["kv_cache_memory_bytes"] = params.serve.kv_cache_gib << 30
         args["enforce_eager"] = True  # with LoRA, vLLM's CPU platform compiles nothing anyway
     return args
+
+
+def sampling_args(generation: Generation) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that make `generation` the sampling of requests that do not say it.
+
+    By default, vLLM takes them from the model's generation_config.json: a repetition penalty or a limit on the length
+    of answers there would apply to what was evaluated without. With `vllm`, it takes nothing from there but the tokens
+    that end an answer (vllm/config/model.py, get_diff_sampling_param and try_get_generation_config).
+    """
+    return {"generation_config": "vllm", "override_generation_config": generation.model_dump()}
 
 
 def max_lora_rank(r: int) -> int:

@@ -24,9 +24,10 @@ from trnlora.errors import UserError
 from trnlora.files import SUMS, sha256
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
-from trnlora.serving.adapters import BASE, NO_ADAPTER, TUNED, Adapter
+from trnlora.serving.adapters import BASE, NO_ADAPTER, TUNED, Adapter, common_generation
 from trnlora.serving.neuron_lora import name_adapters_in_compiled, write_lora_json, write_zero_adapter
-from trnlora.serving.vllm_args import PRIVACY_ENV, flags, max_lora_rank
+from trnlora.serving.vllm_args import PRIVACY_ENV, flags, max_lora_rank, sampling_args
+from trnlora.training.adapter_record import GREEDY, Generation
 
 LORA_JSON = "lora.json"  # the file that `write_lora_json` writes
 PACKAGES = ("vllm", "vllm-neuron", "neuronx-distributed-inference", "neuronx-cc")
@@ -120,14 +121,18 @@ def check_served(server: NeuronServer) -> None:
         )
 
 
-def model_args(params: Params, model: Path) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` for a model without adapters, on convert.tp_size cores."""
+def model_args(params: Params, model: Path, generation: Generation) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` for a model without adapters, on convert.tp_size cores.
+
+    generation: the sampling of requests that do not say it.
+    """
     return {
         "model": str(model),
         "dtype": params.model.dtype,
         "tensor_parallel_size": params.convert.tp_size,
         "max_model_len": params.serve.max_model_len,
         "max_num_seqs": params.serve.max_num_seqs,
+        **sampling_args(generation),
     }
 
 
@@ -138,7 +143,7 @@ def plugin_args(params: Params, adapters: Mapping[str, Adapter], lora_json: Path
     """
     count = max(params.serve.max_loras, len(adapters))
     return {
-        **model_args(params, paths.MODEL),
+        **model_args(params, paths.MODEL, common_generation(adapters.values())),
         "enable_prefix_caching": False,
         "enable_chunked_prefill": False,
         # Without prefix caching, a block is a whole sequence: "Set num_gpu_blocks_override to exactly max_num_seqs"
@@ -171,7 +176,7 @@ def plugin_environment(params: Params, compiled: Path) -> dict[str, str]:
     }
 
 
-def merged_args(params: Params, model: Path) -> dict[str, Any]:
+def merged_args(params: Params, model: Path, generation: Generation = GREEDY) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM` for a model, with vllm-neuron without NxD Inference.
 
     It computes a prompt in segments of one size, which prefix caching needs; a prompt shorter than a segment is padded.
@@ -184,7 +189,7 @@ def merged_args(params: Params, model: Path) -> dict[str, Any]:
     if segment:
         buckets["kv_segment_size_buckets"] = [segment]
     return {
-        **model_args(params, model),
+        **model_args(params, model, generation),
         "max_num_batched_tokens": segment or length,
         "enable_prefix_caching": segment is not None,
         "additional_config": {"neuron_config": buckets},
@@ -229,7 +234,7 @@ def compiled_folder(
     engine = dict(args) | {"additional_config": {**args["additional_config"], "override_neuron_config": None}}
     shaped_by = {
         "model": sha256(sums),
-        "engine": {name: value for name, value in engine.items() if name != "model"},
+        "engine": {name: value for name, value in engine.items() if name not in ("model", *sampling_args(GREEDY))},
         "adapters": {name: [adapter.r, sorted(adapter.modules)] for name, adapter in adapters.items()},
         "hardware": [params.convert.hw_backend, params.neuron.logical_core_size],
         "versions": {name: versions.get(name) for name in PACKAGES},
@@ -296,7 +301,7 @@ def neuron_launch(
     end = ["--chat-template", str(chat_template), "--host", host, "--port", str(port)]
     if found.server is NeuronServer.MERGED:
         # `vllm serve`, without relying on PATH.
-        args = merged_args(params, paths.MERGED)
+        args = merged_args(params, paths.MERGED, common_generation([tuned]))
         command = [found.python, "-m", "vllm.entrypoints.cli.main", "serve", args.pop("model"), *flags(args)]
         command += ["--served-model-name", TUNED, *end]
         env = merged_environment(params)

@@ -26,7 +26,7 @@ class Request(TypedDict):
     # By the model's name: the PEFT folder of its adapter; None: the engine's own model. Answered one after another.
     models: dict[str, str | None]
     prompts: list[list[int]]  # token ids
-    max_tokens: int  # per answer
+    sampling: dict[str, Any]  # keyword arguments of vllm.SamplingParams
 
 
 class ModelAnswers(TypedDict):
@@ -67,7 +67,7 @@ def answer(request: Request, user: TextIO) -> Answers:
     start_seconds = time.perf_counter() - begun
     print(f"vLLM engine started in {start_seconds:.1f} s", file=user, flush=True)
 
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"])
+    sampling = SamplingParams(**request["sampling"])
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     models: dict[str, ModelAnswers] = {}
     for number, (name, folder) in enumerate(request["models"].items(), 1):

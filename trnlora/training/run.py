@@ -29,6 +29,7 @@ from trnlora.model.targets import adapter_tensors, nxd_adapter_config, trainable
 from trnlora.params import Params
 from trnlora.readers import read_json
 from trnlora.training import checkpoints, cluster
+from trnlora.training.adapter_record import TRAINED_WITH, TrainedWith
 from trnlora.training.batches import read_packed_rows, row_ids, steps_per_epoch
 from trnlora.training.checkpoints import Checkpoints, ResumePoint
 from trnlora.training.initial_adapter import random_lora_a, set_adapter
@@ -115,7 +116,7 @@ def train_locked(params: Params, config: ModelConfig, kv_groups: list[list[int]]
             if curves:
                 curves.end()
                 shutil.copytree(CURVES, partial_path(paths.CURVES), dirs_exist_ok=True)
-            save_adapter(backend, params, trainer)
+            save_adapter(backend, params, inputs, trainer)
         write_results(params, config, inputs, trainer, kept_step, progress, time.perf_counter() - started)
     trainer.strategy.barrier("end")  # no rank exits while another one still communicates
     return start.folder.parent
@@ -165,15 +166,7 @@ def read_inputs(params: Params) -> Inputs:
 def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> Start:
     """Check that all nodes have the same inputs, and let the first rank choose the checkpoint to resume from."""
     code = checkpoints.numeric_code(params.backend)
-    folder = checkpoints.run_folder(
-        {
-            "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
-            "lora": params.lora.model_dump(),
-            "train": params.train.model_dump(exclude=NOT_PART_OF_THE_RUN),
-            "inputs": inputs.digests,
-        },
-        code,
-    )
+    folder = checkpoints.run_folder({**params_of_the_run(params), "inputs": inputs.digests}, code)
     found = checkpoints.find(folder, resume_from, code) if is_first() else None
     mine = dataclasses.asdict(ResumePoint.read(found)) if found else None
     addresses = cluster.check_same_inputs(inputs.digests | {"params.yaml": params.model_dump_json()})
@@ -188,6 +181,15 @@ def agree_on_start(params: Params, inputs: Inputs, resume_from: Path | None) -> 
                 "uninterrupted run in the last digits"
             )
     return Start(folder, code, resume, addresses)
+
+
+def params_of_the_run(params: Params) -> dict[str, Any]:
+    """The params that define the result of a training, section by section."""
+    return {
+        "convert": params.convert.model_dump(include={"hw_backend", "kv_size_multiplier", "tp_size"}),
+        "lora": params.lora.model_dump(),
+        "train": params.train.model_dump(exclude=NOT_PART_OF_THE_RUN),
+    }
 
 
 def open_curves(start: Start) -> Live | None:
@@ -309,14 +311,16 @@ def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
     return kept_step
 
 
-def save_adapter(backend: TrainingBackend, params: Params, trainer: pl.Trainer) -> None:
-    """Every rank writes its file to the partial folder, which the first rank puts in place at the end."""
+def save_adapter(backend: TrainingBackend, params: Params, inputs: Inputs, trainer: pl.Trainer) -> None:
+    """Every rank writes its file, with what it comes from, to the partial folder that is put in place at the end."""
     module: Any = trainer.lightning_module
     partial = partial_path(paths.LORA_SHARDS)
     backend.save_adapter(partial, module.model)
     trainer.strategy.barrier("adapter")
     if is_first():
         write_json(partial / "adapter_config.json", nxd_adapter_config(params.lora))
+        read = {"backend": params.backend, "model": {"dtype": params.model.dtype}, **params_of_the_run(params)}
+        write_json(partial / TRAINED_WITH, TrainedWith(params=read, inputs=inputs.digests).model_dump())
         write_sums(partial)
 
 

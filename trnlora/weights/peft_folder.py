@@ -1,4 +1,4 @@
-"""PEFT folders: where their two files come from; and one to train further, checked and read tensor by tensor."""
+"""PEFT folders: where their files come from; and one to train further, checked and read tensor by tensor."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+RECORD = "trnlora.json"  # what the adapter was trained with, if this project wrote it (training/adapter_record.py)
 # Settings that make an adapter more than scaling · B A on linear layers. All are absent or empty in a plain LoRA.
 SPECIAL = (
     "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens",
@@ -27,7 +28,7 @@ def fetch_adapter(uri: str) -> Path:
     """The folder of an adapter's path:// or hf:// source, downloaded if it is on the hub and not in its cache."""
     source = parse_source(uri)
     if source.scheme == "hf":
-        return hub_snapshot(source, [CONFIG, WEIGHTS])
+        return hub_snapshot(source, [CONFIG, WEIGHTS, RECORD])
     return source.path
 
 
