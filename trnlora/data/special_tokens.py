@@ -10,10 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from trnlora.data.formats import Message
+from trnlora.data.formats import MARK, Message
 from trnlora.errors import UserError
-
-MARK = "\U0010fffd"  # a private-use character that no text has
 
 
 @functools.lru_cache(maxsize=1)  # reading a tokenizer's special tokens takes longer than encoding a row
