@@ -88,7 +88,9 @@ def choose_rows(files: list[RowsFile], params: Data) -> ChosenRows:
     shared = prompts_of_test_rows(kept)
     if shared and not params.deduplicate:
         table = file_table(files)
-        some = "; ".join(f"{row_name(table, a)} as {row_name(table, b)}" for a, b in itertools.islice(shared.items(), 3))
+        some = "; ".join(
+            f"{row_name(table, a)} as {row_name(table, b)}" for a, b in itertools.islice(shared.items(), 3)
+        )
         raise UserError(
             f"{len(shared)} train rows have the prompt of a test row, perhaps with other white space or case, so that "
             f"scores would say little: {some}. Change the column split, or set data.deduplicate: true, which leaves "
@@ -230,9 +232,13 @@ def source_warnings(chosen: ChosenRows) -> list[str]:
     for file in {file.source: file for file in chosen.files}.values():
         rows = train[file.source]
         if file.rows is not None and file.rows > rows:
-            lines.append(f"data.source: the source of {file.shown} has {rows} train rows, not the {file.rows} of `rows`")
-        elif not rows:
-            lines.append(f"data.source: the source of {file.shown} has no train rows")
+            lines.append(
+                f"data.source: the source of {file.shown} has {rows} train rows, not the {file.rows} of `rows`"
+            )
+        elif not rows and file.weight != 1:
+            lines.append(
+                f"data.source: the source of {file.shown} has no train rows, to which its weight {file.weight} applies"
+            )
     return lines
 
 
