@@ -22,6 +22,7 @@ from trnlora.data.encode import RowEncoder
 from trnlora.data.examples import PREPARED_WITH, SOURCES, PreparedWith
 from trnlora.data.rows import file_table
 from trnlora.data.source_files import data_sources, open_sources
+from trnlora.data.template_checks import check_template
 from trnlora.data.templates import load_template
 from trnlora.data.tokenizer import load_fetched_tokenizer
 from trnlora.data.tracking import check_tracked
@@ -49,6 +50,7 @@ def main() -> None:
         tokenizer = load_fetched_tokenizer(paths.MODEL)
         ModelConfig.from_folder(paths.MODEL).check_seq_len(params.seq_len)
         template = load_template(params.prompt_template, params.template_kwargs, tokenizer)
+        check_template(template, params.template_kwargs, tokenizer)
         encoder = RowEncoder(
             tokenizer, template, params.seq_len, params.overlong, params.mask_history, params.special_tokens
         )

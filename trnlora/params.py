@@ -4,6 +4,7 @@ The comments in params.yaml say what each key means; types, bounds and rules bet
 """
 
 import ipaddress
+import json
 import math
 import re
 from pathlib import Path
@@ -125,6 +126,15 @@ DataSources = Annotated[
 ]
 
 
+# What the renderer gives to a chat template, and what has a meaning in Jinja.
+RESERVED_VARIABLES = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token",
+    "unk_token", "pad_token", "raise_exception", "strftime_now", "loop", "self", "super", "caller", "varargs", "kwargs",
+    "range", "dict", "namespace", "cycler", "joiner", "lipsum", "true", "false", "none", "True", "False", "None", "and",
+    "or", "not", "in", "is", "if", "else", "elif", "for", "recursive", "set", "import", "from", "include",
+}  # fmt: skip
+
+
 class Data(Section):
     source: DataSources
     sha256: Sha256 | None
@@ -147,6 +157,15 @@ class Data(Section):
     def leaves_rows_to_train_on(self) -> "Data":
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or no row is left to train on")
+        return self
+
+    @model_validator(mode="after")
+    def variables_have_names_of_their_own(self) -> "Data":
+        for name in self.template_kwargs:
+            if not (name.isascii() and name.isidentifier()) or name in RESERVED_VARIABLES:
+                raise ValueError(
+                    f"template_kwargs: {json.dumps(name)[:60]} cannot be the name of a template's variable"
+                )
         return self
 
     @model_validator(mode="after")

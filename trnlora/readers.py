@@ -73,17 +73,30 @@ def read_jsonl(path: Path, fix: str = RECREATE) -> list[dict[str, Any]]:
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:
-    """The value of a JSON text. Raises UserError (`where` … `fix`) for what is not JSON or what Python cannot hold."""
+    """The value of a JSON text.
+
+    Raises UserError (`where` … `fix`) for what is not JSON, what Python cannot hold, and an object with a key twice.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if "\n" in text else ""  # a line of a JSONL file has its number in `where`
         reason = f"{error.msg} at {line}column {error.colno}"
     except RecursionError:
         reason = "nested too deeply"
-    except ValueError as error:  # what int() says about a number of 5,000 digits
+    except ValueError as error:  # what unique_keys says, and int() about a number of 5,000 digits
         reason = str(error)
     raise UserError(f"{where} is not valid JSON ({reason}){fix}")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its keys and values. Raises ValueError for a key that is there twice, of which json keeps one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {json.dumps(twice)[:60]} is there twice")
+    return found
 
 
 def read_yaml(path: Path) -> Any:

@@ -14,9 +14,9 @@ from trnlora.data.examples import PreparedExample
 from trnlora.data.formats import Message, Row
 from trnlora.data.packing import with_labels
 from trnlora.data.rows import Chunk, RowsFile, chunks, read_rows
-from trnlora.data.special_tokens import MARK, apply_policy, has_special_tokens, special_token_pattern
+from trnlora.data.special_tokens import MARK, apply_policy, has_special_tokens, special_ids, special_token_pattern
 from trnlora.data.split import SPLIT_CODES
-from trnlora.data.templates import Conversation, PromptTemplate, conversation, tokenize
+from trnlora.data.templates import Conversation, PromptTemplate, conversation, template_tokens, tokenize
 from trnlora.errors import UserError
 
 JSONL_SPLITS = ("validation", "test")  # written as JSONL too, for evaluation
@@ -57,7 +57,7 @@ class Counts:
     dropped: int = 0
     truncated: int = 0
     with_special_tokens: list[int] = field(default_factory=list)  # rows whose text spells a special token
-    unreachable: list[int] = field(default_factory=list)  # whose reference has one that is dropped when it is decoded
+    unreachable: list[int] = field(default_factory=list)  # whose reference is another text when it is decoded
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class RowEncoder:
     overlong: Literal["drop", "truncate"]
     mask_history: bool  # labels on the last answer only
     special_tokens: Literal["refuse", "as_text", "keep"]
+    _template_tokens: dict[Any, list[int]] = field(default_factory=dict, compare=False, repr=False)  # by shape
 
     def encode(
         self, rows: Sequence[Row], where: Callable[[int], str] = "row {}".format
@@ -100,23 +101,28 @@ class RowEncoder:
         that the model is not taught to stop in mid-sentence. The answer stays whole as the reference for scores. A row
         whose first prompt alone fills seq_len has no token left to learn from and is dropped either way.
 
-        where: what errors call the row with an id. Raises UserError for a template that does not separate turns, and
-        for the text of a special token where special_tokens is `refuse`.
+        where: what errors call the row with an id. Raises UserError for a template that loses text or does not separate
+        turns, for the text of a special token where special_tokens is `refuse`, and for text that would become one all
+        the same under `refuse` and `as_text`.
         """
         pattern = special_token_pattern(self.tokenizer)
         examples, counts = [], Counts()
         for row in rows:
             if has_special_tokens(pattern, row.messages):
                 counts.with_special_tokens.append(row.id)
-                if self.special_tokens == "keep" and has_special_tokens(pattern, row.messages[-1:]):
-                    counts.unreachable.append(row.id)
         rendered = []
         for row in rows:
             with _naming(row, where):
                 rendered.append(self._conversation(row.messages))
         tokens = tokenize(self.tokenizer, [one.segments for one in rendered])
-        for row, one, ids in zip(rows, rendered, tokens, strict=True):
+        answers = self.tokenizer.batch_decode(
+            [ids[-1][:-1] for ids in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for row, one, ids, answer in zip(rows, rendered, tokens, answers, strict=True):
+            if answer.strip() != row.messages[-1].content:
+                counts.unreachable.append(row.id)
             with _naming(row, where):
+                self._check_special_tokens(row.messages, list(itertools.chain.from_iterable(ids)))
                 example: Example | None = self._example(row, row.messages, one, ids)
                 if example and len(example) > self.seq_len:
                     example = self._truncated(example) if self.overlong == "truncate" else None
@@ -128,6 +134,28 @@ class RowEncoder:
 
     def _conversation(self, messages: Sequence[Message]) -> Conversation:
         return conversation(self.template, self.tokenizer, apply_policy(self.special_tokens, self.tokenizer, messages))
+
+    def _check_special_tokens(self, messages: Sequence[Message], tokens: Sequence[int]) -> None:
+        """Raise UserError unless the special tokens among `tokens` are those that the template writes.
+
+        Text can become one in ways of its own: two texts that the template puts side by side, or a tokenizer that
+        normalizes. Of the added tokens that are not special, those that the template writes count.
+        """
+        shape = tuple((message.role, bool(message.context)) for message in messages)
+        expected = self._template_tokens.get(shape)
+        if expected is None:
+            expected = self._template_tokens[shape] = template_tokens(self.template, self.tokenizer, shape)
+        if self.special_tokens == "keep":
+            return
+        counted = special_ids(self.tokenizer) | set(expected)
+        found = [token for token in tokens if token in counted]
+        if found != expected:
+            extra = next(iter((Counter(found) - Counter(expected)).elements()), None)
+            name = "one less" if extra is None else self.tokenizer.convert_ids_to_tokens(extra)
+            raise UserError(
+                f"its text would change the special tokens of the prompt ({name}), which data.special_tokens: "
+                f"{self.special_tokens} does not allow: remove the row, or set it to keep"
+            )
 
     def _example(
         self, row: Row, messages: tuple[Message, ...], rendered: Conversation, ids: list[list[int]]

@@ -12,6 +12,7 @@ data sets have them, is read, so that it can be counted; it is used nowhere.
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,6 +20,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from trnlora.errors import UserError
 from trnlora.params import FormatName
 
+MARK = "\U0010fffd"  # what `special_tokens` puts into text; a private-use character, refused in the data
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Role = Literal["system", "user", "assistant"]
 SPLIT_VALUES = ("train", "test")  # of the column `split`; validation rows are always drawn from train rows
 NO_CATEGORY = "all"  # the category of rows of a file without that column
@@ -46,8 +49,12 @@ class Row:
 
     @property
     def is_empty(self) -> bool:
-        """Has it a turn without text?"""
-        return not all(message.content for message in self.messages)
+        """Has it a turn in which nothing can be read, only white space or invisible characters?"""
+        return not all(any(map(_is_visible, message.content)) for message in self.messages)
+
+
+def _is_visible(char: str) -> bool:
+    return char.isprintable() and not char.isspace()
 
 
 # For each format, its columns and the names under which they are looked for. Those in OPTIONAL may be absent, but then
@@ -136,23 +143,43 @@ class RowFormat:
 def detect(first: Any, name: FormatName | Literal["auto"], columns: Mapping[str, str], where: str) -> RowFormat:
     """The format of a file from its first row. `columns`: the file's column for some of the format's columns.
 
-    Raises UserError where no format fits, where several do, or where `columns` names what is not there.
+    Raises UserError where no format fits, where several do, where `columns` names what is not there, and where one column
+    would be read as two.
     """
     if not isinstance(first, dict):
         raise UserError(f"{where} is not a JSON object with named columns, but {short(first)}")
+    _check_columns(columns, first, where)
     fitting = [
         found
         for known in get_args(FormatName)
         if name in ("auto", known) and (found := _match(known, columns, first.keys())) is not None
     ]
     if len(fitting) == 1:
+        of_column = {column: name for name, column in fitting[0].columns.items()}
+        for name, column in fitting[0].columns.items():
+            if of_column[column] != name:
+                raise UserError(
+                    f"{where}: the column {short(column)} would be read as {name} and as {of_column[column]}: name "
+                    "another for one of them in data.columns"
+                )
         return fitting[0]
-    has = f"{where} has the columns {', '.join(first) or 'none'}"
+    has = f"{where} has the columns {', '.join(short(name)[1:-1] for name in first) or 'none'}"
     if fitting:
         raise UserError(f"{has}, which fit {' and '.join(each.name for each in fitting)}: say which in data.format")
     wanted = {known: _wanted(known) for known in get_args(FormatName) if name in ("auto", known)}
     forms = "; ".join(f"{known} needs {needs}" for known, needs in wanted.items())
     raise UserError(f"{has}, which fit no format ({forms}): name them in data.columns, e.g. instruction: question")
+
+
+def _check_columns(columns: Mapping[str, str], first: dict[str, Any], where: str) -> None:
+    """Raise UserError for a key of data.columns that no format has, or a value that the first row has not."""
+    known = {name for each in COLUMNS.values() for name in each} | _COMMON.keys()
+    for name, column in columns.items():
+        if name not in known:
+            raise UserError(f"data.columns: no format has {short(name)}; known are {', '.join(sorted(known))}")
+        if column not in first:
+            has = ", ".join(short(each)[1:-1] for each in first) or "none"
+            raise UserError(f"data.columns names {short(column)} as {name}, but {where} has the columns {has}")
 
 
 def _match(name: FormatName, columns: Mapping[str, str], present: Iterable[str]) -> RowFormat | None:
@@ -189,8 +216,24 @@ def turns(value: Any, column: str, role_key: str, content_key: str, where: str) 
             found = "tool calls" if turn.get("tool_calls") else f"{role_key} {short(role)}"
             roles = "system, user and assistant" if role_key == "role" else "system, human and gpt"
             raise UserError(f"{where}: {place} has {found}; only turns of {roles} can be trained on")
+        if lost := [key for key in turn if key in _UNTRAINABLE and not _is_nothing(key, turn[key])]:
+            raise UserError(
+                f"{where}: {place} has {lost[0]} {short(turn[lost[0]])}, which would be lost: remove it, or the row"
+            )
         messages.append(Message(known, text(_joined(turn[content_key]), f"the text of {place}", where)))
     return messages
+
+
+# Keys of a turn that hold text or calls for the model, or say that the turn is not to be trained on.
+_UNTRAINABLE = (
+    "function_call", "tool_call_id", "tool_responses", "reasoning_content", "reasoning", "thinking", "refusal", "audio",
+    "images", "image", "videos", "weight", "train",
+)  # fmt: skip
+
+
+def _is_nothing(key: str, value: Any) -> bool:
+    """Is the value of such a key the one that a turn without it has?"""
+    return not value if key not in ("weight", "train") else value is None or value == 1
 
 
 def _joined(content: Any) -> Any:
@@ -221,8 +264,11 @@ def text(value: Any, column: str, where: str) -> str:
     """`value` as text without white space at its ends. Raises UserError for what is not text a tokenizer takes."""
     if not isinstance(value, str):
         raise UserError(f"{where}: {column} must be a string, but it is {short(value)}")
-    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise UserError(f"{where}: {column} contains half of a surrogate pair, which no tokenizer accepts")
+    if not value.isascii():
+        if _SURROGATE.search(value):
+            raise UserError(f"{where}: {column} contains half of a surrogate pair, which no tokenizer accepts")
+        if MARK in value:
+            raise UserError(f"{where}: {column} contains U+10FFFD, a private-use character that is reserved: remove it")
     return value.strip()
 
 

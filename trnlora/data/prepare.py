@@ -7,6 +7,7 @@ splitting needs to know of each row, once to tokenize. Token ids wait in a tempo
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ from trnlora.data.split import (
     SPLIT_CODES,
     copies_of_row,
     keep_categories,
+    prompts_of_test_rows,
     read_split_keys,
-    shared_prompts,
     split_of_row,
     split_rows,
+    with_near_prompts,
     without_duplicates,
 )
 from trnlora.data.statistics import STATISTICS_ROWS, response_statistics
@@ -43,7 +45,8 @@ class ChosenRows:
     rows_read: int
     empty: list[int]  # ids of rows that have a turn without text, and are not used
     duplicates: int  # rows whose prompt and answer an earlier row has
-    shared_prompts: int  # split.shared_prompts
+    of_test_prompts: list[int]  # ids of rows that are not trained on because a test row has their prompt
+    shared_prompts: int  # how many such prompts there are
     split_codes: bytes  # split.split_of_row
     copies: bytes  # split.copies_of_row
 
@@ -71,22 +74,39 @@ class EncodedSplit:
 
 
 def choose_rows(files: list[RowsFile], params: Data) -> ChosenRows:
-    """Read all rows of the files and divide those of data.categories into splits."""
+    """Read all rows of the files and divide those of data.categories into splits.
+
+    Raises UserError for a row that cannot be read, and where a column `split` has rows with one prompt in train and in
+    test, unless params.deduplicate leaves them out of train.
+    """
     read = read_split_keys(files, params.seed)
     chosen = keep_categories(read, params.categories)
-    kept = [key for key in chosen if not key.is_empty]
+    kept = with_near_prompts([key for key in chosen if not key.is_empty])
     if not kept:
         raise UserError(f"all {len(chosen)} rows have a turn without text")
-    distinct = without_duplicates(kept)
-    keys = distinct if params.deduplicate else kept
+    duplicates = len(kept) - len(without_duplicates(kept))
+    shared = prompts_of_test_rows(kept)
+    if shared and not params.deduplicate:
+        table = file_table(files)
+        some = "; ".join(
+            f"{row_name(table, a)} as {row_name(table, b)}" for a, b in itertools.islice(shared.items(), 3)
+        )
+        raise UserError(
+            f"{len(shared)} train rows have the prompt of a test row, perhaps with other white space or case, so that "
+            f"scores would say little: {some}. Change the column split, or set data.deduplicate: true, which leaves "
+            "them out of train"
+        )
+    keys = [key for key in kept if key.id not in shared]
+    keys = without_duplicates(keys) if params.deduplicate else keys
     splits = split_rows(keys, params.test_fraction, params.validation_fraction)
     last = read[-1].id
     return ChosenRows(
         files=files,
         rows_read=len(read),
         empty=[key.id for key in chosen if key.is_empty],
-        duplicates=len(kept) - len(distinct),
-        shared_prompts=shared_prompts(splits),
+        duplicates=duplicates,
+        of_test_prompts=list(shared),
+        shared_prompts=len({key.test_hash for key in kept if key.id in shared}),
         split_codes=split_of_row(splits, last),
         copies=copies_of_row(splits["train"], files, last),
     )
@@ -128,6 +148,8 @@ def write_splits(
         numbers = np.arange(len(documents))
         if split == "train":
             numbers = np.repeat(numbers, np.frombuffer(chosen.copies, np.uint8)[documents.ids])
+            if not len(numbers):
+                raise UserError("no train row that fits into data.seq_len is used: raise it, or weight in data.source")
         lengths = documents.lengths[numbers]
         tokens = int(lengths.sum())
         labelled = int(documents.labelled[numbers].sum())
@@ -199,6 +221,27 @@ def print_examples(chosen: ChosenRows, encoder: RowEncoder, number: int) -> None
             return
 
 
+def source_warnings(chosen: ChosenRows) -> list[str]:
+    """What to say of sources whose `rows` or `weight` has no effect."""
+    lines = []
+    codes = np.frombuffer(chosen.split_codes, np.uint8)
+    ends = [file.offset for file in chosen.files[1:]] + [len(codes) - 1]
+    train: Counter[int] = Counter()
+    for file, end in zip(chosen.files, ends, strict=True):
+        train[file.source] += int((codes[file.offset + 1 : end + 1] == SPLIT_CODES["train"]).sum())
+    for file in {file.source: file for file in chosen.files}.values():
+        rows = train[file.source]
+        if file.rows is not None and file.rows > rows:
+            lines.append(
+                f"data.source: the source of {file.shown} has {rows} train rows, not the {file.rows} of `rows`"
+            )
+        elif not rows and file.weight != 1:
+            lines.append(
+                f"data.source: the source of {file.shown} has no train rows, to which its weight {file.weight} applies"
+            )
+    return lines
+
+
 def print_counts(metrics: dict[str, Any]) -> None:
     """Print a few lines of what `dataset_metrics` counted."""
     for split in SPLIT_CODES:
@@ -224,11 +267,13 @@ def print_warnings(chosen: ChosenRows, splits: dict[str, EncodedSplit], params: 
         print(f"warning: {len(chosen.empty)} rows have a turn without text and are left out; {first(chosen.empty)}")
     if chosen.duplicates and not params.deduplicate:
         print(f"warning: {chosen.duplicates} rows repeat an earlier row's prompt and answer: see data.deduplicate")
-    if chosen.shared_prompts:
+    if chosen.of_test_prompts:
         print(
-            f"warning: {chosen.shared_prompts} prompts of test rows are trained on too, so their scores say little: "
-            "change the column split"
+            f"warning: {len(chosen.of_test_prompts)} train rows are left out, since test rows have their prompts; "
+            f"{first(chosen.of_test_prompts)}"
         )
+    for line in source_warnings(chosen):
+        print(f"warning: {line}")
     if special:
         print(
             f"warning: {len(special)} rows spell a special token (data.special_tokens: {params.special_tokens}); "
@@ -236,6 +281,6 @@ def print_warnings(chosen: ChosenRows, splits: dict[str, EncodedSplit], params: 
         )
     if unreachable:
         print(
-            f"warning: {len(unreachable)} answers have special tokens, which no answer of a model shows, so that they "
-            f"cannot match; {first(unreachable)}"
+            f"warning: {len(unreachable)} answers come back from the tokenizer as other text, without special tokens or "
+            f"with other characters, so that no model's answer can match them; {first(unreachable)}"
         )

@@ -1,5 +1,6 @@
 """The files of rows of a data set: reading them in chunks that processes share, checking every row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from trnlora.errors import UserError
 from trnlora.readers import parse_json
 
 CHUNK_BYTES = 8 << 20  # of a file, that one process reads at a time
+MAX_ROW_BYTES = 64 << 20  # of a row; a longer one is no row, but a file without line ends
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,26 @@ def chunks(file: RowsFile, size: int | None = None) -> list[Chunk]:
     found, start, line = [], 0, 1
     with file.path.open("rb") as opened:
         while block := opened.read(size):
-            block += opened.readline()
+            block += whole_line(opened.readline(MAX_ROW_BYTES), file.where(line + block.count(b"\n")))
             found.append(Chunk(file, start, start + len(block), line))
             start, line = start + len(block), line + block.count(b"\n")
     return found
+
+
+def whole_line(line: bytes, where: str) -> bytes:
+    """A line that was read with readline(MAX_ROW_BYTES). Raises UserError with `where` if it is longer than that."""
+    if len(line) >= MAX_ROW_BYTES:
+        raise UserError(f"{where} is longer than {MAX_ROW_BYTES >> 20} MiB: each line must hold one row")
+    return line
+
+
+def numbered_lines(path: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, from 1. Raises UserError (`shown` and the number) for one too long."""
+    with path.open("rb") as file:
+        number = 1
+        while line := whole_line(file.readline(MAX_ROW_BYTES), f"{shown} {number}"):
+            yield number, line
+            number += 1
 
 
 def read_rows(chunk: Chunk) -> list[Row]:

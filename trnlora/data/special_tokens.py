@@ -7,20 +7,33 @@ template writes can be told from it, and taken out again before it is tokenized.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from trnlora.data.formats import Message
+from trnlora.data.formats import MARK, Message
 from trnlora.errors import UserError
-
-MARK = "\U0010fffd"  # a private-use character that no text has
 
 
 @functools.lru_cache(maxsize=1)  # reading a tokenizer's special tokens takes longer than encoding a row
 def special_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
     """What finds the text of a special token, the longest of several; None if the tokenizer has none."""
-    texts = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts))) if texts else None
+    return _pattern(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+@functools.lru_cache(maxsize=1)
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of the special tokens."""
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
+def added_token_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    """The same for all added tokens: also those that are not special, as <think> in some tokenizers."""
+    return _pattern(token.content for token in tokenizer.added_tokens_decoder.values())
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def has_special_tokens(pattern: re.Pattern[str] | None, messages: Sequence[Message]) -> bool:

@@ -21,8 +21,8 @@ SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}  # what `split_of_row` wr
 class SplitKey:
     """What choosing and splitting need to know of a row.
 
-    test_hash, validation_hash: equal for rows with the same prompt. row_hash: for rows with the same prompt and answer.
-    is_empty: as `Row.is_empty`.
+    test_hash, validation_hash: equal for rows with the same prompt. near_hash: for rows whose prompts differ only in white
+    space and case. row_hash: for rows with the same prompt and answer. is_empty: as `Row.is_empty`.
     """
 
     id: int
@@ -30,6 +30,7 @@ class SplitKey:
     split: str | None
     test_hash: bytes
     validation_hash: bytes
+    near_hash: bytes
     row_hash: bytes
     is_empty: bool
 
@@ -38,9 +39,11 @@ def split_key(row: Row, seed: int) -> SplitKey:
     """The split key of a row. The seed goes into its hashes, which decide what is drawn."""
     *before, question = row.messages[:-1]
     prompt = json.dumps([question.content, question.context, *(list(message) for message in before)])
+    texts = [question.content, question.context, *(text for message in before for text in message)]
+    near = json.dumps([" ".join(text.casefold().split()) for text in texts])
     return SplitKey(
         row.id, row.category, row.split, _hash(f"{seed} test", prompt), _hash(f"{seed} validation", prompt),
-        _hash("row", f"{prompt[:-1]}, {json.dumps(row.messages[-1].content)}]"), row.is_empty,
+        _hash("near", near), _hash("row", f"{prompt[:-1]}, {json.dumps(row.messages[-1].content)}]"), row.is_empty,
     )  # fmt: skip
 
 
@@ -93,10 +96,30 @@ def without_duplicates(keys: list[SplitKey]) -> list[SplitKey]:
     return [key for key in keys if first.setdefault(key.row_hash, key.id) == key.id]
 
 
-def shared_prompts(splits: dict[str, list[SplitKey]]) -> int:
-    """How many prompts stand in the test rows and in the others too, where a column `split` puts them there."""
-    test = {key.test_hash for key in splits["test"]}
-    return len(test & {key.test_hash for split in ("train", "validation") for key in splits[split]})
+def with_near_prompts(keys: list[SplitKey]) -> list[SplitKey]:
+    """The rows, with the same hashes where prompts differ only in white space and case.
+
+    They then stay together as rows with the same prompt do. The hashes are the smallest ones of such rows, so that others
+    are drawn as if there were none.
+    """
+    first: dict[bytes, SplitKey] = {}
+    smallest: dict[bytes, tuple[bytes, bytes]] = {}
+    for key in keys:
+        other = first.setdefault(key.near_hash, key)
+        if other.test_hash != key.test_hash:
+            test, validation = smallest.get(key.near_hash, (other.test_hash, other.validation_hash))
+            smallest[key.near_hash] = min(test, key.test_hash), min(validation, key.validation_hash)
+    return [
+        key if (hashes := smallest.get(key.near_hash)) is None
+        else dataclasses.replace(key, test_hash=hashes[0], validation_hash=hashes[1])
+        for key in keys
+    ]  # fmt: skip
+
+
+def prompts_of_test_rows(keys: list[SplitKey]) -> dict[int, int]:
+    """The rows that a column `split` trains on although a test row has their prompt: their ids, each with that row's."""
+    test = {key.test_hash: key.id for key in reversed(keys) if key.split == "test"}
+    return {key.id: test[key.test_hash] for key in keys if key.split == "train" and key.test_hash in test}
 
 
 def split_rows(keys: list[SplitKey], test_fraction: float, validation_fraction: float) -> dict[str, list[SplitKey]]:
@@ -104,7 +127,7 @@ def split_rows(keys: list[SplitKey], test_fraction: float, validation_fraction: 
 
     A column `split` decides which rows are test rows; without one, `test_fraction` of the prompts are drawn. Validation
     rows are `validation_fraction` of the remaining prompts. Which rows are drawn depends on their prompts and the seed,
-    not on their order. Rows with the same prompt stay together, so that no prompt is both trained on and tested.
+    not on their order. Rows with the same hashes stay together, so that no prompt is both trained on and tested.
     """
     splits: dict[str, list[SplitKey]] = {split: [] for split in SPLIT_CODES}
     rest: list[SplitKey] = []
@@ -143,7 +166,8 @@ def copies_of_row(train: list[SplitKey], files: Sequence[RowsFile], last_id: int
     """How often each training row is used: byte n is that of the row with id n, from 1 to `last_id`.
 
     A source's `rows` keeps that many of its training rows, and its `weight` uses each so often: 2.5 twice, and half of
-    them once more. Which rows are drawn depends on their prompts and the seed.
+    them once more. Which rows are drawn depends on their prompts and the seed. Raises UserError for a weight that uses
+    none of a source's rows.
     """
     copies = bytearray(last_id + 1)
     starts = [file.offset for file in files]
@@ -154,6 +178,11 @@ def copies_of_row(train: list[SplitKey], files: Sequence[RowsFile], last_id: int
     for source, members in by_source.items():
         file = of_source[source]
         drawn = members if file.rows is None else heapq.nsmallest(file.rows, members, key=lambda key: key.test_hash)
+        if members and not round(file.weight * len(drawn)):
+            raise UserError(
+                f"data.source: weight {file.weight} of the {len(drawn)} training rows of {file.shown} uses none of them: "
+                "raise it, or remove the source"
+            )
         whole = int(file.weight)
         more = heapq.nsmallest(round((file.weight - whole) * len(drawn)), drawn, key=lambda key: key.test_hash)
         for members_of_part, times in ((drawn, whole), (more, 1)):

@@ -4,13 +4,17 @@ A template is a Jinja chat template, as tokenizers have them. The same string is
 so that a chat request with a row's messages becomes the very prompt that the row had in training.
 """
 
+import contextlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trnlora.data.formats import Message
+from trnlora.data.formats import Message, Role
 from trnlora.data.prompt_template import TemplateText, context_heading
-from trnlora.data.special_tokens import MARK, special_token_pattern, tokenize_marked
+from trnlora.data.special_tokens import MARK, added_token_pattern, special_token_pattern, tokenize_marked
 from trnlora.errors import UserError
 from trnlora.sources import parse_source
 
@@ -48,23 +52,66 @@ _CHAT_TEMPLATES = {
 # That the tokenizer gets at a time. It returns offsets, masks and texts too: of a whole chunk, more than 100 MB.
 BATCH_TEXTS = 1024
 
+RENDER_SECONDS = 3  # of the processor, for one conversation, which takes a millisecond
+MAX_PROMPT = 1 << 20  # characters of a prompt, on top of ten for each of its messages
+
 
 class PromptTemplate(TemplateText):
     """How messages become the text of a prompt."""
 
-    def render(self, tokenizer: Any, messages: Sequence[Message]) -> str:
+    def render(self, tokenizer: Any, messages: Sequence[Message], **variables: Any) -> str:
         """The text of messages up to where the assistant's answer begins, with the special tokens that it has.
 
-        Raises UserError if the template refuses the messages or fails.
+        variables: values of further variables of the template. Raises UserError if the template refuses the messages,
+        fails, or does not end within RENDER_SECONDS.
         """
+        chat = chat_messages(self.name, messages)
         try:
-            text: str = tokenizer.apply_chat_template(
-                chat_messages(self.name, messages), chat_template=self.jinja, add_generation_prompt=True, tokenize=False
-            )
+            with _time_limit(RENDER_SECONDS):
+                text: str = tokenizer.apply_chat_template(
+                    chat, chat_template=self.jinja, add_generation_prompt=True, tokenize=False, **variables
+                )
+        except MemoryError:
+            raise UserError(f"data.prompt_template {self.name} needs too much memory") from None
+        except _TooLong:
+            raise UserError(f"data.prompt_template {self.name} does not end within {RENDER_SECONDS} s") from None
         except Exception as error:  # jinja2's, and any that a function of the template raises
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"data.prompt_template {self.name} refuses a conversation: {reason}") from None
+            raise TemplateRefusal(f"data.prompt_template {self.name} refuses a conversation: {reason}") from None
+        if len(text) > MAX_PROMPT + 10 * sum(len(message["content"]) for message in chat):
+            raise UserError(f"data.prompt_template {self.name} makes {len(text)} characters of a short conversation")
         return text
+
+
+class TemplateRefusal(UserError):
+    """A template that does not take a conversation, by raise_exception or because it fails."""
+
+
+class _TooLong(Exception):
+    """A template has used up its time."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Raise _TooLong in the with block when it has taken so many seconds of processor time.
+
+    In other threads than the first, which gets signals, there is no limit: the page and the server get a template that
+    prepare_data has tried.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def load_template(name: str, variables: Mapping[str, Any], tokenizer: Any) -> PromptTemplate:
@@ -82,8 +129,10 @@ def load_template(name: str, variables: Mapping[str, Any], tokenizer: Any) -> Pr
             raise UserError("data.prompt_template: chat needs a tokenizer with a chat template; use dolly or alpaca")
         return PromptTemplate(name=name, jinja=settings + tokenizer.get_chat_template())
     file = parse_source(name).path
+    if file.exists() and not file.is_file():
+        raise UserError(f"data.prompt_template: {file} is not a file")
     try:
-        return PromptTemplate(name=name, jinja=settings + file.read_text("utf-8"))
+        return PromptTemplate(name=name, jinja=settings + file.read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.prompt_template: {file} cannot be read: {error}") from None
 
@@ -158,6 +207,38 @@ def _check_whole(template: PromptTemplate, prompt: str, messages: Sequence[Messa
             )
         if role != "system":
             position = found + len(text)
+
+
+# Mixed case, spaces and characters that a template could change, and no word that a template has.
+PROBE = "Qv7 “Ünï”  <b>{n}</b>\n\tjX, 漢字 & 'y'. zK{n}"
+
+
+def probe(shape: Sequence[tuple[Role, bool]]) -> list[Message]:
+    """A conversation of these roles, with a context where it is so said, whose texts are found nowhere else."""
+    texts = (PROBE.format(n=number) for number in itertools.count())
+    return [Message(role, next(texts), next(texts) if has_context else "") for role, has_context in shape]
+
+
+def template_tokens(template: PromptTemplate, tokenizer: Any, shape: Sequence[tuple[Role, bool]]) -> list[int]:
+    """The added tokens, special ones and others, that a template writes for a conversation, with the ends of answers.
+
+    Raises UserError for a template that loses text of such a conversation, does not separate its turns, or writes the
+    date: its prompts would change from day to day.
+    """
+    messages = probe(shape)
+    found = conversation(template, tokenizer, messages)
+    if template.render(tokenizer, messages[:-1], strftime_now=lambda form: f"another day: {form}") != found.prompt:
+        raise UserError(
+            f"data.prompt_template {template.name} writes the date, so that prompts change from day to day: set its "
+            "variable in data.template_kwargs, e.g. {date_string: 26 Jul 2024}, or use a copy with a fixed date"
+        )
+    pattern = added_token_pattern(tokenizer)
+    ids: list[int] = []
+    for segment in found.segments:
+        texts = pattern.findall(segment.text) if pattern else []
+        ids += tokenizer.convert_tokens_to_ids(texts)
+        ids += [] if segment.end is None else [segment.end]
+    return ids
 
 
 def end_of_answer(tokenizer: Any) -> int:

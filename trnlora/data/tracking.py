@@ -1,5 +1,6 @@
 """Whether DVC notices when a file changes that prepare_data reads."""
 
+import os
 from pathlib import Path
 
 from trnlora.data.source_files import data_sources
@@ -29,7 +30,7 @@ def check_tracked(params: Data) -> None:
         source = parse_source(uri)
         if source.scheme != "path":
             continue
-        path = source.path.absolute()
+        path = Path(os.path.normpath(source.path.absolute()))  # data/../other is not in data
         if not any(path.is_relative_to(each) for each in tracked):
             raise UserError(
                 f"{uri}: prepare_data does not depend on it in {PIPELINE}, so that DVC would not notice a change: "

@@ -6,9 +6,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from trnlora.data import rows
+from trnlora.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,7 +31,7 @@ def map_in_order(work: Callable[[Task], Result], tasks: Sequence[Task], processe
     With fewer than two processes, the work is done in this one: a small file is not worth starting others. Otherwise
     `work` is pickled and sent once to each process, so it may carry something large, such as a tokenizer. Only a few
     results are computed ahead of the one that is taken, so that they do not pile up in memory. An exception in `work`
-    or in the with block cancels the tasks that have not begun.
+    or in the with block cancels the tasks that have not begun. Raises UserError when a process was killed.
     """
     if processes < 2:
         yield map(work, tasks)
@@ -38,6 +40,10 @@ def map_in_order(work: Callable[[Task], Result], tasks: Sequence[Task], processe
     with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(work,)) as pool:
         try:
             yield _results_in_order(pool, tasks, ahead=2 * processes)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that reads the rows was killed, perhaps because memory ran out: close other programs and rerun"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
