@@ -138,8 +138,12 @@ class Convert(Section):
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"]
 
 
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). An adapter may have any rank up to one.
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class Lora(Section):
-    r: PositiveInt
+    r: Annotated[int, Field(ge=1, le=MAX_LORA_RANKS[-1])]
     lora_alpha: PositiveInt
     use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]

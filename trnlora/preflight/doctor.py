@@ -24,6 +24,7 @@ from trnlora.preflight.known_models import hub_config, is_fetched, known_config,
 from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.nxd_checks import nxd_checks
 from trnlora.preflight.plan import GIB
+from trnlora.serving.servable import check_servable
 from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
@@ -151,7 +152,7 @@ def check_vllm(params: Params) -> str:
 
 
 def check_model(params: Params) -> str:
-    """The model's config against the divisibility rules of tensor parallelism, if the config can be read.
+    """The model's config against the divisibility rules of tensor parallelism and what vLLM serves, if it can be read.
 
     For an hf:// source it is read from the hub even if it is known, since the model may be gated.
     """
@@ -160,6 +161,7 @@ def check_model(params: Params) -> str:
     if config is None:
         return f"{source.uri} is fetched by the first run, which also checks that tp_size divides it"
     check_divisible(config, params.convert)
+    check_servable(config, params)
     return (
         f"{source.uri}: {config.num_attention_heads} heads and {config.num_key_value_heads} KV heads divide by "
         f"tp_size {params.convert.tp_size} with kv_size_multiplier {params.convert.kv_size_multiplier}"
