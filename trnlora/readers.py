@@ -26,20 +26,21 @@ def read_text(path: Path, fix: str = RECREATE, where: str = "") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{where or path} is missing: run the stage that writes it (`dvc repro`)") from None
+        missing = ": run the stage that writes it (`dvc repro`)" if fix == RECREATE else fix
+        raise UserError(f"{where or path} is missing{missing}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where or path} is not valid UTF-8 ({error}){fix}") from None
 
 
 def read_json(path: Path, fix: str = RECREATE, where: str = "") -> Any:
-    """Read a JSON file. Raises UserError (… `fix`) naming the file when it is missing or not JSON. where: `read_text`"""
+    """Read a JSON file. Raises UserError (… `fix`) naming it when it is missing or not JSON. where: see `read_text`."""
     return parse_json(read_text(path, fix, where), where or str(path), fix)
 
 
 def read_json_as(path: Path, kind: type[T], fix: str = RECREATE, where: str = "") -> T:
     """Read a JSON file that holds a `kind`: a class of pydantic, a TypedDict, or a type such as dict[str, Any].
 
-    where: `read_text`. Raises UserError (… `fix`) naming the file, the key and what is wrong with its value.
+    where: see `read_text`. Raises UserError (… `fix`) naming the file, the key and what is wrong with its value.
     """
     return checked(read_json(path, fix, where), kind, where or str(path), fix)
 

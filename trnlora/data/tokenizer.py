@@ -46,8 +46,8 @@ def padding_token_id(tokenizer: Any) -> int:
 def check_tokenizer(folder: Path, vocab_size: int, where: str, fix: str) -> None:
     """Check the tokenizer of a model folder. where: what errors call the folder; fix: how they end.
 
-    Raises UserError unless its files hold JSON objects, it loads, has an EOS token, no id beyond the model's embeddings,
-    and a chat template that can be parsed, or none.
+    Raises UserError unless its files hold JSON objects and it loads, with an EOS token, no id beyond the model's
+    embeddings, and no chat template that cannot be parsed.
     """
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).is_file():
@@ -57,8 +57,8 @@ def check_tokenizer(folder: Path, vocab_size: int, where: str, fix: str) -> None
     if ids:
         token = min(ids, key=lambda token: ids[token])
         raise UserError(
-            f"{where}: the tokenizer's token {token!r} has the id {ids[token]} ({len(ids)} such tokens), and the model's "
-            f"embeddings have {vocab_size} rows: tokenizer and weights do not match"
+            f"{where}: the tokenizer's token {token!r} has the id {ids[token]} ({len(ids)} such tokens), and the "
+            f"model's embeddings have {vocab_size} rows: tokenizer and weights do not match"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(

@@ -116,7 +116,8 @@ class ModelConfig:
         config = checked(values, HFConfig, where, fix)
         if config.attention_bias not in (None, family.qkv_bias):
             raise UserError(
-                f"{where} has attention_bias: {config.attention_bias}; only {family.qkv_bias} is supported for {model_type}"
+                f"{where} has attention_bias: {config.attention_bias}; only {family.qkv_bias} is supported for "
+                f"{model_type}"
             )
         use_window = family.sliding_window if config.use_sliding_window is None else config.use_sliding_window
         windowed = family.sliding_window is not None and use_window

@@ -81,11 +81,15 @@ class HFConfig(Section):
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | list[TokenId] | None = None
     pad_token_id: TokenId | None = None
+    dtype: str | None = None  # torch_dtype before transformers 5. The one that is used is model.dtype
+    torch_dtype: str | None = None
+    auto_map: dict[str, Any] | None = None  # code of the repository, which is not run
     # Variants that the decoder does not compute.
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool | None = None
     attention_out_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
+    text_config: None = None  # of models with images
     partial_rotary_factor: One | None = None
     # Granite's. 1: transformers' defaults.
     embedding_multiplier: Factor = 1.0

@@ -37,7 +37,7 @@ class PeftConfig(BaseModel):
 
     peft_type: str
     r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[int, Field(ge=1)]
+    lora_alpha: Annotated[int | float, Field(gt=0)]
     target_modules: list[str] | str | None = None  # a string: a regular expression, or all-linear
     task_type: str | None = None
     base_model_name_or_path: str | None = None

@@ -92,9 +92,9 @@ class StoredTensor:
 class HFCheckpoint:
     """The tensors of an HF folder (one safetensors file, or several with an index).
 
-    where: what to call the folder in errors, if `folder` is not what the user knows; fix: how they end. Raises UserError
-    naming the file for a missing, truncated or unreadable one, for tensors that are no dense floats, and for an index
-    that does not agree with its files.
+    where: what to call the folder in errors, if `folder` is not what the user knows; fix: how they end. Raises
+    UserError naming the file for a missing, truncated or unreadable one, for tensors that are no dense floats, and for
+    an index that does not agree with its files.
     """
 
     def __init__(self, folder: Path, where: str = "", fix: str = FETCH_AGAIN):
@@ -110,6 +110,8 @@ class HFCheckpoint:
             self._open = opened.pop_all()
 
     def _add_file(self, opened: contextlib.ExitStack, path: Path, where: str) -> None:
+        if not path.is_file() and path.name != WEIGHTS:
+            raise UserError(f"{where} is missing, which its {INDEX} lists{self._fix}")
         header = read_header(path, where, self._fix)
         file = opened.enter_context(path.open("rb", buffering=0))
         for key, entry in header.items():
@@ -221,7 +223,7 @@ def _stored_tensors(path: Path, fd: int) -> dict[str, StoredTensor]:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise UserError(f"{path}: {name} is a view that is not contiguous: save a contiguous copy of it")
-        begin = int(tensor.untyped_storage()._checkpoint_offset or 0) + tensor.storage_offset() * tensor.itemsize
+        begin = int(tensor.untyped_storage()._checkpoint_offset or 0) + int(tensor.storage_offset()) * tensor.itemsize
         stored[name] = StoredTensor(fd, begin, tensor.dtype, tuple(tensor.shape))
     return stored
 
