@@ -6,7 +6,7 @@ are far above any model's sizes: without them, a count with three digits too man
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
@@ -14,6 +14,8 @@ Positions = Annotated[int, Field(ge=1, le=2**31)]
 Factor = Annotated[float, Field(gt=0)]
 One = Annotated[float, Field(ge=1, le=1)]
 TokenId = Annotated[int, Field(ge=-1)]  # -1: none, in early Llamas
+# One id or several.
+TokenIds = Annotated[list[TokenId], BeforeValidator(lambda ids: [ids] if isinstance(ids, int) else ids)]
 
 
 class Section(BaseModel):
@@ -79,7 +81,7 @@ class HFConfig(Section):
     use_sliding_window: bool | None = None
     layer_types: list[str] | None = None
     bos_token_id: TokenId | None = None
-    eos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenIds | None = None
     pad_token_id: TokenId | None = None
     dtype: str | None = None  # torch_dtype before transformers 5. The one that is used is model.dtype
     torch_dtype: str | None = None

@@ -15,7 +15,7 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
-from trnlora.weights.peft_folder import CONFIG, SAVE_AGAIN, WEIGHTS, read_adapter_header, read_peft_config
+from trnlora.weights.peft_folder import CONFIG, SAVE_AGAIN, SPECIAL, WEIGHTS, read_adapter_header, read_peft_config
 
 # The model names that the server's clients use.
 BASE = "base"
@@ -84,6 +84,13 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
     trained = peft_modules(lora.target_modules)
     config = read_peft_config(folder)
     where = folder / CONFIG
+    if special := config.special(SPECIAL):
+        raise UserError(f"{where} has {', '.join(special)}, which was not trained: {_REBUILD}")
+    if (config.lora_alpha, config.use_rslora) != (lora.lora_alpha, lora.use_rslora):
+        raise UserError(
+            f"{where} has lora_alpha {config.lora_alpha:g} and use_rslora {config.use_rslora}, but those of `lora` are "
+            f"{lora.lora_alpha} and {lora.use_rslora}: {_REBUILD}"
+        )
     if not isinstance(config.target_modules, list) or set(config.target_modules) != set(trained):
         raise UserError(f"{where} must have target_modules {', '.join(trained)}: {_REBUILD}")
     if not config.task_type or not config.base_model_name_or_path:
@@ -111,6 +118,12 @@ def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
         )
     model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, config.r, linear_sizes(model_config))
+    for key in read_adapter_header(folder):
+        module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if not config.is_target(module):
+            raise UserError(
+                f"{folder / CONFIG}: {module} is not among target_modules, but {WEIGHTS} has {key}{SAVE_AGAIN}"
+            )
     return Adapter(name, folder, config.r, modules)
 
 

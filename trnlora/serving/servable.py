@@ -7,7 +7,7 @@ from pydantic import Field
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
-from trnlora.model.hf_config import Section, TokenId
+from trnlora.model.hf_config import Section, TokenIds
 from trnlora.params import Params
 from trnlora.readers import read_json_as
 
@@ -45,7 +45,7 @@ class GenerationConfig(Section):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    eos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenIds | None = None
 
 
 def check_generation_config(folder: Path, vocab_size: int, where: str, fix: str) -> None:
@@ -57,8 +57,7 @@ def check_generation_config(folder: Path, vocab_size: int, where: str, fix: str)
     if not file.is_file():
         return
     config = read_json_as(file, GenerationConfig, fix, where)
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if beyond := [token for token in ids if token is not None and token >= vocab_size]:
+    if beyond := [token for token in config.eos_token_id or () if token >= vocab_size]:
         raise UserError(f"{where} has eos_token_id {beyond[0]}, which is not below vocab_size {vocab_size}{fix}")
     from transformers import GenerationConfig as TransformersConfig  # seconds
 

@@ -211,7 +211,12 @@ def check_tensors(checkpoint: "HFCheckpoint", config: ModelConfig) -> None:
     """
     dtypes: dict[str, Any] = {}
     for tensor in model_tensors(config):
-        stored = checkpoint[tensor.hf_key]
+        stored = checkpoint.stored.get(tensor.hf_key)
+        if stored is None:
+            raise UserError(
+                f"{checkpoint.where} has no tensor {tensor.hf_key}, which its config.json says "
+                f"(num_hidden_layers {config.num_hidden_layers}): config and weights are of different models"
+            )
         if stored.shape != tensor.shape:
             raise UserError(
                 f"{checkpoint.where}: {tensor.hf_key} has the shape {stored.shape}, its config.json says "

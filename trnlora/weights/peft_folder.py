@@ -1,10 +1,11 @@
 """PEFT folders: where their two files come from; and one to train further, checked and read tensor by tensor."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
@@ -30,6 +31,15 @@ SPECIAL = (
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
+def _module_names(value: Any) -> Any:
+    """PEFT takes names of modules, or all-linear, or a regular expression."""
+    if isinstance(value, str) and value:
+        re.compile(value)
+    elif not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError("it must be a list of names, or a regular expression")
+    return value
+
+
 class PeftConfig(BaseModel):
     """What is read of adapter_config.json. Strict; PEFT's other keys are not read."""
 
@@ -37,16 +47,25 @@ class PeftConfig(BaseModel):
 
     peft_type: str
     r: Annotated[int, Field(ge=1)]
-    lora_alpha: Annotated[int | float, Field(gt=0)]
-    target_modules: list[str] | str | None = None  # a string: a regular expression, or all-linear
+    lora_alpha: Annotated[float, Field(gt=0)]
+    target_modules: Annotated[list[str] | str, BeforeValidator(_module_names)]
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     use_rslora: bool = False
     init_lora_weights: bool | str | None = True
 
+    def is_target(self, module: str) -> bool:
+        """Whether PEFT would train the linear layer `module`, e.g. model.layers.0.self_attn.q_proj."""
+        if isinstance(self.target_modules, list):
+            return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+        return self.target_modules == "all-linear" or re.fullmatch(self.target_modules, module) is not None
+
     def special(self, settings: Iterable[str]) -> list[str]:
         """Those of `settings` that the adapter uses, and initial values that changed the model."""
-        used = [key for key in settings if (self.model_extra or {}).get(key)]
+        values = self.model_dump()
+        used = [key for key in settings if values.get(key)]
         init = self.init_lora_weights
         return used + [f"init_lora_weights {init}"] * (isinstance(init, str) and init.lower() not in _PLAIN_INITS)
 
@@ -98,7 +117,7 @@ def check_init_adapter(folder: Path, config: ModelConfig, lora: Lora) -> None:
         raise UserError(f"{where} has r {found.r}: set lora.r to it (it is {lora.r})")
     if (found.lora_alpha, found.use_rslora) != (lora.lora_alpha, lora.use_rslora):
         raise UserError(
-            f"{where} has lora_alpha {found.lora_alpha} and use_rslora {found.use_rslora}: set lora.lora_alpha and "
+            f"{where} has lora_alpha {found.lora_alpha:g} and use_rslora {found.use_rslora}: set lora.lora_alpha and "
             f"lora.use_rslora to them (they are {lora.lora_alpha} and {lora.use_rslora})"
         )
     for tensor, values in _tensors(folder, config, lora):

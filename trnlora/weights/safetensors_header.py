@@ -42,7 +42,7 @@ def read_header(path: Path, where: str, fix: str) -> dict[str, HeaderEntry]:
             pass
     except (SafetensorError, OSError) as error:
         reason = _wrong_size(path, size) or str(error).removeprefix("Error while deserializing header: ")
-        raise UserError(f"{where} is not a complete safetensors file ({reason}){fix}") from None
+        raise UserError(f"{where} is not a valid safetensors file ({reason}){fix}") from None
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         try:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -221,8 +222,8 @@ def _stored_tensors(path: Path, fd: int) -> dict[str, StoredTensor]:
         tensors = _load(path)
     stored = {}
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise UserError(f"{path}: {name} is a view that is not contiguous: save a contiguous copy of it")
+        if not tensor.is_contiguous() or tensor.is_neg():
+            raise UserError(f"{path}: {name} is a view of another tensor: save a contiguous copy of it")
         begin = int(tensor.untyped_storage()._checkpoint_offset or 0) + int(tensor.storage_offset()) * tensor.itemsize
         stored[name] = StoredTensor(fd, begin, tensor.dtype, tuple(tensor.shape))
     return stored
@@ -253,6 +254,8 @@ def _load(path: Path, mmap: bool | None = None) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError … for the same broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # its text names an option that would run the file's code
+            reason = "it is damaged, or holds more than tensors"
         raise UserError(f"{path} cannot be read ({reason}): rerun the stage that writes it (`dvc repro`)") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
@@ -261,4 +264,6 @@ def _load(path: Path, mmap: bool | None = None) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout is not torch.strided:
             raise UserError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}, not a dense float tensor")
+        if tensor.is_meta:  # so are those of files in torch's old format, in `_stored_tensors`
+            raise UserError(f"{path}: {name} has no values in torch's present format: save it again with torch.save")
     return tensors
