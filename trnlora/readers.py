@@ -36,27 +36,31 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-def read_text(path: Path, fix: str = RECREATE) -> str:
-    """The text of a file. Raises UserError naming it when it is missing, or not UTF-8 (then with `fix`)."""
+def read_text(path: Path, fix: str = RECREATE, where: str = "") -> str:
+    """The text of a file. Raises UserError naming it when it is missing, or not UTF-8 (then with `fix`).
+
+    where: what to call the file in errors, if `path` is a copy or a cache that the user does not know.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that writes it (`dvc repro`)") from None
+        missing = ": run the stage that writes it (`dvc repro`)" if fix == RECREATE else fix
+        raise UserError(f"{where or path} is missing{missing}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8 ({error}){fix}") from None
+        raise UserError(f"{where or path} is not valid UTF-8 ({error}){fix}") from None
 
 
-def read_json(path: Path, fix: str = RECREATE) -> Any:
-    """Read a JSON file. Raises UserError (… `fix`) naming the file when it is missing or not JSON."""
-    return parse_json(read_text(path, fix), str(path), fix)
+def read_json(path: Path, fix: str = RECREATE, where: str = "") -> Any:
+    """Read a JSON file. Raises UserError (… `fix`) naming it when it is missing or not JSON. where: see `read_text`."""
+    return parse_json(read_text(path, fix, where), where or str(path), fix)
 
 
-def read_json_as(path: Path, kind: type[T], fix: str = RECREATE) -> T:
+def read_json_as(path: Path, kind: type[T], fix: str = RECREATE, where: str = "") -> T:
     """Read a JSON file that holds a `kind`: a class of pydantic, a TypedDict, or a type such as dict[str, Any].
 
-    Raises UserError (… `fix`) naming the file, the key and what is wrong with its value.
+    where: see `read_text`. Raises UserError (… `fix`) naming the file, the key and what is wrong with its value.
     """
-    return checked(read_json(path, fix), kind, str(path), fix)
+    return checked(read_json(path, fix, where), kind, where or str(path), fix)
 
 
 def read_jsonl(path: Path, fix: str = RECREATE) -> list[dict[str, Any]]:
@@ -152,6 +156,8 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{key} is not a known key (mistyped?)"
     text = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] in ("dict_type", "model_type"):
+        text = "it must hold keys and values"
     value = detail["input"]
     if isinstance(value, str) and detail["type"].startswith(("int_", "float_")) and _is_number(value):
         text += "; write it unquoted"

@@ -31,6 +31,11 @@ class Source:
         return Path(self.name)
 
     @property
+    def where(self) -> str:
+        """What errors call it: the file or folder of a path:// source, which the user can open, otherwise the URI."""
+        return self.name if self.scheme == "path" else self.uri
+
+    @property
     def is_pinned(self) -> bool:
         """hf://: is the revision the hash of a commit, which cannot change?"""
         return re.fullmatch("[0-9a-f]{40}", self.revision) is not None

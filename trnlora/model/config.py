@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trnlora.errors import UserError
-from trnlora.readers import read_json
+from trnlora.model.hf_config import HFConfig, ModelKind
+from trnlora.readers import checked, read_json
 
 # Rows of logits that exist at once on the torch backend: 256 × 49,152 in float32 are 48 MiB. Here because the preflight
 # plan needs it without importing torch.
@@ -26,30 +27,26 @@ class Family:
     # Whether attention is limited to the last `sliding_window` tokens if config.json has no use_sliding_window; None:
     # never.
     sliding_window: bool | None = None
+    positions: int = 32768  # HF's max_position_embeddings where config.json has none
     served_by_nxdi: bool = True  # NxDI 4bcdc54, utils/constants.py, MODEL_TYPES
     required: tuple[str, ...] = ()  # keys of config.json for which HF has a default that is a number of its own
 
 
 # By HF's model_type.
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", sliding_window=True, required=("num_key_value_heads",)),
+    "llama": Family("LlamaForCausalLM", positions=2048),
+    "mistral": Family("MistralForCausalLM", sliding_window=True, positions=131072, required=("num_key_value_heads",)),
     "qwen2": Family(  # Qwen2.5 too
         "Qwen2ForCausalLM", qkv_bias=True, sliding_window=False, required=("num_key_value_heads",)
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM", qk_norm=True, sliding_window=False, required=("num_key_value_heads", "head_dim")
     ),
-    "granite": Family("GraniteForCausalLM", multipliers=True, served_by_nxdi=False),  # Granite 3
+    "granite": Family("GraniteForCausalLM", multipliers=True, positions=2048, served_by_nxdi=False),  # Granite 3
 }
 # Granite's factors: the names in HF's config and their neutral values. attention_multiplier replaces head_dim ** -0.5.
 _MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SLIDING_WINDOW = 4096  # HF's default where the key is missing
-# Keys of config.json that must have this value, if they are there.
-_ONLY: dict[str, Any] = {
-    "attention_out_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict[str, Any] | None  # None, or the keys of HF's "llama3" type
     tie_word_embeddings: bool
+    max_position_embeddings: int  # tokens; vLLM serves no longer sequences
     sliding_window: int | None  # tokens that a token attends to, itself included; None: all before it
     embedding_multiplier: float  # of the embedding's vectors
     attention_multiplier: float  # of the scores, before the softmax
@@ -90,7 +88,15 @@ class ModelConfig:
         return self.num_key_value_heads * self.head_dim
 
     def check_seq_len(self, seq_len: int) -> None:
-        """Raise UserError where a row of `seq_len` tokens would not fit the sliding window: training has none."""
+        """Raise UserError where a row of `seq_len` tokens is longer than the model's positions or sliding window.
+
+        Training has no window; vLLM serves nothing beyond the positions.
+        """
+        if seq_len > self.max_position_embeddings:
+            raise UserError(
+                f"data.seq_len {seq_len} is above the model's max_position_embeddings {self.max_position_embeddings}: "
+                f"set data.seq_len to at most {self.max_position_embeddings}"
+            )
         if self.sliding_window is not None and seq_len > self.sliding_window:
             raise UserError(
                 f"data.seq_len {seq_len} is above the model's sliding_window {self.sliding_window}, which training "
@@ -98,54 +104,62 @@ class ModelConfig:
             )
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
+    def from_hf(cls, values: Any, where: str = "config.json", fix: str = "") -> "ModelConfig":
         """Read a parsed config.json, as written by transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
-        Raises UserError for a model that `trnlora.model.decoder` does not compute exactly as HF does.
+        where: the file, for errors, which end in `fix`. Raises UserError for values of other types or out of bounds,
+        and for a model that `trnlora.model.decoder` does not compute exactly as HF does.
         """
-        family = FAMILIES.get(config.get("model_type", ""))
-        if family is None or config.get("architectures") not in (None, [family.architecture]):
-            found = " ".join(config.get("architectures") or [str(config.get("model_type"))])
-            known = ", ".join(each.architecture for each in FAMILIES.values())
-            raise UserError(f"the model is {found}; supported are {known}: choose another model.source")
-        for key, only in (_ONLY | {"attention_bias": family.qkv_bias}).items():
-            if config.get(key) not in (None, only):
-                raise UserError(f"the model's config has {key}: {config[key]}; only {only} is supported")
-        if config.get("quantization_config"):
-            raise UserError("the model is quantized: choose its dense (bf16 or fp32) version in model.source")
-        missing = [key for key in (*_REQUIRED, *family.required) if not isinstance(config.get(key), int)]
-        if missing:
-            raise UserError(f"the model's config.json lacks {', '.join(missing)}: fetch the complete HF folder")
-        rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise UserError(f"the model's rope_type is {rope_type}; only default and llama3 are supported")
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        family, model_type = _family(values, where, fix)
+        if missing := [key for key in family.required if values.get(key) is None]:
+            raise UserError(f"{where} lacks {', '.join(missing)}{fix or ': fetch the complete HF folder'}")
+        config = checked(values, HFConfig, where, fix)
+        if config.attention_bias not in (None, family.qkv_bias):
+            raise UserError(
+                f"{where} has attention_bias: {config.attention_bias}; only {family.qkv_bias} is supported for "
+                f"{model_type}"
+            )
+        use_window = family.sliding_window if config.use_sliding_window is None else config.use_sliding_window
+        windowed = family.sliding_window is not None and use_window
+        if not windowed and set(config.layer_types or ()) - {"full_attention"}:
+            raise UserError(f"{where} has layer_types other than full_attention, which are not supported")
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         factors = dict.fromkeys(_MULTIPLIERS, 1.0) | {"attention_multiplier": head_dim**-0.5}
         if family.multipliers:
-            factors = {name: config.get(name, 1.0) for name in _MULTIPLIERS}  # 1: HF's defaults
-            if wrong := [name for name, factor in factors.items() if not isinstance(factor, int | float)]:
-                raise UserError(f"the model's config.json has no number as {', '.join(wrong)}: fetch it again")
-        windowed = family.sliding_window is not None and config.get("use_sliding_window", family.sliding_window)
+            factors = {name: getattr(config, name) for name in _MULTIPLIERS}
         return cls(
-            model_type=config["model_type"],
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            model_type=model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or config.get("rope_theta", 10000.0),
-            rope_scaling=rope if rope_type == "llama3" else None,
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            sliding_window=config.get("sliding_window", _SLIDING_WINDOW) if windowed else None,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope.rope_theta or config.rope_theta or 10000.0,
+            rope_scaling=config.rope.model_dump(exclude_none=True) if config.rope.is_llama3 else None,
+            tie_word_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=config.max_position_embeddings or family.positions,
+            sliding_window=values.get("sliding_window", _SLIDING_WINDOW) if windowed else None,
             **factors,
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
-        """Read `folder`/config.json."""
-        return cls.from_hf(read_json(folder / "config.json"))
+    def from_folder(cls, folder: Path, where: str = "", fix: str = ": run `dvc repro -f fetch_model`") -> "ModelConfig":
+        """Read `folder`/config.json. where and fix as in `from_hf`; by default those of the folder of fetch_model."""
+        file = folder / "config.json"
+        return cls.from_hf(read_json(file, fix, where), where or str(file), fix)
+
+
+def _family(values: Any, where: str, fix: str) -> tuple[Family, str]:
+    """The model's family and model_type. Raises UserError for a model of another family, and for a quantized one."""
+    kind = checked(values, ModelKind, where, fix)
+    family = FAMILIES.get(kind.model_type)
+    if family is None or kind.architectures not in (None, [family.architecture]):
+        found = " ".join(kind.architectures or [kind.model_type])
+        known = ", ".join(each.architecture for each in FAMILIES.values())
+        raise UserError(f"{where}: the model is {found}; supported are {known}: choose another model.source")
+    if kind.quantization_config:
+        raise UserError(f"{where}: the model is quantized: choose its dense (bf16 or fp32) version in model.source")
+    return family, kind.model_type

@@ -171,7 +171,7 @@ def check_what_is_read(params: Params) -> str:
 
 
 def check_model(params: Params) -> str:
-    """The model's config against the divisibility rules of tensor parallelism, if the config can be read.
+    """The model's config against the divisibility rules of tensor parallelism and what vLLM serves, if it can be read.
 
     For an hf:// source it is read from the hub even if it is known, since the model may be gated.
     """

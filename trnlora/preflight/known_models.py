@@ -21,9 +21,9 @@ def known_config(params: Params) -> ModelConfig | None:
     if is_fetched(params):
         return ModelConfig.from_folder(paths.MODEL)
     if source.scheme == "path":
-        return ModelConfig.from_folder(source.path)
+        return ModelConfig.from_folder(source.path, fix="")
     if source.scheme == "hf" and stored.exists():
-        return ModelConfig.from_hf(read_json(stored))
+        return ModelConfig.from_hf(read_json(stored), str(stored))
     return None
 
 
@@ -39,7 +39,8 @@ def model_config(params: Params) -> ModelConfig:
 
 def hub_config(params: Params) -> ModelConfig:
     """The config of an hf:// source, from the hub's cache or the hub. Raises UserError if access is refused."""
-    return ModelConfig.from_folder(hub_snapshot(parse_source(params.model.source), ["config.json"]))
+    source = parse_source(params.model.source)
+    return ModelConfig.from_folder(hub_snapshot(source, ["config.json"]), f"{source.where}/config.json", fix="")
 
 
 def is_fetched(params: Params) -> bool:

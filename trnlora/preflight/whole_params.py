@@ -9,6 +9,7 @@ from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
 from trnlora.preflight.known_models import is_fetched, known_config
+from trnlora.serving.servable import check_servable
 from trnlora.sources import parse_source
 from trnlora.weights.nxd_layout import check_divisible
 
@@ -42,6 +43,7 @@ def check_fits(params: Params, config: ModelConfig) -> None:
     """Raise UserError where the model cannot be cut, trained or served as the params say."""
     check_divisible(config, params.convert)
     config.check_seq_len(params.data.seq_len)
+    check_servable(config, params)
 
 
 def sources(params: Params) -> Iterator[tuple[str, str]]:

@@ -9,8 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.files import check_sums
@@ -18,9 +16,16 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
-from trnlora.readers import read_json
 from trnlora.training.adapter_record import GREEDY, AdapterRecord, Generation, check_base, read_record
-from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
+from trnlora.weights.peft_folder import (
+    CONFIG,
+    RECORD,
+    SAVE_AGAIN,
+    SPECIAL,
+    WEIGHTS,
+    read_adapter_header,
+    read_peft_config,
+)
 
 # The model names that the server's clients use.
 BASE = "base"
@@ -28,12 +33,13 @@ TUNED = "tuned"  # the pipeline's own adapter
 # Trainium: vLLM's name for the model without any adapter, which clients must not ask for (neuron_lora.py).
 NO_ADAPTER = "no-adapter"
 
-_CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.
-_UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alora_invocation_tokens", "use_qalora")
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "layer_replication",
+)  # fmt: skip
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(lora_[AB])\.weight")
 _REBUILD = "run `dvc repro flatten_adapter`"
-_SAVE_AGAIN = "save the adapter again with PEFT, as safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,21 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
             f"{folder} must contain only {', '.join(sorted(written))}; missing or unexpected: {wrong}: {_REBUILD}"
         )
     trained = peft_modules(lora.target_modules)
-    config = read_json(folder / CONFIG)
+    config = read_peft_config(folder)
     where = folder / CONFIG
-    if missing := [key for key in _CONFIG_KEYS if not config.get(key)]:
-        raise UserError(f"{where} lacks {', '.join(missing)}: {_REBUILD}")
-    if config["peft_type"] != "LORA" or set(config["target_modules"]) != set(trained):
-        raise UserError(f"{where} must have peft_type LORA and target_modules {', '.join(trained)}: {_REBUILD}")
-    if config["r"] != lora.r:
-        raise UserError(f"{where} has r {config['r']}, but lora.r is {lora.r}: {_REBUILD}")
+    if special := config.special(SPECIAL):
+        raise UserError(f"{where} has {', '.join(special)}, which was not trained: {_REBUILD}")
+    if (config.lora_alpha, config.use_rslora) != (lora.lora_alpha, lora.use_rslora):
+        raise UserError(
+            f"{where} has lora_alpha {config.lora_alpha:g} and use_rslora {config.use_rslora}, but those of `lora` are "
+            f"{lora.lora_alpha} and {lora.use_rslora}: {_REBUILD}"
+        )
+    if not isinstance(config.target_modules, list) or set(config.target_modules) != set(trained):
+        raise UserError(f"{where} must have target_modules {', '.join(trained)}: {_REBUILD}")
+    if not config.task_type or not config.base_model_name_or_path:
+        raise UserError(f"{where} lacks task_type or base_model_name_or_path: {_REBUILD}")
+    if config.r != lora.r:
+        raise UserError(f"{where} has r {config.r}, but lora.r is {lora.r}: {_REBUILD}")
     model_config = ModelConfig.from_folder(model)
     modules = _check_tensors(folder, model_config, lora.r, trained, every_layer=True)
     return Adapter(name, folder, lora.r, modules, _read_record(folder, model, f"{folder}"))
@@ -113,16 +126,21 @@ def check_adapter(folder: Path, model: Path, name: str) -> Adapter:
     if not folder.is_dir():
         raise UserError(f"adapter {name}: there is no folder {folder}")
     if missing := sorted({CONFIG, WEIGHTS} - {path.name for path in folder.iterdir()}):
-        raise UserError(f"adapter {name}: {folder} has no {' and no '.join(missing)}: {_SAVE_AGAIN}")
-    config = read_json(folder / CONFIG)
-    where = folder / CONFIG
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int) or not config.get("lora_alpha"):
-        raise UserError(f"{where} must have peft_type LORA, r and lora_alpha: {_SAVE_AGAIN}")
-    if unsupported := [key for key in _UNSUPPORTED if config.get(key)]:
-        raise UserError(f"{where} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model")
+        raise UserError(f"adapter {name}: {folder} has no {' and no '.join(missing)}{SAVE_AGAIN}")
+    config = read_peft_config(folder)
+    if unsupported := config.special(_UNSUPPORTED):
+        raise UserError(
+            f"{folder / CONFIG} has {', '.join(unsupported)}, which vLLM does not serve: merge it into the model"
+        )
     model_config = ModelConfig.from_folder(model)
-    modules = _check_tensors(folder, model_config, config["r"], linear_sizes(model_config))
-    return Adapter(name, folder, config["r"], modules, _read_record(folder, model, f"adapter {name}: {folder}"))
+    modules = _check_tensors(folder, model_config, config.r, linear_sizes(model_config))
+    for key in read_adapter_header(folder):
+        module = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if not config.is_target(module):
+            raise UserError(
+                f"{folder / CONFIG}: {module} is not among target_modules, but {WEIGHTS} has {key}{SAVE_AGAIN}"
+            )
+    return Adapter(name, folder, config.r, modules, _read_record(folder, model, f"adapter {name}: {folder}"))
 
 
 def _read_record(folder: Path, model: Path, who: str) -> AdapterRecord | None:
@@ -157,7 +175,7 @@ def _check_tensors(
     every_layer: all `allowed` modules must be there, in every layer.
     """
     where = folder / WEIGHTS
-    shapes = _read_shapes(where)
+    shapes = {key: list(entry.shape) for key, entry in read_adapter_header(folder).items()}
     sizes = linear_sizes(config)
     found: set[tuple[int, str, str]] = set()
     for key, shape in shapes.items():
@@ -173,20 +191,11 @@ def _check_tensors(
     if every_layer:
         pairs |= {(layer, module) for layer in range(config.num_hidden_layers) for module in allowed}
     if not pairs:
-        raise UserError(f"{where} contains no tensors: {_SAVE_AGAIN}")
+        raise UserError(f"{where} contains no tensors{SAVE_AGAIN}")
     if missing := sorted({(*pair, matrix) for pair in pairs for matrix in ("lora_A", "lora_B")} - found):
         layer, module, matrix = missing[0]
         raise UserError(f"{where} lacks {len(missing)} tensors, the first is {matrix} of {module} in layer {layer}")
     return frozenset(module for _, module in pairs)
-
-
-def _read_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors of a safetensors file, by name."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a safetensors file ({error}): {_SAVE_AGAIN}") from None
 
 
 def _join(names: Collection[str]) -> str:

@@ -15,15 +15,12 @@ from pydantic import ValidationError
 from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.model.targets import fused_layers, peft_modules
-from trnlora.params import Params
+from trnlora.params import MAX_LORA_RANKS, Params
 from trnlora.serving.adapters import BASE, Adapter, common_generation
 from trnlora.training.adapter_record import Generation
 
 # No usage statistics and no downloads: model and tokenizer are local folders.
 PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-
-# The values of --max-lora-rank (vllm/config/lora.py, MaxLoRARanks). An adapter may have any rank up to the one chosen.
-_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
@@ -71,10 +68,10 @@ def sampling_args(generation: Generation) -> dict[str, Any]:
 
 def max_lora_rank(r: int) -> int:
     """The smallest --max-lora-rank that has room for rank `r`. Raises UserError if there is none."""
-    for rank in _MAX_LORA_RANKS:
+    for rank in MAX_LORA_RANKS:
         if r <= rank:
             return rank
-    raise UserError(f"LoRA rank {r} is above {_MAX_LORA_RANKS[-1]}, the largest rank that vLLM serves")
+    raise UserError(f"LoRA rank {r} is above {MAX_LORA_RANKS[-1]}, the largest rank that vLLM serves")
 
 
 def environment(params: Params) -> dict[str, str]:

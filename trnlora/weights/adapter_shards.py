@@ -6,6 +6,7 @@ Keys are NxD's, e.g. model.layers.N.self_attn.qkv_proj.lora_A.weight; shapes and
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, nxd_adapter_config, rank_shapes
 from trnlora.model.tensors import Cut
 from trnlora.params import Convert, Lora
-from trnlora.readers import read_json
+from trnlora.readers import read_json_as
 from trnlora.weights.nxd_layout import kv_replica_groups, rank_blocks
 from trnlora.weights.storage import LORA_TAG, load_rank, rank_file
 
@@ -51,8 +52,8 @@ def rank_part(tensor: AdapterTensor, whole: Tensor, config: ModelConfig, convert
 def _check_files(folder: Path, files: list[Path], lora: Lora) -> None:
     unexpected = sorted(set(files[0].parent.glob("*")) - set(files))
     if unexpected:
-        raise UserError(f"{unexpected[0]} does not belong to a run of tp_size {len(files)}: delete {folder} and rerun")
-    found = read_json(folder / "adapter_config.json")
+        raise UserError(f"{unexpected[0]} does not belong to a run of tp_size {len(files)}: rerun finetune_lora")
+    found = read_json_as(folder / "adapter_config.json", dict[str, Any], ": rerun finetune_lora")
     for key, value in nxd_adapter_config(lora).items():
         if found.get(key) != value:
             raise UserError(
@@ -61,7 +62,7 @@ def _check_files(folder: Path, files: list[Path], lora: Lora) -> None:
 
 
 def _check_values(file: Path, shard: dict[str, Tensor], table: list[AdapterTensor], convert: Convert) -> None:
-    """Names, shapes and finiteness of one rank's tensors."""
+    """Names, shapes, dtype and finiteness of one rank's tensors."""
     expected = rank_shapes(table, convert.tp_size, convert.kv_size_multiplier)
     shapes = {name: tuple(tensor.shape) for name, tensor in shard.items()}
     if shapes != expected:
@@ -71,6 +72,8 @@ def _check_values(file: Path, shard: dict[str, Tensor], table: list[AdapterTenso
             "rerun finetune_lora with these params"
         )
     for name, tensor in shard.items():
+        if tensor.dtype != torch.float32:
+            raise UserError(f"{file}: {name} is {tensor.dtype}, expected torch.float32: rerun finetune_lora")
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} holds NaN or Inf: lower train.lr and rerun finetune_lora")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +63,16 @@ def write_shards(model: Path, shards: Path, config: ModelConfig, convert: Conver
 def write_hf_folder(shards: Path, model: Path, folder: Path, config: ModelConfig, convert: Convert) -> None:
     """Write the shards below `shards` as the HF folder `folder`, with the config and tokenizer of `model`.
 
-    Raises UserError when the shards' KV heads are not in the order of convert.hw_backend, when ranks that must hold
-    equal values differ, or when the disk has too little space.
+    Raises UserError when the shards are not of this model and `convert`, when their KV heads are not in the order of
+    convert.hw_backend, when ranks that must hold equal values differ, or when the disk has too little space.
     """
     with contextlib.ExitStack() as files:
         ranks = [
             files.enter_context(open_rank_file(rank_file(shards, PRETRAINED_TAG, rank)))
             for rank in range(convert.tp_size)
         ]
+        for rank, tensors in enumerate(ranks):
+            _check_rank(rank_file(shards, PRETRAINED_TAG, rank), tensors, shard_shapes(config, convert, rank), ranks[0])
         order = kv_order(ranks, config, convert)
         if order != convert.hw_backend:
             raise UserError(
@@ -78,8 +80,7 @@ def write_hf_folder(shards: Path, model: Path, folder: Path, config: ModelConfig
                 "NxD's converter writes such shards for trn2, where they give wrong logits; convert the HF folder again"
             )
         slices = slices_of_hf_tensors([shard_slices(config, convert, rank) for rank in range(convert.tp_size)], ranks)
-        dtype = next(iter(ranks[0].values())).dtype
-        specs = {name: (shape, dtype) for name, shape in hf_shapes(config).items()}
+        specs = {name: (shape, slices[name][0].tensor.dtype) for name, shape in hf_shapes(config).items()}
         size = stored_bytes(specs)
         folder.parent.mkdir(parents=True, exist_ok=True)
         check_space(folder, size)
@@ -93,6 +94,23 @@ def write_hf_folder(shards: Path, model: Path, folder: Path, config: ModelConfig
                 return block.size
 
             show_progress(each_block(target, move, convert.buffer_mib * 2**20), size, "writing HF folder")
+
+
+def _check_rank(
+    file: Path,
+    tensors: Mapping[str, StoredTensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    first: Mapping[str, StoredTensor],
+) -> None:
+    """Raise UserError unless a rank has the tensors of `shapes`, in the dtypes of the `first` rank."""
+    for name, shape in shapes.items():
+        found = tensors[name].shape if name in tensors else "none"
+        if found != shape:
+            raise UserError(
+                f"{file}: {name} has the shape {found}, expected {shape}: these are shards of another model"
+            )
+        if tensors[name].dtype != first[name].dtype:
+            raise UserError(f"{file}: {name} is {tensors[name].dtype}, on the first rank {first[name].dtype}")
 
 
 def check_space(target: Path, size: int) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -21,10 +22,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trnlora.errors import UserError
 from trnlora.files import SUMS, atomic_file, write_json
-from trnlora.readers import read_json
+from trnlora.weights.safetensors_header import INDEX, WEIGHTS, read_header, read_index
 
 PRETRAINED_TAG = "pretrained_weight"  # nxd.load_checkpoint(path, tag="pretrained_weight")
 LORA_TAG = "lora"  # nxd.save_checkpoint(path, tag="lora")
+
+FETCH_AGAIN = ": fetch the model again (`dvc repro -f fetch_model`)"
 
 MAX_FILE_BYTES = 5 * 10**9  # of one safetensors file, as save_pretrained splits them
 
@@ -47,6 +50,7 @@ class StoredTensor:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    file: str = ""  # the file's name, of an HF folder
 
     @property
     def rows(self) -> int:
@@ -89,29 +93,35 @@ class StoredTensor:
 class HFCheckpoint:
     """The tensors of an HF folder (one safetensors file, or several with an index).
 
-    Raises UserError naming the file for a missing, truncated or unreadable one.
+    where: what to call the folder in errors, if `folder` is not what the user knows; fix: how they end. Raises
+    UserError naming the file for a missing, truncated or unreadable one, for tensors that are no dense floats, and for
+    an index that does not agree with its files.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, where: str = "", fix: str = FETCH_AGAIN):
+        self.where, self._fix = where or str(folder), fix
         self.stored: dict[str, StoredTensor] = {}
-        self._open = contextlib.ExitStack()
-        index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        for name in files:
-            header, data_start = safetensors_header(folder / name)
-            file = self._open.enter_context((folder / name).open("rb", buffering=0))
-            for key, entry in header.items():
-                if entry["dtype"] not in SAFETENSORS_DTYPES:
-                    raise UserError(
-                        f"{folder / name}: {key} is {entry['dtype']}, not a dense float: fetch another model"
-                    )
-                self.stored[key] = StoredTensor(
-                    file.fileno(),
-                    data_start + entry["data_offsets"][0],
-                    SAFETENSORS_DTYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                )
+        index = read_index(folder / INDEX, f"{self.where}/{INDEX}", fix) if (folder / INDEX).exists() else None
+        with contextlib.ExitStack() as opened:
+            for name in sorted(set(index.values())) if index else [WEIGHTS]:
+                self._add_file(opened, folder / name, f"{self.where}/{name}")
+                for key in (key for key, file in (index or {}).items() if file == name):
+                    if key not in self.stored or self.stored[key].file != name:
+                        raise UserError(f"{self.where}/{name} has no tensor {key}, which its {INDEX} says{fix}")
+            self._open = opened.pop_all()
+
+    def _add_file(self, opened: contextlib.ExitStack, path: Path, where: str) -> None:
+        if not path.is_file() and path.name != WEIGHTS:
+            raise UserError(f"{where} is missing, which its {INDEX} lists{self._fix}")
+        header = read_header(path, where, self._fix)
+        file = opened.enter_context(path.open("rb", buffering=0))
+        for key, entry in header.items():
+            if entry.dtype not in SAFETENSORS_DTYPES:
+                raise UserError(f"{where}: {key} is {entry.dtype}, not a dense float: fetch another model")
+            if key in self.stored:
+                raise UserError(f"{where}: {key} is in {self.stored[key].file} too{self._fix}")
+            dtype = SAFETENSORS_DTYPES[entry.dtype]
+            self.stored[key] = StoredTensor(file.fileno(), entry.offset, dtype, entry.shape, path.name)
 
     def __enter__(self) -> "HFCheckpoint":
         return self
@@ -121,30 +131,8 @@ class HFCheckpoint:
 
     def __getitem__(self, key: str) -> StoredTensor:
         if key not in self.stored:
-            raise UserError(f"{self.folder} has no tensor {key}: fetch the model again (`dvc repro -f fetch_model`)")
+            raise UserError(f"{self.where} has no tensor {key}{self._fix}")
         return self.stored[key]
-
-
-def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header by tensor, and the offset of its data, after checking that the file is complete.
-
-    The format: an 8-byte little-endian header length, the JSON header, the data.
-    Raises UserError naming the file when it is missing, has no readable header or a length other than the header says.
-    """
-    if not path.exists():
-        raise UserError(f"{path} is missing: fetch the model again (`dvc repro -f fetch_model`)")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        try:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_size) if header_size < size else b"")
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path} has no readable safetensors header: fetch the model again") from None
-    if size != 8 + header_size + end:
-        raise UserError(f"{path} has {size} bytes where its header says {8 + header_size + end}: fetch the model again")
-    return header, 8 + header_size
 
 
 def stored_bytes(specs: Specs) -> int:
@@ -195,11 +183,11 @@ def create_hf_folder(folder: Path, specs: Specs) -> Iterator[dict[str, StoredTen
         filled += size
     names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     if len(files) == 1:
-        names = ["model.safetensors"]
+        names = [WEIGHTS]
     else:
         weight_map = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
         index = {"metadata": {"total_size": stored_bytes(specs)}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX, index)
     with contextlib.ExitStack() as stack:
         stored: dict[str, StoredTensor] = {}
         for name, keys in zip(names, files, strict=True):
@@ -232,10 +220,13 @@ def open_rank_file(path: Path) -> Iterator[dict[str, StoredTensor]]:
 def _stored_tensors(path: Path, fd: int) -> dict[str, StoredTensor]:
     with FakeTensorMode():  # reads the pickle alone, and where each storage lies
         tensors = _load(path)
-    return {
-        name: StoredTensor(fd, int(tensor.untyped_storage()._checkpoint_offset or 0), tensor.dtype, tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
+    stored = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous() or tensor.is_neg():
+            raise UserError(f"{path}: {name} is a view of another tensor: save a contiguous copy of it")
+        begin = int(tensor.untyped_storage()._checkpoint_offset or 0) + int(tensor.storage_offset()) * tensor.itemsize
+        stored[name] = StoredTensor(fd, begin, tensor.dtype, tuple(tensor.shape))
+    return stored
 
 
 def save_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -247,7 +238,7 @@ def save_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def load_rank(path: Path) -> dict[str, torch.Tensor]:
     """Read one rank's flat dict of tensors, mapped from the file, so that untouched tensors cost no memory.
 
-    Raises UserError naming the file when it is missing, cut short or holds anything but tensors.
+    Raises UserError naming the file when it is missing, cut short or holds anything but dense float tensors by name.
     """
     _check_exists(path)
     return _load(path, mmap=True)
@@ -263,7 +254,16 @@ def _load(path: Path, mmap: bool | None = None) -> dict[str, torch.Tensor]:
         tensors = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError … for the same broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}): delete it and run `dvc repro`") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        if isinstance(error, pickle.UnpicklingError):  # its text names an option that would run the file's code
+            reason = "it is damaged, or holds more than tensors"
+        raise UserError(f"{path} cannot be read ({reason}): rerun the stage that writes it (`dvc repro`)") from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
         raise UserError(f"{path} is not a flat dict of tensors, so it is not an NxD checkpoint of this pipeline")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SAFETENSORS_DTYPES.values() or tensor.layout is not torch.strided:
+            raise UserError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}, not a dense float tensor")
+        if tensor.is_meta:  # so are those of files in torch's old format, in `_stored_tensors`
+            raise UserError(f"{path}: {name} has no values in torch's present format: save it again with torch.save")
     return tensors
