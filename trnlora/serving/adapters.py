@@ -18,13 +18,18 @@ from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
 from trnlora.readers import read_json
+from trnlora.serving.access import NO_ADAPTER
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 # The model names that the server's clients use.
 BASE = "base"
 TUNED = "tuned"  # the pipeline's own adapter
-# Trainium: vLLM's name for the model without any adapter, which clients must not ask for (neuron_lora.py).
-NO_ADAPTER = "no-adapter"
+# Names that no adapter can have. An adapter called like a kind of message content, up to its first "_" ("text" for a part
+# {"type": "text"}), would answer the chat requests for `base` that have such content (vllm/entrypoints/serve/engine/
+# serving.py, _get_active_default_mm_loras; the kinds: vllm/renderers/chat_utils.py, MM_PARSER_MAP).
+RESERVED = frozenset(
+    {NO_ADAPTER, "text", "thinking", "input", "output", "image", "audio", "video", "prompt", "refusal", "tool"}
+)
 
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.
@@ -56,6 +61,8 @@ def parse_adapters(pairs: list[str]) -> dict[str, Path]:
             raise UserError(
                 f'adapter {pair!r} must have the form name=folder, as in ADAPTERS="dolly=artifacts/adapter"'
             )
+        if name in RESERVED:
+            raise UserError(f"adapter name {name!r} has a meaning of its own in vLLM: choose another name")
         if name == BASE or name in folders:
             raise UserError(f"adapter name {name!r} is taken: give each adapter its own name, other than {BASE}")
         folders[name] = Path(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -41,6 +42,14 @@ def application(params: Params, url: str) -> Starlette:
     def message_of(question: dict[str, Any]) -> Message:
         return Message("user", question["instruction"].strip(), question["context"].strip())
 
+    async def question_of(request: Request) -> dict[str, Any]:
+        # A browser sends JSON for another site only if the server allows it (CORS), which this one does not: no other
+        # site that is open in the browser can ask questions with the key.
+        if request.headers.get("Content-Type") != "application/json":
+            raise HTTPException(415, "send JSON")
+        question: dict[str, Any] = await request.json()
+        return question
+
     async def page(_: Request) -> Response:
         return FileResponse(PAGE)
 
@@ -52,10 +61,10 @@ def application(params: Params, url: str) -> Starlette:
         return JSONResponse({"models": names, "template": template.name, "max_tokens": params.eval.max_tokens})
 
     async def render(request: Request) -> Response:
-        return JSONResponse({"prompt": template.render(tokenizer, [message_of(await request.json())])})
+        return JSONResponse({"prompt": template.render(tokenizer, [message_of(await question_of(request))])})
 
     async def complete(request: Request) -> Response:
-        question = await request.json()
+        question = await question_of(request)
         settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
         try:
             messages = apply_policy(params.data.special_tokens, tokenizer, [message_of(question)])
@@ -84,8 +93,8 @@ async def stream_completion(url: str, body: dict[str, Any]) -> Response:
         reply = await web.send(request, stream=True)
     except httpx.HTTPError as error:
         await web.aclose()
-        return JSONResponse({"error": client.unreachable(url, error)}, 502)
-    if reply.status_code != 200:
+        return JSONResponse({"error": f"{client.no_answer(url, error)}"}, 502)
+    if reply.status_code != 200 or not reply.headers.get("Content-Type", "").startswith("text/event-stream"):
         text = (await reply.aread()).decode(errors="replace")
         await web.aclose()
         return JSONResponse({"error": client.refusal(url, reply.status_code, text)}, 502)
