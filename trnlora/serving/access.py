@@ -1,11 +1,11 @@
 """What the server answers: the routes that it serves, with the key, from the model that is named. All else is refused.
 
 vLLM asks for VLLM_API_KEY below a few paths only and answers the others without it: "Do not rely exclusively on
---api-key for securing access to vLLM", but put an allow-list of routes before it (vLLM, docs/usage/security.md). `Access`
-is that list, in vLLM's process: vllm_args.py passes it with --middleware, and vLLM makes it the outermost layer of its
-application. A route that another version of vLLM adds is refused until it is written here.
+--api-key for securing access to vLLM", but put an allow-list of routes before it (vLLM, docs/usage/security.md).
+`Access` is that list, in vLLM's process: vllm_args.py passes it with --middleware, and vLLM makes it the outermost
+layer of its application. A route that another version of vLLM adds is refused until it is written here.
 
-vLLM's process may be of another Python environment, so this imports the standard library only, on Python 3.10 and later.
+vLLM's process may be of another Python environment, so this imports the standard library only, on Python 3.10 or later.
 """
 
 import hashlib
@@ -23,6 +23,12 @@ Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None
 
 # Trainium: vLLM's name for the model without any adapter. A request that reaches it ends the engine (neuron_lora.py).
 NO_ADAPTER = "no-adapter"
+# Names that no adapter can have. One called like a kind of message content, up to its first "_" (`text` for a part of
+# {"type": "text"}), would answer the chat requests for `base` that have such content (vllm/entrypoints/serve/engine/
+# serving.py, _get_active_default_mm_loras; the kinds: vllm/renderers/chat_utils.py, MM_PARSER_MAP).
+RESERVED = frozenset(
+    {NO_ADAPTER, "text", "thinking", "input", "output", "image", "audio", "video", "prompt", "refusal", "tool"}
+)
 
 # Method and path of each route. Paths are compared as they are: a trailing slash or another case is another path.
 OPEN = frozenset({("GET", "/health")})  # answered without the key
@@ -35,6 +41,9 @@ ANSWERS = frozenset(
         ("POST", "/v1/messages"),
     }
 )
+# vLLM has these only with serve.runtime_adapters: vllm_args.server_environment.
+LOAD = ("POST", "/v1/load_lora_adapter")
+UNLOAD = ("POST", "/v1/unload_lora_adapter")
 SERVED = (
     OPEN
     | ANSWERS
@@ -46,9 +55,8 @@ SERVED = (
         ("GET", "/metrics"),
         ("GET", "/load"),
         ("GET", "/version"),
-        # vLLM has these only with serve.runtime_adapters: vllm_args.server_environment.
-        ("POST", "/v1/load_lora_adapter"),
-        ("POST", "/v1/unload_lora_adapter"),
+        LOAD,
+        UNLOAD,
     }
 )
 
@@ -75,14 +83,11 @@ class Access:
             await _refuse(scope, send, 401, "AuthenticationError", _NO_KEY)
         elif route not in SERVED:
             await _refuse(scope, send, 404, "NotFoundError", f"{' '.join(route)} is not served")
-        elif route not in ANSWERS:
+        elif route not in ANSWERS and route != LOAD:
             await self._app(scope, receive, send)
         elif (body := await _read(receive)) is not None:
-            model = _model(body)
-            if model is None:
-                await _refuse(scope, send, 400, "BadRequestError", 'name a model: "model" is missing or empty', "model")
-            elif model == NO_ADAPTER:
-                await _refuse(scope, send, 404, "NotFoundError", f"The model `{model}` does not exist.", "model")
+            if problem := _load_problem(body) if route == LOAD else _answer_problem(body):
+                await _refuse(scope, send, *problem)
             else:
                 await self._app(scope, _replay(body, receive), send)
 
@@ -99,13 +104,34 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _model(body: bytes) -> Any:
-    """The "model" of a request; None if it has none or an empty one, "" if vLLM will refuse the body itself."""
+def _answer_problem(body: bytes) -> tuple[int, str, str] | None:
+    """Status, kind and message of the error for a request of ANSWERS; None if vLLM may have it, to answer or refuse."""
+    request = _parse(body)
+    if request is None:
+        return None
+    model = request.get("model")
+    if not model:
+        return 400, "BadRequestError", 'name a model: "model" is missing or empty'
+    if model == NO_ADAPTER:
+        return 404, "NotFoundError", f"The model `{model}` does not exist."
+    return None
+
+
+def _load_problem(body: bytes) -> tuple[int, str, str] | None:
+    """The same of a request for LOAD."""
+    name = (_parse(body) or {}).get("lora_name")
+    if isinstance(name, str) and name in RESERVED:
+        return 400, "BadRequestError", f"`{name}` has a meaning of its own in vLLM: choose another name"
+    return None
+
+
+def _parse(body: bytes) -> dict[str, Any] | None:
+    """The JSON object of a request, as vLLM reads it; None for what is none, which vLLM refuses."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError):
-        return ""
-    return (request.get("model") or None) if isinstance(request, dict) else ""
+        return None
+    return request if isinstance(request, dict) else None
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -131,16 +157,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(
-    scope: MutableMapping[str, Any], send: Send, status: int, kind: str, message: str, param: str | None = None
-) -> None:
+async def _refuse(scope: MutableMapping[str, Any], send: Send, status: int, kind: str, message: str) -> None:
     """Answer with an error in vLLM's form, to a websocket before it is accepted."""
     websocket = scope["type"] == "websocket"
     if websocket and "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008, "reason": message})
         return
     start = "websocket.http.response" if websocket else "http.response"
-    error = {"message": message, "type": kind, "param": param, "code": status}
+    error = {"message": message, "type": kind, "param": None, "code": status}
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:

@@ -18,18 +18,12 @@ from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
 from trnlora.readers import read_json
-from trnlora.serving.access import NO_ADAPTER
+from trnlora.serving.access import RESERVED
 from trnlora.weights.peft_folder import CONFIG, WEIGHTS
 
 # The model names that the server's clients use.
 BASE = "base"
 TUNED = "tuned"  # the pipeline's own adapter
-# Names that no adapter can have. An adapter called like a kind of message content, up to its first "_" ("text" for a part
-# {"type": "text"}), would answer the chat requests for `base` that have such content (vllm/entrypoints/serve/engine/
-# serving.py, _get_active_default_mm_loras; the kinds: vllm/renderers/chat_utils.py, MM_PARSER_MAP).
-RESERVED = frozenset(
-    {NO_ADAPTER, "text", "thinking", "input", "output", "image", "audio", "video", "prompt", "refusal", "tool"}
-)
 
 _CONFIG_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules")
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.

@@ -115,7 +115,7 @@ def refusal(url: str, status: int, text: str) -> str:
 def no_answer(url: str, error: httpx.HTTPError | httpx.InvalidURL) -> UserError:
     """The error for a request that got no answer: Unreachable, unless a server is there."""
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return UserError(f"{url} is not the address of a server ({error}): give one such as http://127.0.0.1:8000")
+        return UserError(f"{url!r} is not the address of a server ({error}): give one such as http://127.0.0.1:8000")
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
         return UserError(f"the server at {url} accepted the request and did not answer in time: is it overloaded?")
     # h11 says so of a server that ends in the middle of a request; of any other reply, that it is not HTTP.
