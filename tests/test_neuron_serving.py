@@ -39,7 +39,7 @@ PYTHON = "/opt/aws_neuronx_venv_pytorch_inference_vllm_0_16/bin/python"
 NXDI = {"vllm": "0.16.0", "vllm-neuron": "0.5.0", "neuronx-distributed-inference": "0.10.18399", "neuronx-cc": "2.26"}
 TORCH_NEURON = {"vllm": "0.24.0", "vllm-neuron": "0.24.0.1.1.0", "neuronx-distributed-inference": None}
 COMMON = "--dtype bfloat16 --tensor-parallel-size 32 --max-model-len 8192 --max-num-seqs 16"
-END = "--chat-template {scratch}/chat.jinja --host 127.0.0.1 --port 8000"
+END = "--chat-template {scratch}/chat.jinja --middleware trnlora.serving.access.Access --host 127.0.0.1 --port 8000"
 
 
 def with_params(params: Params, **sections: dict[str, Any]) -> Params:
