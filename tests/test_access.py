@@ -52,7 +52,7 @@ def test_every_route_of_vllm_needs_the_key_and_few_are_served(eval_worker: EvalW
     assert {kind.split("_")[0] for kind in found["content"]} <= RESERVED
 
 
-async def answering(scope: dict[str, Any], receive: Any, send: Any) -> None:
+async def answering(scope: Any, receive: Any, send: Any) -> None:
     """An application that answers everything."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
 

@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 # As asgiref and starlette name them.
+Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Trainium: vLLM's name for the model without any adapter. A request that reaches it ends the engine (neuron_lora.py).
 NO_ADAPTER = "no-adapter"
@@ -74,7 +75,7 @@ class Access:
         key = os.environ.get("VLLM_API_KEY", "")
         self._key = _digest(key.encode("utf-8", "surrogateescape")) if key else None
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -91,7 +92,7 @@ class Access:
             else:
                 await self._app(scope, _replay(body, receive), send)
 
-    def _has_key(self, scope: MutableMapping[str, Any]) -> bool:
+    def _has_key(self, scope: Scope) -> bool:
         if self._key is None:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -157,7 +158,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(scope: MutableMapping[str, Any], send: Send, status: int, kind: str, message: str) -> None:
+async def _refuse(scope: Scope, send: Send, status: int, kind: str, message: str) -> None:
     """Answer with an error in vLLM's form, to a websocket before it is accepted."""
     websocket = scope["type"] == "websocket"
     if websocket and "websocket.http.response" not in scope.get("extensions", {}):
