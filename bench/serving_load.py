@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens (default: %(default)s)")
     args = parser.parse_args()
-    client.request(args.url, "/health", timeout=5)  # fails with one clear line if no server answers
+    client.check_model(args.model, client.served_models(args.url, timeout=5))
 
     print("clients  requests/s  tokens/s   TTFT ms p50     p99   ITL ms p50     p99", flush=True)
     for clients in args.clients:

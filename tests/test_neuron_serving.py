@@ -45,7 +45,7 @@ SAMPLING = [
     '{"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, '
     '"presence_penalty": 0.0, "frequency_penalty": 0.0}',
 ]
-END = "--chat-template {scratch}/chat.jinja --host 127.0.0.1 --port 8000"
+END = "--chat-template {scratch}/chat.jinja --middleware trnlora.serving.access.Access --host 127.0.0.1 --port 8000"
 
 
 def with_params(params: Params, **sections: dict[str, Any]) -> Params:

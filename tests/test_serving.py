@@ -175,6 +175,7 @@ def test_dry_run_prints_command_and_environment_but_no_key(workdir: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert all(f"{name}={value}" in done.stdout for name, value in PRIVACY_ENV.items())
     assert "--served-model-name base --lora-modules tuned=artifacts/adapter" in done.stdout
+    assert "--middleware trnlora.serving.access.Access" in done.stdout
     assert "--host 0.0.0.0 --port 8000" in done.stdout
     assert "VLLM_API_KEY: set" in done.stdout
     assert "s3cret" not in done.stdout + done.stderr
@@ -206,6 +207,8 @@ def test_dry_run_on_neuron_prints_the_command_and_lora_json(neuron_workdir: Path
     assert "VLLM_NEURON_FRAMEWORK=neuronx-distributed-inference" in env.split()
     # libneuronpjrt-path and neuronx-cc are found in the environment of the Python that is started.
     assert any(setting.startswith(f"PATH={neuron_workdir}:") for setting in env.split())
+    assert any(setting.startswith(f"PYTHONPATH={ROOT}") for setting in env.split())
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=0" in env.split()
     assert command.startswith(f"{neuron_workdir}/python -m vllm.entrypoints.openai.api_server --model artifacts/model")
     scratch = re.search(r'"lora_ckpt_json": "(\S+)/lora\.json"', command)
     assert scratch
@@ -262,6 +265,8 @@ def test_a_container_sees_the_compiled_graphs_and_has_its_own_path(neuron_workdi
     compiled = re.search(r"NEURON_COMPILED_ARTIFACTS=(\S+)", image.stdout)
     assert compiled
     assert f"--volume={compiled[1]}:{compiled[1]}" in image.stdout
+    assert f"--volume={ROOT}:{ROOT}" in image.stdout
+    assert f" PYTHONPATH={ROOT} " in image.stdout  # where it finds trnlora.serving.access
     assert " PATH=" not in image.stdout
 
 

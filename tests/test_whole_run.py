@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,24 @@ def test_no_secret_in_the_errors_of_downloads(project: Project, status: int | No
     assert holders(project.root) == []
 
 
+# Requests that vLLM itself answers without the key, and other spellings of paths. All of its routes are asked, in
+# process, in test_access.py.
+WITHOUT_KEY: dict[str, dict[str, Any]] = {
+    "/v1/models": {},
+    "//v1/models": {},
+    "/%76%31/models": {},
+    "/health/../v1/models": {},
+    "/metrics": {},
+    "/metrics/": {},
+    "/docs": {},
+    "/openapi.json": {},
+    "/version": {},
+    "/invocations": {"model": "tuned", "prompt": "x", "max_tokens": 1},
+    "/tokenize": {"model": "tuned", "prompt": "x"},
+    "/v1/completions": {"model": "tuned", "prompt": "x", "max_tokens": 1},
+}
+
+
 @pytest.mark.slow
 def test_the_key_opens_and_is_not_logged_and_a_dead_engine_ends_the_server(
     finished_copy: Project, tmp_path: Path
@@ -143,11 +162,16 @@ def test_the_key_opens_and_is_not_logged_and_a_dead_engine_ends_the_server(
         smoke = (".venv/bin/python", "tools/smoke.py", "--question", "?", "--port", str(served.port))
         assert "tuned" in project.run(*smoke)
         project.env["VLLM_API_KEY"] = "another"
+        assert "has another API key than VLLM_API_KEY" in project.run(*smoke, check=False)
+        del project.env["VLLM_API_KEY"]
         assert "requires an API key: set VLLM_API_KEY" in project.run(*smoke, check=False)
         project.env |= SECRETS
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            served.request("/v1/models")
-        assert refused.value.code == 401
+        for path, body in WITHOUT_KEY.items():
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                served.request(path, **body)
+            assert refused.value.code == 401, path
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/health") as reply:
+            assert reply.status == 200
 
         family = served.process.children(recursive=True)
         (engine,) = [process for process in family if "EngineCore" in " ".join(process.cmdline())]

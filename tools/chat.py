@@ -25,7 +25,7 @@ def main() -> None:
     params = load_params(args.params)
     url = client.base_url(*server_address(args, params))
     names = client.served_models(url)
-    model = check_model(args.model, names)
+    model = client.check_model(args.model, names)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 (gives input() line editing and a history)
@@ -41,7 +41,7 @@ def main() -> None:
             messages.clear()
         elif line.startswith("/model"):
             try:
-                model = check_model(line.removeprefix("/model").strip(), names)
+                model = client.check_model(line.removeprefix("/model").strip(), names)
             except UserError as error:
                 print(error)
         elif line:
@@ -49,13 +49,6 @@ def main() -> None:
             answer = client.chat(url, model, messages, params.eval.max_tokens).text
             messages.append({"role": "assistant", "content": answer})
             print(answer, flush=True)
-
-
-def check_model(name: str, names: list[str]) -> str:
-    """Return `name`. Raises UserError if it is not one of the server's models."""
-    if name not in names:
-        raise UserError(f"the server has no model {name!r}: it has {', '.join(names)}")
-    return name
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ evaluated (greedily) unless a request says otherwise: as trnlora.json in their f
 the model's generation_config.json say. Adapters that contradict each other, or the model, are refused.
 
 The API key is read only from the environment (VLLM_API_KEY); without a key the server binds only to loopback addresses.
+With it, every request but GET /health must have it: Authorization: Bearer KEY. trnlora/serving/access.py lists the
+routes that are served.
 """
 
 import argparse
@@ -27,10 +29,10 @@ from trnlora.cli import add_params, add_server, script_parser, server_address, w
 from trnlora.errors import UserError, run
 from trnlora.params import Params, load_params
 from trnlora.serving.adapters import BASE, Adapter, check_adapters
-from trnlora.serving.client import base_url
+from trnlora.serving.client import api_key, base_url
 from trnlora.serving.prompts import template_to_serve
 from trnlora.serving.server import check_address, supervise
-from trnlora.serving.vllm_args import environment, serve_command
+from trnlora.serving.vllm_args import ROOT, environment, serve_command, server_environment
 from trnlora.serving.vllm_neuron import LORA_JSON, container_command, neuron_launch
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     args = parse_arguments()
     params = load_params(args.params)
     host, port = server_address(args, params)
-    check_address(host, port, has_key=bool(os.environ.get("VLLM_API_KEY")))
+    check_address(host, port, has_key=api_key() is not None)
     adapters = check_adapters(args.adapters, params)
 
     # vLLM leaves sockets in its temporary folder; here they are deleted with it. Linux limits a socket's path to 107
@@ -85,12 +87,11 @@ def launch_vllm(
     args: argparse.Namespace, params: Params, host: str, port: int, adapters: list[Adapter], template: Path
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """Environment and command of the server on a CPU or on GPUs, and the names of its models."""
-    # If allowed, vLLM loads any folder that a client names, unchecked: tools/load_adapter.py checks it first.
-    runtime_loras = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if params.serve.runtime_adapters else "0"}
     command = serve_command(params, host, port, template, adapters)
     if args.replicas > 1:
         command += ["--data-parallel-size", str(args.replicas)]
-    return environment(params) | runtime_loras, command, [BASE, *(adapter.name for adapter in adapters)]
+    env = environment(params) | server_environment(params.serve.runtime_adapters)
+    return env, command, [BASE, *(adapter.name for adapter in adapters)]
 
 
 def launch_on_neuron(
@@ -102,11 +103,13 @@ def launch_on_neuron(
     if args.adapters:
         raise UserError("on Trainium only the pipeline's adapter is served: omit ADAPTERS=")
     server = neuron_launch(params, adapters[0], host, port, template, in_container=args.container is not None)
+    env = server.env | server_environment(runtime_adapters=False)
     if args.container:
-        folders = [Path.cwd(), template.parent, server.compiled]
-        return {}, container_command(server.env, server.command, args.container, folders), server.models
+        folders = list(dict.fromkeys([Path.cwd(), ROOT, template.parent, server.compiled]))
+        env["PYTHONPATH"] = str(ROOT)  # not this machine's own
+        return {}, container_command(env, server.command, args.container, folders), server.models
     own_bin = {"PATH": with_own_bin(server.command[0], os.environ["PATH"])}
-    return server.env | own_bin, server.command, server.models
+    return env | own_bin, server.command, server.models
 
 
 def print_launch(env: dict[str, str], command: list[str], scratch: Path) -> None:
@@ -116,7 +119,7 @@ def print_launch(env: dict[str, str], command: list[str], scratch: Path) -> None
     lora_json = scratch / LORA_JSON
     if lora_json.exists():
         print(f"{lora_json.name}: {lora_json.read_text('utf-8')}")
-    key = "set" if os.environ.get("VLLM_API_KEY") else "not set"
+    key = "set" if api_key() else "not set"
     print(f"(VLLM_API_KEY: {key}; the command's files are written to a temporary folder)")
 
 

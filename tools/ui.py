@@ -13,7 +13,8 @@ from pathlib import Path
 from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
 from trnlora.errors import run
 from trnlora.params import load_params
-from trnlora.serving.client import base_url
+from trnlora.serving.client import api_key, base_url
+from trnlora.serving.server import check_address
 
 
 def main() -> None:
@@ -30,6 +31,8 @@ def main() -> None:
     params = load_params(args.params)
     host, port = server_address(args, params)
     url = base_url(host, port)
+    api_key()  # an unusable one ends here
+    check_address("127.0.0.1", args.ui_port, has_key=True, option="--ui-port 7861")
 
     import uvicorn
 

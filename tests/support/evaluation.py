@@ -18,7 +18,7 @@ class EvalWorker:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests/support/eval_worker.py")],
             cwd=folder,
-            env=env,
+            env=env | {"PYTHONPATH": str(ROOT / "tests")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -26,16 +26,25 @@ class EvalWorker:
 
     def evaluate(self, folder: Path, params: str = "params.yaml") -> subprocess.CompletedProcess[str]:
         """The result as if stages/eval_vllm.py had run in `folder`."""
+        printed, result = self._ask([str(folder), params])
+        stderr = f"{result['error']}\n" if result["error"] else ""
+        return subprocess.CompletedProcess(["eval_vllm"], 1 if stderr else 0, printed, stderr)
+
+    def ask_every_route(self, flags: list[str]) -> dict[str, Any]:
+        """What routes.py finds of a server with these flags."""
+        return self._ask({"flags": flags})[1]
+
+    def _ask(self, request: Any) -> tuple[str, dict[str, Any]]:
+        """What the worker prints, and its result."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([str(folder), params]) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         printed = ""
         for line in self.process.stdout:
             if line.startswith('{"error": '):
-                error = json.loads(line)["error"]
-                stderr = f"{error}\n" if error else ""
-                return subprocess.CompletedProcess(["eval_vllm"], 1 if error else 0, printed, stderr)
+                result: dict[str, Any] = json.loads(line)
+                return printed, result
             printed += line
         raise AssertionError(f"the worker ended with exit code {self.process.wait()}: {printed}")
 

@@ -16,6 +16,7 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import peft_modules
 from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
+from trnlora.serving.access import RESERVED
 from trnlora.training.adapter_record import GREEDY, AdapterRecord, Generation, check_base, read_record
 from trnlora.weights.peft_folder import (
     CONFIG,
@@ -30,8 +31,6 @@ from trnlora.weights.peft_folder import (
 # The model names that the server's clients use.
 BASE = "base"
 TUNED = "tuned"  # the pipeline's own adapter
-# Trainium: vLLM's name for the model without any adapter, which clients must not ask for (neuron_lora.py).
-NO_ADAPTER = "no-adapter"
 
 # What vLLM cannot serve (vllm/lora/peft_helper.py). All are absent or empty in a plain LoRA.
 _UNSUPPORTED = (
@@ -65,6 +64,8 @@ def parse_adapters(pairs: list[str]) -> dict[str, Path]:
             raise UserError(
                 f'adapter {pair!r} must have the form name=folder, as in ADAPTERS="dolly=artifacts/adapter"'
             )
+        if name in RESERVED:
+            raise UserError(f"adapter name {name!r} has a meaning of its own in vLLM: choose another name")
         if name == BASE or name in folders:
             raise UserError(f"adapter name {name!r} is taken: give each adapter its own name, other than {BASE}")
         folders[name] = Path(folder)

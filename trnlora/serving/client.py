@@ -2,17 +2,34 @@
 
 import json
 import os
-import urllib.error
-import urllib.request
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
+
 from trnlora.errors import UserError
-from trnlora.serving.adapters import NO_ADAPTER
+from trnlora.serving.access import NO_ADAPTER
+
+_CONNECT_SECONDS = 10.0
 
 
 class Unreachable(UserError):
     """No server answers."""
+
+
+def api_key() -> str | None:
+    """The server's key, VLLM_API_KEY of the environment; None if that is not set or empty.
+
+    Raises UserError for one that no HTTP header can carry.
+    """
+    key = os.environ.get("VLLM_API_KEY")
+    if key and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", key):
+        raise UserError(
+            "VLLM_API_KEY holds something that is not a key: give it printable ASCII characters, without blanks at "
+            "either end (`openssl rand -hex 32` prints some), or unset it"
+        )
+    return key or None
 
 
 def base_url(host: str, port: int) -> str:
@@ -22,34 +39,50 @@ def base_url(host: str, port: int) -> str:
 
 
 def headers() -> dict[str, str]:
-    """HTTP headers of a request: JSON, and the API key from VLLM_API_KEY if it is set."""
-    key = os.environ.get("VLLM_API_KEY")
+    """HTTP headers of a request: JSON, and the API key if there is one. Raises as `api_key` does."""
+    key = api_key()
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
 def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> Any:
     """Send GET, or POST with `body` as JSON; return the parsed reply, or its text if it is not JSON.
 
-    timeout: seconds. Raises Unreachable if no server answers, and UserError if it refuses the request.
+    No proxy and no redirection is followed: they would get the key. timeout: seconds. Raises Unreachable if no server
+    answers, and UserError if it refuses the request, is another kind of server, or for the key.
     """
-    data = None if body is None else json.dumps(body).encode()
+    method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
+    with httpx.Client(timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS), trust_env=False) as web:
+        try:
+            reply = web.request(method, url + path, content=content, headers=headers())
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise no_answer(url, error) from None
+    if not reply.is_success:
+        raise UserError(refusal(url, reply.status_code, reply.text))
+    if "json" not in reply.headers.get("Content-Type", ""):
+        return reply.text
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers()), timeout=timeout) as response:
-            text = response.read().decode()
-            return json.loads(text) if "json" in response.headers.get("Content-Type", "") else text
-    except urllib.error.HTTPError as error:
-        raise UserError(refusal(url, error.code, error.read().decode(errors="replace"))) from None
-    except OSError as error:
-        raise Unreachable(unreachable(url, getattr(error, "reason", error))) from None
+        return reply.json()
+    except (ValueError, RecursionError):
+        raise UserError(not_vllm(url)) from None
 
 
 def served_models(url: str, timeout: float = 300) -> list[str]:
     """The names of the models that clients may ask for. Raises as `request` does, and if the server is not vLLM."""
     reply = request(url, "/v1/models", timeout=timeout)
     try:
-        return [model["id"] for model in reply["data"] if model["id"] != NO_ADAPTER]
+        names = [model["id"] for model in reply["data"]]
     except (KeyError, TypeError):
         raise UserError(not_vllm(url)) from None
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(not_vllm(url))
+    return [name for name in names if name != NO_ADAPTER]
+
+
+def check_model(name: str, names: list[str]) -> str:
+    """Return `name`. Raises UserError if it is not one of the server's models, `names`."""
+    if name not in names:
+        raise UserError(f"the server has no model {name!r}: it has {', '.join(names)}")
+    return name
 
 
 def served_folders(url: str) -> dict[str, Path]:
@@ -76,26 +109,41 @@ def chat(url: str, model: str, messages: list[dict[str, str]], max_tokens: int) 
     body = {"model": model, "messages": messages, "max_tokens": max_tokens, "return_token_ids": True}
     reply = request(url, "/v1/chat/completions", body)
     try:
-        return ChatReply(reply["choices"][0]["message"]["content"] or "", reply.get("prompt_token_ids"))
+        text, ids = reply["choices"][0]["message"]["content"] or "", reply.get("prompt_token_ids")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise UserError(not_vllm(url)) from None
+        text = ids = None
+    if not isinstance(text, str):
+        raise UserError(not_vllm(url))
+    return ChatReply(text, ids)
 
 
 def refusal(url: str, status: int, text: str) -> str:
     """The server's error reply as one sentence."""
     if status == 401:
+        if api_key():
+            return f"the server at {url} has another API key than VLLM_API_KEY: set it to the key it was started with"
         return f"the server at {url} requires an API key: set VLLM_API_KEY to the key it was started with"
     try:
         reply = json.loads(text)
         message = reply.get("message") or reply["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message = text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        shown = " ".join(text.split())[:100] or "nothing"
+        return f"the server at {url} does not answer as vLLM does ({status}: {shown}): give another --port"
     return f"the server at {url} refused the request ({status}): {' '.join(str(message).split())[:300]}"
 
 
-def unreachable(url: str, reason: object) -> str:
-    """The sentence for a server that does not answer."""
-    return f"no server answers at {url} ({reason}): start one with `make serve`"
+def no_answer(url: str, error: httpx.HTTPError | httpx.InvalidURL) -> UserError:
+    """The error for a request that got no answer: Unreachable, unless a server is there."""
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
+        return UserError(f"{url!r} is not the address of a server ({error}): give one such as http://127.0.0.1:8000")
+    if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
+        return UserError(f"the server at {url} accepted the request and did not answer in time: is it overloaded?")
+    # h11 says so of a server that ends in the middle of a request; of any other reply, that it is not HTTP.
+    gone = "disconnected" in str(error) or "closed connection" in str(error)
+    if isinstance(error, httpx.RemoteProtocolError | httpx.DecodingError) and not gone:
+        return UserError(not_vllm(url))
+    reason = str(error) or type(error).__name__
+    return Unreachable(f"no server answers at {url} ({reason}): start one with `make serve`")
 
 
 def not_vllm(url: str) -> str:

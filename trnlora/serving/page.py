@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -49,6 +50,14 @@ def application(params: Params, url: str) -> Starlette:
     def message_of(question: dict[str, Any]) -> Message:
         return Message("user", question["instruction"].strip(), question["context"].strip())
 
+    async def question_of(request: Request) -> dict[str, Any]:
+        # A browser sends JSON for another site only if the server allows it (CORS), which this one does not: no other
+        # site that is open in the browser can ask questions with the key.
+        if request.headers.get("Content-Type") != "application/json":
+            raise HTTPException(415, "send JSON")
+        question: dict[str, Any] = await request.json()
+        return question
+
     async def page(_: Request) -> Response:
         return FileResponse(PAGE)
 
@@ -65,7 +74,7 @@ def application(params: Params, url: str) -> Starlette:
         return JSONResponse({"models": names, "template": template.name, "settings": settings})
 
     async def render(request: Request) -> Response:
-        question = message_of(await request.json())
+        question = message_of(await question_of(request))
         try:
             template = await run_in_threadpool(current_template)
             return JSONResponse({"prompt": template.render(tokenizer, [question])})
@@ -73,7 +82,7 @@ def application(params: Params, url: str) -> Starlette:
             return JSONResponse({"error": f"{error}"}, 502)
 
     async def complete(request: Request) -> Response:
-        question = await request.json()
+        question = await question_of(request)
         settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
         try:
             template = await run_in_threadpool(current_template)
@@ -103,8 +112,8 @@ async def stream_completion(url: str, body: dict[str, Any]) -> Response:
         reply = await web.send(request, stream=True)
     except httpx.HTTPError as error:
         await web.aclose()
-        return JSONResponse({"error": client.unreachable(url, error)}, 502)
-    if reply.status_code != 200:
+        return JSONResponse({"error": f"{client.no_answer(url, error)}"}, 502)
+    if reply.status_code != 200 or not reply.headers.get("Content-Type", "").startswith("text/event-stream"):
         text = (await reply.aread()).decode(errors="replace")
         await web.aclose()
         return JSONResponse({"error": client.refusal(url, reply.status_code, text)}, 502)

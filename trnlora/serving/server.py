@@ -8,16 +8,19 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections import deque
 
 from trnlora.errors import UserError
+from trnlora.serving import client
 from trnlora.serving.process import ENGINE_DIED, STOP_SECONDS, reason, stop
 from trnlora.serving.vllm_args import failure
 
 
-def check_address(host: str, port: int, has_key: bool) -> None:
-    """Raise UserError unless `host`:`port` can be bound and is either on loopback or protected by an API key."""
+def check_address(host: str, port: int, has_key: bool, option: str = "PORT=8001") -> None:
+    """Raise UserError unless `host`:`port` can be bound and is either on loopback or protected by an API key.
+
+    option: what chooses another port, for the error.
+    """
     if not 1 <= port <= 65535:
         raise UserError(f"port {port} is not in 1..65535")
     try:
@@ -38,7 +41,7 @@ def check_address(host: str, port: int, has_key: bool) -> None:
         except OSError as error:
             raise UserError(
                 f"cannot bind {host} port {port} ({error.strerror}): stop the program that uses it, or choose another "
-                "with PORT=8001"
+                f"with {option}"
             ) from None
 
 
@@ -108,7 +111,7 @@ def relay(
 def is_healthy(url: str) -> bool:
     """Does the server's /health answer 200?"""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
+        client.request(url, "/health", timeout=5)
+    except UserError:
         return False
+    return True

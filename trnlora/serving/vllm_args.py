@@ -16,12 +16,14 @@ from trnlora import paths
 from trnlora.errors import UserError
 from trnlora.model.targets import fused_layers, peft_modules
 from trnlora.params import MAX_LORA_RANKS, Params
+from trnlora.serving.access import Access
 from trnlora.serving.adapters import BASE, Adapter, common_generation
 from trnlora.training.adapter_record import Generation
 
 # No usage statistics and no downloads: model and tokenizer are local folders.
 PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
+ROOT = Path(__file__).parents[2]  # of this project
 
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; `serve_command` passes the same ones as command-line flags.
@@ -104,8 +106,28 @@ def serve_command(params: Params, host: str, port: int, chat_template: Path, ada
         *("--served-model-name", BASE),
         *("--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in adapters)),
         *("--chat-template", str(chat_template)),
-        *("--host", host, "--port", str(port)),
+        *access_flags(host, port),
     ]
+
+
+def access_flags(host: str, port: int) -> list[str]:
+    """The flags of every server: its address, and what it answers there."""
+    return ["--middleware", f"{Access.__module__}.{Access.__name__}", "--host", host, "--port", str(port)]
+
+
+def server_environment(runtime_adapters: bool) -> dict[str, str]:
+    """The environment variables of every server: they decide what it answers, whatever the user's own say.
+
+    runtime_adapters: clients may load adapters. vLLM then loads any folder that a client names, unchecked;
+    tools/load_adapter.py checks it first.
+    """
+    return {
+        # Access is imported by vLLM's process, whose Python need not have this project.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if runtime_adapters else "0",
+        "VLLM_SKIP_MODEL_NAME_VALIDATION": "0",  # with 1, every unknown name is the base model
+        "VLLM_USE_RUST_FRONTEND": "0",  # it has no middleware
+    }
 
 
 def flags(args: Mapping[str, Any]) -> list[str]:

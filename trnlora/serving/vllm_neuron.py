@@ -24,9 +24,10 @@ from trnlora.errors import UserError
 from trnlora.files import SUMS, sha256
 from trnlora.model.config import ModelConfig
 from trnlora.params import Params
-from trnlora.serving.adapters import BASE, NO_ADAPTER, TUNED, Adapter, common_generation
+from trnlora.serving.access import NO_ADAPTER
+from trnlora.serving.adapters import BASE, TUNED, Adapter, common_generation
 from trnlora.serving.neuron_lora import name_adapters_in_compiled, write_lora_json, write_zero_adapter
-from trnlora.serving.vllm_args import PRIVACY_ENV, flags, max_lora_rank, sampling_args
+from trnlora.serving.vllm_args import PRIVACY_ENV, access_flags, flags, max_lora_rank, sampling_args
 from trnlora.training.adapter_record import GREEDY, Generation
 
 LORA_JSON = "lora.json"  # the file that `write_lora_json` writes
@@ -298,7 +299,7 @@ def neuron_launch(
     else:
         found = find_vllm(params)
     check_served(found.server)
-    end = ["--chat-template", str(chat_template), "--host", host, "--port", str(port)]
+    end = ["--chat-template", str(chat_template), *access_flags(host, port)]
     if found.server is NeuronServer.MERGED:
         # `vllm serve`, without relying on PATH.
         args = merged_args(params, paths.MERGED, common_generation([tuned]))
