@@ -1,7 +1,9 @@
 """What the JSON files hold that stages hand to each other and to the tools, and the names of rows."""
 
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import cast
+
+from typing_extensions import TypedDict  # before Python 3.12, pydantic reads only this one
 
 from trnlora.errors import UserError
 from trnlora.readers import read_jsonl
