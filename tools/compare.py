@@ -12,7 +12,7 @@ import sys
 
 from rich.console import Console
 
-from trnlora.cli import script_parser
+from trnlora.cli import count, script_parser
 from trnlora.errors import run
 from trnlora.reporting.comparison import print_comparison
 from trnlora.reporting.results import load_results
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("a", metavar="A", nargs="?", default="HEAD", help="a commit or experiment (default: HEAD)")
     parser.add_argument("b", metavar="B", nargs="?", help="another one (default: the working tree)")
     parser.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="number of answers to show (default: %(default)s)"
+        "--samples", type=count, default=3, metavar="N", help="number of answers to show (default: %(default)s)"
     )
     args = parser.parse_args()
     a, b = load_results(args.a), load_results(args.b)

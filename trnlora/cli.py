@@ -13,6 +13,13 @@ def script_parser(docstring: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def count(text: str) -> int:
+    """An argument that is a whole number, 0 or more."""
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number of 0 or more")
+    return int(text)
+
+
 def add_params(parser: argparse._ActionsContainer) -> None:
     """Add --params FILE to a parser or a group of one."""
     parser.add_argument(

@@ -114,7 +114,7 @@ def checked(value: Any, kind: type[T], where: str, fix: str = "") -> T:
 
 
 @functools.cache
-def _validator(kind: Hashable) -> TypeAdapter[Any]:
+def _validator(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)  # takes milliseconds
 
 

@@ -4,6 +4,7 @@ dvc.lock holds, for each stage, the values of the params that it read, and the m
 of what it wrote, metrics and plots included. DVC computes the digests, and remembers those of files that it knows.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -62,12 +63,22 @@ def recorded_params(runs: Mapping[str, StageRun], order: Iterable[str]) -> dict[
     return {key: value for stage in order if stage in runs for key, value in runs[stage].params.items()}
 
 
+def param_values(sections: dict[str, Any]) -> dict[str, Any]:
+    """The values of a params file by `section.key`, as dvc.lock records them: a dict in a section is one value."""
+    values: dict[str, Any] = {}
+    for name, section in sections.items():
+        values |= (
+            {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        )
+    return values
+
+
 @dataclass(frozen=True)
 class Changes:
     """How a project differs from what dvc.lock recorded. Everything is empty where nothing has changed."""
 
     stages: list[str] = field(default_factory=list)  # whose results are older than what they depend on; in order
-    params: list[tuple[str, Any, Any]] = field(default_factory=list)  # key, recorded value, value now; None: missing
+    params: list[tuple[str, Any, Any]] = field(default_factory=list)  # key, recorded value, value now
     files: list[str] = field(default_factory=list)  # code, data and other inputs that changed since
     mixed: list[str] = field(default_factory=list)  # which stages are of different runs, as clauses
     modified: list[str] = field(default_factory=list)  # metrics, plots and other outputs that no run wrote like this
@@ -82,7 +93,7 @@ class Changes:
         of, fix = (f" ({name})", "") if name else ("", "; `make repro` updates them")
         lines = []
         if self.stages:
-            changed = [f"{key} was {was} and is {now}" for key, was, now in self.params]
+            changed = [f"{key} was {_shown(was)} and is {_shown(now)}" for key, was, now in self.params]
             clauses = [_few(changed), f"changed: {_few(self.files)}" if self.files else "", *self.mixed]
             reasons = "; ".join(filter(None, clauses))
             older = f"the results of {', '.join(self.stages)} are older than what they depend on"
@@ -92,6 +103,10 @@ class Changes:
         if self.unknown:
             lines.append(f"unknown{of} whether the results are of these params, code and data: {self.unknown}")
         return lines
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _few(names: list[str]) -> str:
@@ -161,7 +176,7 @@ def _changed_params(stage: Any, run: StageRun) -> Iterator[tuple[str, Any, Any]]
             now = dep.read_params()
             for key in dep.params:
                 if key not in run.params or key not in now or run.params[key] != now[key]:
-                    yield key, run.params.get(key), now.get(key)
+                    yield key, run.params.get(key, "not recorded"), now.get(key, "missing")
 
 
 def _changed_files(stage: Any, run: StageRun, runs: Mapping[str, StageRun]) -> Iterator[str]:
@@ -207,9 +222,7 @@ def _digest(item: Any) -> str:
 
     ignore = item.repo.dvcignore
     _, _, found = build(item.local_cache, item.fs_path, item.fs, "md5", ignore=ignore, dry_run=True)
-    if (
-        isinstance(found, Tree) and item.fs.protocol != "local"
-    ):  # of a revision: DVC applies .dvcignore to files on disk
+    if isinstance(found, Tree):  # again, since DVC does not apply .dvcignore to the folders of a revision
         kept = Tree()
         for key, meta, digest in found:
             if not ignore.is_ignored_file(item.fs.join(item.fs_path, *key)):

@@ -33,8 +33,12 @@ def check_publishable(params: Params, now: Results) -> None:
     """Raise UserError unless artifacts/adapter is whole, evaluated, and what the recorded run wrote."""
     if params.eval.adapter:
         raise UserError("eval.adapter is set, so the scores are not those of artifacts/adapter: set null and rerun")
-    if now.get("eval_vllm", "prompts") is None or not now.answers:
+    if now.number("eval_vllm", "prompts") is None:
         raise UserError("the adapter has not been evaluated yet: run `make repro`")
+    if not now.answers:
+        raise UserError(
+            f"{paths.ANSWERS}, of which the card shows a prompt, is not here: run `dvc pull` or `make repro`"
+        )
     if now.notes:  # others will read the card as a description of the adapter, without this project beside it
         raise UserError(f"the card would not describe what was trained: {'; '.join(now.notes)}")
     check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, "tuned")

@@ -14,8 +14,8 @@ from typing_extensions import TypedDict
 from trnlora.files import sha256
 from trnlora.profiles import profile_names, profile_values
 from trnlora.readers import checked
-from trnlora.recorded import Changes
-from trnlora.reporting.results import Results, differing, param_values
+from trnlora.recorded import Changes, param_values
+from trnlora.reporting.results import Results, differing
 from trnlora.reporting.values import NOTHING
 from trnlora.sources import parse_source
 

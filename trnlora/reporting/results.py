@@ -26,6 +26,7 @@ from trnlora.recorded import (
     StageRun,
     changes,
     one_line,
+    param_values,
     parse_lock,
     recorded_params,
     workspace_changes,
@@ -133,16 +134,6 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def param_values(sections: dict[str, Any]) -> dict[str, Any]:
-    """The values of a params file by `section.key`, as dvc.lock records them: a dict in a section is one value."""
-    values: dict[str, Any] = {}
-    for name, section in sections.items():
-        values |= (
-            {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
-        )
-    return values
 
 
 def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
