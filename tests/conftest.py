@@ -130,14 +130,17 @@ def eval_worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield worker
 
 
-@pytest.fixture
-def run_project(project: Project) -> Project:
-    """The project with this repository's metrics and curves, committed, and 24 answers in the working tree."""
+@pytest.fixture(scope="session")
+def recorded_project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Project:
+    """For `run_project`: nothing ran, but `dvc commit` has recorded what is there as a run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    project = make_project(tmp_path_factory.mktemp("recorded") / "project", tiny_llama)
     for source in [*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")]:
         target = project.root / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
-    project.commit("Results")
     answers = [answer(number, "Nairobi", "In Paris.", "Nairobi") for number in range(21)]
     answers += [
         answer(97, "one two three", "one two three", "one 2 three"),
@@ -145,7 +148,22 @@ def run_project(project: Project) -> Project:
         answer(99, "`x`", "`x`", "`x`"),
     ]
     write_answers(project.root, answers)
+    for out in ("model/config.json", "shards/x", "lora_adapter/x", "adapter/x", "adapter.SHA256SUMS"):
+        target = project.root / "artifacts" / out
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(f"{out}\n")
+    for folder in ("merged", "prepared"):
+        (project.root / "artifacts" / folder).mkdir()
+    pq.write_table(pa.table({"row": range(77)}), project.root / "artifacts/prepared/train.parquet")
+    project.dvc("commit", "--force", "--quiet")
+    project.commit("Results")
     return project
+
+
+@pytest.fixture
+def run_project(recorded_project: Project, tmp_path: Path) -> Project:
+    """The project with this repository's metrics and curves, and 24 answers, recorded in a committed dvc.lock."""
+    return copy_project(recorded_project, tmp_path / "run_project")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def test_only_differences_are_printed(run_project: Project) -> None:
     set_metric(run_project, "finetune_lora", validation_loss=loss + 0.5)
     set_metric(run_project, "timing/eval_vllm", seconds=1.0, engine_start_seconds=1.0)
     set_metric(run_project, "timing/finetune_lora", seconds=1.0)
+    run_project.dvc("commit", "--force", "--quiet")
+    shutil.rmtree(run_project.root / ".dvc/cache")
     output = tool(run_project, "compare", "before")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     assert rows == [

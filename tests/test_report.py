@@ -154,6 +154,7 @@ def test_summary_lists_changes(run_project: Project) -> None:
     """With another commit: changed params and scores. Without one: answers that became correct."""
     run_project.run("git", "tag", "before")
     run_project.set_params(train={"lr": 5.0e-3})
+    run_project.dvc("commit", "--force", "--quiet")
     report(run_project, "--compare", "before")
     text = (run_project.root / "reports/summary.md").read_text("utf-8")
     assert "| train.lr | 0.01 | 0.005 |" in text
@@ -186,6 +187,7 @@ def test_a_run_without_losses_in_vllm_is_shown_by_every_tool(
     for name in ("base", "tuned"):
         del metrics[name]["loss"]
     file.write_text(json.dumps(metrics | {"loss_gap_trainer_peft": 1e-7}), "utf-8")
+    run_project.dvc("commit", "--force", "--quiet")
     run_project.commit("On the device")
 
     report(run_project, "--compare", "HEAD~1")

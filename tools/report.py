@@ -13,7 +13,7 @@ from pathlib import Path
 from trnlora.cli import script_parser
 from trnlora.errors import run
 from trnlora.reporting.page import write_report
-from trnlora.reporting.results import load_results
+from trnlora.reporting.results import load_results, notes_of
 
 
 def main() -> None:
@@ -26,6 +26,8 @@ def main() -> None:
     now = load_results()
     other = load_results(args.compare) if args.compare else None
     page, summary = write_report(args.out, now, other)
+    for note in notes_of(now, other):
+        print(note)
     print(f"report in {page}, summary for a pull request in {summary}")
 
 

@@ -23,6 +23,8 @@ def main() -> None:
     console.print(metrics_table(now))
     if scores := scores_table(now):
         console.print(scores)
+    for note in now.notes:
+        print(note)
     print(f"adapter in {paths.ADAPTER}, answers in {paths.ANSWERS}; next: make serve, dvc metrics diff, dvc plots show")
 
 

@@ -5,9 +5,11 @@ uses, in YAML 1.2: `010` is ten, `yes` is a string, and a key that is there twic
 params that a stage reads could differ from those that DVC compares.
 """
 
+import functools
 import json
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
@@ -65,15 +67,24 @@ def read_json_as(path: Path, kind: type[T], fix: str = RECREATE, where: str = ""
 
 def read_jsonl(path: Path, fix: str = RECREATE) -> list[dict[str, Any]]:
     """Read a file with one JSON object per line. Raises UserError (… `fix`) naming the file and line for another."""
-    text = read_text(path, fix)
+    return parse_jsonl(read_text(path, fix), str(path), fix)
+
+
+def parse_jsonl(text: str, where: str, fix: str = "") -> list[dict[str, Any]]:
+    """The objects of a text with one JSON object per line. Raises UserError (`where` … `fix`) naming another line."""
     lines = text.removesuffix("\n").split("\n") if text else []  # splitlines would split at U+2028 within a string
     rows = []
     for number, line in enumerate(lines, 1):
-        row = parse_json(line, f"{path} line {number}", fix)
+        row = parse_json(line, f"{where} line {number}", fix)
         if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not a JSON object{fix}")
+            raise UserError(f"{where} line {number} is not a JSON object{fix}")
         rows.append(row)
     return rows
+
+
+def parse_jsonl_as(text: str, where: str, kind: type[T], fix: str = "") -> list[T]:
+    """The same as objects of a `kind`, e.g. a TypedDict. Raises UserError (`where` … `fix`) naming line and key too."""
+    return [checked(row, kind, f"{where} line {n}", fix) for n, row in enumerate(parse_jsonl(text, where, fix), 1)]
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:
@@ -114,8 +125,11 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text, None for an empty one. Raises UserError for what is not valid, or holds a key twice."""
+def parse_yaml(text: str, where: str, fix: str = "") -> Any:
+    """The value of a YAML text, None for an empty one.
+
+    Raises UserError (`where` … `fix`) for what is not valid, or holds a key twice.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.constructor import DuplicateKeyError
 
@@ -125,7 +139,7 @@ def parse_yaml(text: str, where: str) -> Any:
         problem = f"{error.problem} in line {error.problem_mark.line + 1}"
     except Exception as error:  # besides YAMLError, ValueError for 2026-13-01, RecursionError, UnicodeDecodeError …
         problem = " ".join(str(error).split())[:300]
-    raise UserError(f"{where} is not valid YAML: {problem}")
+    raise UserError(f"{where} is not valid YAML: {problem}{fix}")
 
 
 def write_yaml(value: Any, target: Path) -> None:
@@ -139,9 +153,14 @@ def write_yaml(value: Any, target: Path) -> None:
 def checked(value: Any, kind: type[T], where: str, fix: str = "") -> T:
     """`value` as a `kind`, e.g. a class of pydantic. Raises UserError (`where`: … `fix`) with what is wrong with it."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return _validator(cast(Hashable, kind)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: {validation_problems(error)}{fix}") from None
+
+
+@functools.cache
+def _validator(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)  # takes milliseconds
 
 
 def validation_problems(error: ValidationError) -> str:

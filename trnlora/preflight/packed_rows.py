@@ -5,8 +5,9 @@ from pathlib import Path
 
 from trnlora import paths
 from trnlora.data.source_files import data_sources
+from trnlora.errors import UserError
 from trnlora.params import DataSource, Params
-from trnlora.readers import read_yaml
+from trnlora.recorded import LOCK, param_values, parse_lock, workspace_changes
 from trnlora.sources import parse_source
 
 HUB_DATA_BYTES = {"databricks/databricks-dolly-15k": 13_085_339}  # size of the JSONL file
@@ -16,21 +17,41 @@ BYTES_PER_TOKEN = 4.0  # an estimate for English JSONL, rendered with a template
 def packed_rows(params: Params) -> tuple[int | None, str]:
     """The number of training rows (None: unknown) and where it comes from."""
     if is_prepared(params):
-        import pyarrow.parquet as pq
-
-        return pq.read_metadata(paths.PREPARED / "train.parquet").num_rows, "as prepared"
+        changes = workspace_changes("prepare_data")
+        inputs = [file for file in changes.files if not file.endswith(".py")]
+        rewritten = [out for out in changes.modified if out.startswith(str(paths.PREPARED))]
+        if not (changes.unknown or inputs or rewritten):
+            origin = "as prepared" + (", by code that has changed since" if changes.files else "")
+            return prepared_rows(paths.PREPARED / "train.parquet"), origin
     return estimated_rows(params), "estimated from the size of data.source; exact after prepare_data"
 
 
 def is_prepared(params: Params) -> bool:
-    """Whether artifacts/prepared was made with these data params, according to dvc.lock."""
-    lock = Path("dvc.lock")
+    """Whether artifacts/prepared was made of this model with these data params, according to dvc.lock."""
+    lock = Path(LOCK)
     if not (paths.PREPARED / "train.parquet").exists() or not lock.exists():
         return False
-    stage = read_yaml(lock).get("stages", {}).get("prepare_data", {})
-    recorded = stage.get("params", {}).get("params.yaml", {})
-    given = params.data.model_dump(exclude_unset=True)
-    return all(recorded.get(f"data.{name}") == value for name, value in given.items())
+    runs = parse_lock(lock.read_bytes())
+    fetched, prepared = runs.get("fetch_model"), runs.get("prepare_data")
+    model = str(paths.MODEL)
+    if fetched is None or prepared is None or prepared.deps.get(model) != fetched.outs.get(model):
+        return False
+    given = param_values(params.model_dump(exclude_unset=True))
+    recorded = prepared.params | {key: fetched.params.get(key) for key in ("model.source", "model.sha256")}
+    asked = {key for key in given if key.startswith("data.")} | recorded.keys()
+    return all(given.get(key) == recorded.get(key) for key in asked)
+
+
+def prepared_rows(file: Path) -> int:
+    """The number of rows of a parquet file. Raises UserError if it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is not readable ({reason}): run `dvc repro -f prepare_data`") from None
 
 
 def estimated_rows(params: Params) -> int | None:

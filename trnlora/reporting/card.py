@@ -12,10 +12,11 @@ from trnlora.files import atomic_dir, write_json
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.readers import read_json
-from trnlora.reporting.provenance import data_revision, data_uris, what_was_run
+from trnlora.reporting.provenance import data_revision, data_uris, what_was_run, where_shown
 from trnlora.reporting.results import Results
 from trnlora.reporting.summary import fenced, score_table
 from trnlora.reporting.templating import render
+from trnlora.reporting.values import formatted
 from trnlora.serving.adapters import check_own_adapter
 from trnlora.sources import parse_source
 from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
@@ -30,23 +31,18 @@ METRICS = (
 
 
 def check_publishable(params: Params, now: Results) -> None:
-    """Raise UserError unless artifacts/adapter is whole, evaluated, and of the current params, code and data."""
+    """Raise UserError unless artifacts/adapter is whole, evaluated, and what the recorded run wrote."""
     if params.eval.adapter:
         raise UserError("eval.adapter is set, so the scores are not those of artifacts/adapter: set null and rerun")
-    if now.get("eval_vllm", "prompts") is None or not now.answers:
+    if now.number("eval_vllm", "prompts") is None:
         raise UserError("the adapter has not been evaluated yet: run `make repro`")
+    if not now.answers:
+        raise UserError(
+            f"{paths.ANSWERS}, of which the card shows a prompt, is not here: run `dvc pull` or `make repro`"
+        )
+    if now.notes:  # others will read the card as a description of the adapter, without this project beside it
+        raise UserError(f"the card would not describe what was trained: {'; '.join(now.notes)}")
     check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, "tuned")
-    check_current()
-
-
-def check_current() -> None:
-    """Raise UserError if a stage's params, code or data have changed since it ran."""
-    from dvc.repo import Repo
-
-    with Repo() as repo:
-        changed = [name for name in repo.status() if name != "check_params"]  # on which no result depends
-    if changed:
-        raise UserError(f"the results are older than what they depend on ({', '.join(changed)}): run `make repro`")
 
 
 def check_hub_name(name: str) -> None:
@@ -86,11 +82,11 @@ def card(now: Results, base: str | None) -> str:
     """README.md: YAML metadata, and text from the run's metrics and params. The run must have answers."""
     model, data = now.params["model.source"], data_uris(now.params)
     name = f"{Path(base).name if base else Path(public(model)).stem}-lora"
-    run = what_was_run(now)
+    run, here = what_was_run(now), where_shown()
     assert now.answers, "check_publishable refuses a run without"
 
     def count(stage: str, key: str) -> str:
-        return f"{now.get(stage, key):,}"
+        return formatted(now, stage, key, "count")
 
     return render(
         "card.md.jinja",
@@ -101,14 +97,18 @@ def card(now: Results, base: str | None) -> str:
             "source": public(model),
             "source_on_hub": hub_id(model),
             "digest": now.get("fetch_model", "sha256.model.safetensors"),
-            "data": "; ".join(data_revision(uri).replace(uri, public(uri)) for uri in data),
+            "data": "; ".join(data_revision(uri, now.changes).replace(uri, public(uri)) for uri in data),
             "params": now.params,
             "modules": ", ".join(peft_modules(now.params["lora.target_modules"])),
             "prompt": fenced(now.answers[0]["prompt"].rstrip()),
             "scores": "\n".join(score_table(now)),
             "has_loss": now.get("eval_vllm", "tuned.loss") is not None,
             "count": count,
-            "provenance": {label: run[label] for label in ("Profile", "Git commit", "Versions")},
+            "provenance": {
+                "Profile": run["Profile"],
+                "Card written at Git commit": here["Git commit"],
+                "Card written with": here["Versions"],
+            },
         },
     )
 
@@ -127,7 +127,7 @@ def metadata(now: Results, name: str, base: str | None) -> str:
             dataset_split="test",
             metric_type=kind,
             metric_name=title,
-            metric_value=now.get("eval_vllm", f"tuned.{key}"),
+            metric_value=now.number("eval_vllm", f"tuned.{key}"),
         )
         for key, title, kind in METRICS
     ]

@@ -73,5 +73,9 @@ def _draw_curve(axes: Any, curve: str, color: str, now: Results, other: Results 
         axes.plot(*zip(*now.curves[curve], strict=True), label=split, **style)
     if other and other.curves[curve]:
         axes.plot(
-            *zip(*other.curves[curve], strict=True), label=f"{split}, {other.name}", alpha=0.6, linestyle="--", **style
+            *zip(*other.curves[curve], strict=True),
+            label=f"{split}, {other.name}".replace("$", r"\$"),
+            alpha=0.6,
+            linestyle="--",
+            **style,
         )

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from trnlora.data.examples import Answer
 from trnlora.metrics import metrics_file, stages
-from trnlora.reporting.results import Results, differing
+from trnlora.reporting.results import Results, differing, notes_of
 from trnlora.reporting.values import NOTHING
 
 RIGHT = {False: "wrong", True: "right"}
@@ -20,6 +20,8 @@ def print_comparison(console: Console, a: Results, b: Results, samples: int) -> 
 
     Seconds, memory and speed, which differ in any two runs, are left out.
     """
+    for note in notes_of(a, b):
+        console.print(note, markup=False, soft_wrap=True)
     _print_table(console, differences("Params", a, b, [("", a.params, b.params)]), "Params")
     files = [(stage, str(metrics_file(stage))) for stage in stages()]
     metrics = [(stage, a.metrics.get(file, {}), b.metrics.get(file, {})) for stage, file in files]
@@ -37,7 +39,7 @@ def _print_table(console: Console, table: Table, title: str) -> None:
 
 def differences(title: str, a: Results, b: Results, groups: list[tuple[str, dict[str, Any], dict[str, Any]]]) -> Table:
     """A table of the values that differ; `groups`: (name, values in a, values in b)."""
-    table = Table("", *(Column(name, justify="right") for name in (a.name, b.name, "change")), title=title)
+    table = Table("", *(Column(Text(name), justify="right") for name in (a.name, b.name, "change")), title=title)
     for group, of_a, of_b in groups:
         for key, before, after in differing(of_a, of_b):
             # As Text: names and values come from params.yaml and may look like rich's markup.
@@ -61,7 +63,9 @@ def print_answers(console: Console, a: Results, b: Results, samples: int) -> Non
             Column(overflow="fold"),
             show_header=False,
             title_justify="left",
-            title=f"row {new['id']}, {new['category']}: {RIGHT[old['tuned_exact']]} → {RIGHT[new['tuned_exact']]}",
+            title=Text(
+                f"row {new['id']}, {new['category']}: {RIGHT[old['tuned_exact']]} → {RIGHT[new['tuned_exact']]}"
+            ),
         )
         for name, text in _texts(a.name, old, b.name, new):
             table.add_row(Text(name), Text(text.strip()))

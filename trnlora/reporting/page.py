@@ -4,10 +4,11 @@ from pathlib import Path
 
 from trnlora.files import atomic_outputs, partial_path
 from trnlora.metrics import stages
+from trnlora.recorded import FEW
 from trnlora.reporting.answers import AnswerRow, answer_rows, count_tags
 from trnlora.reporting.charts import charts
-from trnlora.reporting.provenance import what_was_run
-from trnlora.reporting.results import Results, differing
+from trnlora.reporting.provenance import what_was_run, where_shown
+from trnlora.reporting.results import Results, differing, notes_of
 from trnlora.reporting.summary import summary
 from trnlora.reporting.templating import render
 from trnlora.reporting.values import FORMS, LOSSES, SCORES, categories, cell, change
@@ -16,10 +17,10 @@ from trnlora.reporting.values import FORMS, LOSSES, SCORES, categories, cell, ch
 def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Path, Path]:
     """Write report.html and summary.md to `folder` and return their paths. `other`: the run to compare with."""
     answers = answer_rows(now, other)
-    run = what_was_run(now)
+    run, here = what_was_run(now), where_shown()
     texts = {
-        folder / "report.html": page(now, other, run, answers),
-        folder / "summary.md": summary(now, other, run, answers),
+        folder / "report.html": page(now, other, run, here, answers),
+        folder / "summary.md": summary(now, other, run, here, answers),
     }
     with atomic_outputs([], [*texts]):
         for path, text in texts.items():
@@ -28,14 +29,20 @@ def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Pat
     return html, markdown
 
 
-def page(now: Results, other: Results | None, run: dict[str, str], answers: list[AnswerRow]) -> str:
-    """The report as one HTML page that needs no network."""
+def page(
+    now: Results, other: Results | None, run: dict[str, str], here: dict[str, str], answers: list[AnswerRow]
+) -> str:
+    """The report as one HTML page that needs no network. run, here: `what_was_run` and `where_shown`."""
     return render(
         "report.html.jinja",
         {
             "now": now,
             "other": other,
             "run": run,
+            "here": here,
+            "notes": notes_of(now, other),
+            "few": FEW,
+            "rows_by_category": rows_by_category(now),
             "scores": SCORES,
             "losses": LOSSES,
             "categories": categories(now),
@@ -52,6 +59,15 @@ def page(now: Results, other: Results | None, run: dict[str, str], answers: list
     )
 
 
+def rows_by_category(now: Results) -> dict[str, float]:
+    """The number of rows of each category."""
+    counts = {
+        name: now.number("prepare_data", f"rows_by_category.{name}")
+        for name in now.below("prepare_data", "rows_by_category")
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
 def stage_seconds(now: Results) -> list[tuple[str, float]]:
     """(stage, seconds) of the stages that have run."""
-    return [(stage, now.get(stage, "seconds")) for stage in stages() if now.get(stage, "seconds") is not None]
+    return [(stage, seconds) for stage in stages() if (seconds := now.number(stage, "seconds")) is not None]

@@ -1,17 +1,24 @@
 """The run as Markdown, for a pull request."""
 
 import re
+from typing import Any
 
 from trnlora.reporting.answers import OUTCOMES, AnswerRow
-from trnlora.reporting.results import Results, differing
+from trnlora.reporting.results import Results, differing, notes_of
 from trnlora.reporting.values import FORMS, LOSSES, SCORES, Score, categories, change, formatted
 
 MAX_SAMPLES = 3
 
 
-def summary(now: Results, other: Results | None, run: dict[str, str], rows: list[AnswerRow]) -> str:
-    """Scores, losses, speed, some answers and what was run; with `other`, also what changed since then."""
-    lines = [f"### {run['Profile']}", "", *score_table(now, other), "", *_measured(now)]
+def summary(
+    now: Results, other: Results | None, run: dict[str, str], here: dict[str, str], rows: list[AnswerRow]
+) -> str:
+    """What is stale, scores, losses, speed, some answers and what was run; with `other`, also what changed since.
+
+    run, here: `what_was_run` and `where_shown`.
+    """
+    notes = [line for note in notes_of(now, other) for line in (f"> {note}", ">")]
+    lines = [f"### {run['Profile']}", "", *notes, "", *score_table(now, other), "", *_measured(now)]
     if other:
         lines += _changed_params(now, other)
         samples = [row for row in rows if row.other_answer is not None]
@@ -20,6 +27,7 @@ def summary(now: Results, other: Results | None, run: dict[str, str], rows: list
     for row in samples[:MAX_SAMPLES]:
         lines += _sample(row, other.name if other else "")
     lines += ["", *(f"- {label}: {text}" for label, text in run.items() if label != "Profile")]
+    lines.append(f"- Report: {', '.join(here.values())}")
     return "\n".join(lines) + "\n"
 
 
@@ -33,8 +41,13 @@ def score_table(now: Results, other: Results | None = None) -> list[str]:
         if other:
             tuned = f"tuned.{key}"
             cells += [formatted(other, "eval_vllm", tuned, form), change(now, other, "eval_vllm", tuned, form)]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(table_cell, cells))} |")
     return lines
+
+
+def table_cell(value: Any) -> str:
+    """A value in a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def fenced(text: str) -> str:
@@ -50,11 +63,11 @@ def _measured(now: Results) -> list[str]:
     losses = [
         f"{formatted(now, loss.stage, loss.tuned, 'nats')} ({loss.measured_by.split(' (')[0]})"
         for loss in LOSSES
-        if now.get(loss.stage, loss.tuned) is not None
+        if now.number(loss.stage, loss.tuned) is not None
     ]
     if losses:
         lines.append(f"Validation loss with the adapter: {', '.join(losses)}.")
-    speed = now.get("finetune_lora", "tokens_per_second")
+    speed = now.number("finetune_lora", "tokens_per_second")
     if speed is not None:
         seconds = formatted(now, "finetune_lora", "seconds", "seconds")
         lines.append(f"Training: {FORMS['rate'](speed)} tokens/s, {seconds}.")
@@ -63,12 +76,17 @@ def _measured(now: Results) -> list[str]:
 
 def _changed_params(now: Results, other: Results) -> list[str]:
     """A table of the params that differ; nothing if they are the same."""
-    rows = [f"| {key} | {before} | {after} |" for key, before, after in differing(other.params, now.params)]
-    return ["", f"| param | {other.name} | {now.name} |", "|---|---|---|", *rows] if rows else []
+    rows = [
+        f"| {key} | {table_cell(before)} | {table_cell(after)} |"
+        for key, before, after in differing(other.params, now.params)
+    ]
+    return ["", f"| param | {table_cell(other.name)} | {now.name} |", "|---|---|---|", *rows] if rows else []
 
 
 def _sample(row: AnswerRow, other_name: str) -> list[str]:
     """A test row that folds out."""
+    from markupsafe import escape
+
     answer = row.answer
     texts = [("reference", answer["reference"]), ("base", answer["base"])]
     if row.other_answer is not None:
@@ -76,7 +94,7 @@ def _sample(row: AnswerRow, other_name: str) -> list[str]:
     texts.append(("tuned", answer["tuned"]))
     return [
         "",
-        f"<details><summary>row {answer['id']} · {answer['category']} · {row.outcome}</summary>",
+        f"<details><summary>row {answer['id']} · {escape(answer['category'])} · {row.outcome}</summary>",
         "",
         *(f"**{name}**\n{fenced(text)}" for name, text in texts),
         "",

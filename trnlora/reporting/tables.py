@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from trnlora.metrics import stages
 from trnlora.reporting.results import Results
@@ -18,7 +19,7 @@ def metrics_table(now: Results) -> Table:
     for stage in stages():
         rest = {key: value for key, value in now.of_stage(stage).items() if key.split(".")[0] not in LEFT_OUT}
         for number, (key, value) in enumerate(rest.items()):
-            table.add_row("" if number else stage, key, shown(value))
+            table.add_row("" if number else stage, Text(key), Text(shown(value)))
         table.add_section()
     return table
 
@@ -30,7 +31,7 @@ def scores_table(now: Results) -> Table | None:
         return None
     table = Table("test rows", *MODELS, title="Base model and adapter")
     for key, value in base.items():
-        table.add_row(key, shown(value), shown(tuned.get(key)))
+        table.add_row(*(Text(cell) for cell in (key, shown(value), shown(tuned.get(key)))))
     return table
 
 

@@ -64,7 +64,7 @@ def categories(now: Results) -> list[str]:
 
 def formatted(source: Results, stage: str, key: str, form: str) -> str:
     """A metric in the short form FORMS[form]."""
-    value = source.get(stage, key)
+    value = source.number(stage, key)
     return NOTHING if value is None else FORMS[form](value)
 
 
@@ -72,9 +72,10 @@ def cell(source: Results | None, stage: str, key: str | None, form: str) -> Any:
     """A metric as HTML (markupsafe.Markup): its short form, with its source and its full value as data attributes."""
     from markupsafe import Markup
 
-    file, value = source.find(stage, key) if source and key else ("", None)
-    if value is None or source is None:
+    value = source.number(stage, key) if source and key else None
+    if value is None or source is None or key is None:
         return Markup('<span class="none">{}</span>').format(NOTHING)
+    file = source.find(stage, key)[0]
     return Markup('<span data-rev="{}" data-metric="{}:{}" data-value="{}">{}</span>').format(
         source.name, file, key, repr(value), FORMS[form](value)
     )
@@ -82,7 +83,7 @@ def cell(source: Results | None, stage: str, key: str | None, form: str) -> Any:
 
 def change(now: Results, other: Results, stage: str, key: str, form: str) -> str:
     """now − other with its sign. Percentages differ in percentage points (pt)."""
-    before, after = other.get(stage, key), now.get(stage, key)
+    before, after = other.number(stage, key), now.number(stage, key)
     if before is None or after is None:
         return NOTHING
     size = abs(after - before)
