@@ -25,6 +25,7 @@ PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE"
 
 ROOT = Path(__file__).parents[2]  # of this project
 
+
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`; `serve_command` passes the same ones as command-line flags.
 
