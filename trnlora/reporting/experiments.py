@@ -34,11 +34,10 @@ def check_changes(changes: Sequence[str]) -> None:
     from dvc.exceptions import DvcException
     from dvc.utils.cli_parse import to_path_overrides
     from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
-    from hydra.errors import HydraException
 
     try:
         sweeps = get_hydra_sweeps(to_path_overrides(changes))
-    except (DvcException, HydraException) as error:
+    except Exception as error:  # DVC's, and those of the library that parses a change
         raise UserError(f"{' '.join(changes)}: {' '.join(str(error).split())[:300]}") from None
     for overrides in sweeps:
         if overrides.keys() != {str(paths.PARAMS)}:
