@@ -1,6 +1,7 @@
 """DVC's experiments: checked before they are queued, run, and shown as a table."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,8 @@ def check_changes(changes: Sequence[str]) -> None:
 
 def queue(changes: Sequence[str], name: str | None) -> None:
     """Queue an experiment for each combination of the changes' values. Raises UserError if DVC refuses them."""
+    if name is not None and not re.fullmatch(r"\w[\w-]*", name):
+        raise UserError(f"{name!r} cannot be the name of an experiment: use letters, digits, - and _")
     named = [] if name is None else [f"--name={name}"]
     _dvc("exp", "run", "--queue", *named, *(f"--set-param={change}" for change in changes))
 
