@@ -79,6 +79,6 @@ def test_a_sweep_whose_experiment_fails_says_so(finished_copy: Project) -> None:
     stage.write_text("raise SystemExit('error: on purpose')\n", "utf-8")
     project.commit("A stage that fails")
     printed = project.run(*make, "sweep", "SET=eval.max_prompts=7", "NAME=fails", check=False)
-    assert printed.count("error: without a result: fails-1 (failed); `dvc queue logs fails-1` shows why") == 1, printed
+    assert printed.count("error: without a result: fails (failed); `dvc queue logs fails` shows why") == 1, printed
     assert "make: *** [" in printed
-    assert "on purpose" in project.dvc("queue", "logs", "fails-1")
+    assert "on purpose" in project.dvc("queue", "logs", "fails")

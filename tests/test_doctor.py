@@ -61,7 +61,7 @@ def broken(tmp_path: Path) -> Path:
     """A project whose requirements.lock, DVC lock, tp_size and memory needs do not fit this machine."""
     params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
     params["convert"]["tp_size"] = 5
-    params["train"]["dp_size"] = params["train"]["global_batch_size"] = 100_000
+    params["train"]["dp_size"] = params["train"]["global_batch_size"] = 10_000
     lock = (ROOT / "requirements.lock").read_text("utf-8").replace("\ndvc==", "\ndvc==0.", 1)
     source = params["model"]["source"]
     config = {
@@ -99,6 +99,7 @@ def test_names_every_problem(broken: Path) -> None:
     expected = [
         "run `make setup`",
         "rwlock is unreadable",
+        "data.source: there is no data/tasks.jsonl",
         "num_attention_heads % tp_size",
         "of memory available",
         "cannot bind",

@@ -55,6 +55,15 @@ def test_stages_are_in_flow_order() -> None:
         made |= set(outs_of(stage))
 
 
+def test_every_stage_waits_for_check_params() -> None:
+    """So that params are refused before DVC deletes an out, whichever stage is asked for."""
+    made = set(outs_of(STAGES["check_params"]))
+    for name in ORDER[1:]:
+        assert any(dep == out or dep.startswith(f"{out}/") for dep in STAGES[name]["deps"] for out in made), name
+        made |= set(outs_of(STAGES[name]))
+    assert STAGES["check_params"]["outs"] == [{"artifacts/params_checked": {"persist": True}}]  # it stays
+
+
 def test_no_stage_depends_on_a_measured_time() -> None:
     for name, stage in STAGES.items():
         assert not [dep for dep in stage["deps"] if "timing" in dep], name

@@ -214,6 +214,8 @@ def test_setup_takes_a_program_and_no_code(tmp_path: Path, code: str) -> None:
         ("sweep", ["train.learning_rate=1"], "train.learning_rate=1:"),
         ("sweep", ["data.source=path://nowhere.jsonl"], "data.source: there is no nowhere.jsonl"),
         ("sweep", ["train.lr=["], "train.lr=[:"),
+        ("sweep", ["--name=../dvc", "train.lr=1.0e-3"], "'../dvc' cannot be the name of an experiment"),
+        ("sweep", ["--name=--help", "train.lr=1.0e-3"], "'--help' cannot be the name of an experiment"),
         ("sweep", ["other.yaml:a=1"], "only params of params.yaml can be changed"),
     ],
     ids=lambda value: str(value)[:30],

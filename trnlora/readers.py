@@ -146,8 +146,10 @@ def write_yaml(value: Any, target: Path) -> None:
     """Write a YAML file from which `read_yaml` reads `value` again."""
     from ruamel.yaml import YAML
 
+    yaml = YAML(typ="safe")
+    yaml.allow_unicode = False  # escaped: as they are, U+0085 and U+2028 would be read as line breaks
     with target.open("w", encoding="utf-8") as file:
-        YAML(typ="safe").dump(value, file)
+        yaml.dump(value, file)
 
 
 def checked(value: Any, kind: type[T], where: str, fix: str = "") -> T:

@@ -1,6 +1,7 @@
 """DVC's experiments: checked before they are queued, run, and shown as a table."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,10 @@ def check_changes(changes: Sequence[str]) -> None:
     from dvc.exceptions import DvcException
     from dvc.utils.cli_parse import to_path_overrides
     from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
-    from hydra.errors import HydraException
 
     try:
         sweeps = get_hydra_sweeps(to_path_overrides(changes))
-    except (DvcException, HydraException) as error:
+    except Exception as error:  # DVC's, and those of the library that parses a change
         raise UserError(f"{' '.join(changes)}: {' '.join(str(error).split())[:300]}") from None
     for overrides in sweeps:
         if overrides.keys() != {str(paths.PARAMS)}:
@@ -57,6 +57,8 @@ def check_changes(changes: Sequence[str]) -> None:
 
 def queue(changes: Sequence[str], name: str | None) -> None:
     """Queue an experiment for each combination of the changes' values. Raises UserError if DVC refuses them."""
+    if name is not None and not re.fullmatch(r"\w[\w-]*", name):
+        raise UserError(f"{name!r} cannot be the name of an experiment: use letters, digits, - and _")
     named = [] if name is None else [f"--name={name}"]
     _dvc("exp", "run", "--queue", *named, *(f"--set-param={change}" for change in changes))
 
