@@ -30,6 +30,7 @@ class Bench:
     def __init__(self, root: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self._model = model
+        (root / "llama").symlink_to(model)
         self.params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
         self.params["model"] |= {"source": "path://llama", "sha256": None}
         self.params["data"] |= {"source": "path://rows.jsonl", "seq_len": 256}
@@ -47,7 +48,8 @@ class Bench:
 
     @cached_property
     def llama(self) -> Path:
-        """A copy of the model, to be damaged."""
+        """The folder of model.source as a copy that may be damaged. Before, it is a link: most tests only read it."""
+        (self.root / "llama").unlink()
         return Path(shutil.copytree(self._model, self.root / "llama"))
 
     def install_model(self) -> None:

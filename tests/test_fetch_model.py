@@ -212,7 +212,7 @@ def write_gguf(path: Path) -> None:
     import gguf
     import numpy as np
 
-    hidden, heads, kv_heads, layers, mlp = 96, 6, 3, 1, 192
+    hidden, heads, kv_heads, layers, mlp = 192, 6, 3, 1, 192
     tokens = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *byte_alphabet(), "ab", "cd"]
     vocabulary = len(tokens)  # 261, a multiple of 3
     random = np.random.default_rng(17)

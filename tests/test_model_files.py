@@ -13,7 +13,8 @@ from trnlora.data.tokenizer import check_tokenizer
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.params import MAX_LORA_RANKS, Params
-from trnlora.profiles import profile_values
+from trnlora.preflight.known_models import known_config
+from trnlora.profiles import load_profile, profile_names, profile_values
 from trnlora.serving.servable import CPU_HEAD_SIZES, check_generation_config, check_servable
 from trnlora.serving.vllm_args import max_lora_rank
 from trnlora.weights.fetch import copy_small_files
@@ -181,6 +182,13 @@ def test_head_sizes_that_vllm_has_not_got_on_a_cpu_are_refused() -> None:
     with pytest.raises(UserError, match=r"head size \(head_dim\) is 72; vLLM on a CPU serves 32, 48, 64"):
         check_servable(config(head_dim=72), params())
     check_servable(config(head_dim=72), params(backend="cuda"))
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_the_models_of_the_profiles_can_be_served(name: str) -> None:
+    profile = load_profile(name)
+    if model := known_config(profile):
+        check_servable(model, profile)
 
 
 @pytest.mark.slow
