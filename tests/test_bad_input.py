@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ class Bench:
 
     def __init__(self, root: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
-        self.llama = Path(shutil.copytree(model, root / "llama"))
+        self._model = model
+        (root / "llama").symlink_to(model)
         self.params = yaml.safe_load((ROOT / "profiles/smollm2-135m-cpu.yaml").read_text("utf-8"))
-        self.params["model"] |= {"source": f"path://{self.llama}", "sha256": None}
+        self.params["model"] |= {"source": "path://llama", "sha256": None}
         self.params["data"] |= {"source": "path://rows.jsonl", "seq_len": 256}
         self.rows = [json.loads(line) for line in (ROOT / "data/tasks.jsonl").read_text("utf-8").splitlines()[:60]]
         monkeypatch.chdir(root)
@@ -45,8 +47,15 @@ class Bench:
             else:
                 self._monkeypatch.setenv(name, value)
 
+    @cached_property
+    def llama(self) -> Path:
+        """The folder of model.source as a copy that may be damaged. Before, it is a link: most tests only read it."""
+        (self.root / "llama").unlink()
+        return Path(shutil.copytree(self._model, self.root / "llama"))
+
     def install_model(self) -> None:
-        shutil.copytree(self.llama, "artifacts/model")
+        """Put the model where fetch_model writes it."""
+        shutil.copytree(self._model, "artifacts/model")
 
     def write_rows(self, content: bytes | None = None) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
@@ -68,6 +77,7 @@ class Bench:
         assert "\n" not in line
         assert {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/**/*")} == outs
         assert not list(Path().glob("**/.*.partial"))
+        assert ".partial" not in line  # a folder that is gone
         return line
 
 
@@ -215,24 +225,45 @@ def drop_tokenizer(model: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda model: (model / "config.json").unlink(), "has no config.json"),
-    "broken config": (lambda model: (model / "config.json").write_text("{"), "config.json is not valid JSON"),
+    # More of each: tests/test_model_config.py, tests/test_safetensors_header.py, tests/test_model_files.py
+    "no config": (lambda model: (model / "config.json").unlink(), "llama has no config.json"),
+    "broken config": (lambda model: (model / "config.json").write_text("{"), "llama/config.json is not valid JSON"),
+    "config of a wrong type": (
+        edit_config(num_hidden_layers="2"),
+        "llama/config.json: num_hidden_layers: Input should",
+    ),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "has no model.safetensors"),
     "truncated weights": (truncate, "where its header says"),
     "no safetensors": (
         lambda model: (model / "model.safetensors").write_bytes(b"PK"),
-        "no readable safetensors header",
+        "llama/model.safetensors is not a valid safetensors file",
     ),
     "NaN weights": (break_weights, "model.norm.weight holds NaN or Inf"),
-    "missing shard": (name_a_missing_shard, "lacks model-00001-of-00002.safetensors"),
+    "missing shard": (
+        name_a_missing_shard,
+        "model-00001-of-00002.safetensors is missing, which its",
+    ),
     "wrong architecture": (edit_config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
     "quantized": (edit_config(quantization_config={"quant_method": "awq"}), "quantized"),
-    "config without sizes": (edit_config(hidden_size=None), "lacks hidden_size"),
+    "config without sizes": (
+        edit_config(hidden_size=None),
+        "hidden_size: Input should be a valid integer",
+    ),
     "config of another model": (edit_config(hidden_size=384, head_dim=32), "of different models"),
-    "more layers than weights": (edit_config(num_hidden_layers=5), "model.layers.2"),
+    "more layers than weights": (edit_config(num_hidden_layers=5), "llama has no tensor model.layers.2"),
+    "fewer layers than weights": (edit_config(num_hidden_layers=1), "llama: model.layers.1.input_layernorm.weight"),
+    "more positions than the model": (edit_config(max_position_embeddings=1000), "serve.max_model_len 1024 is above"),
+    "EOS beyond the vocabulary": (edit_config(eos_token_id=1536), "eos_token_id 1536 is not below vocab_size 1536"),
     "vocabulary": (edit_config(vocab_size=1530), "1530"),
     "no tokenizer": (drop_tokenizer, "tokenizer"),
-    "broken tokenizer": (lambda model: (model / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
+    "broken tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text("{"),
+        "llama/tokenizer.json is not valid JSON",
+    ),
+    "generation defaults": (
+        lambda model: (model / "generation_config.json").write_text('{"top_p": 7}'),
+        "llama/generation_config.json: top_p: Input should be less than or equal to 1",
+    ),
     "no EOS": (drop_eos, "has no eos_token"),
 }
 
@@ -311,7 +342,7 @@ def adapter_of(bench: Bench) -> list[Path]:
 
     params = Params.model_validate(bench.params)
     folder = Path("artifacts/lora_adapter")
-    table = adapter_tensors(ModelConfig.from_folder(bench.llama), params.lora)
+    table = adapter_tensors(ModelConfig.from_folder(Path("artifacts/model")), params.lora)
     shapes = rank_shapes(table, 3, params.convert.kv_size_multiplier)
     files = [rank_file(folder, LORA_TAG, rank) for rank in range(3)]
     for file in files:
@@ -404,7 +435,7 @@ def test_a_flipped_byte_is_found_by_the_stage_that_reads_it(bench: Bench, stage:
     artifacts, params = Path("artifacts"), Params.model_validate(bench.params)
     shards = [load_rank(file) for file in adapter_of(bench)]
     (artifacts / "adapter").mkdir()
-    adapter = peft_adapter(shards, ModelConfig.from_folder(bench.llama), params.convert, params.lora)
+    adapter = peft_adapter(shards, ModelConfig.from_folder(Path("artifacts/model")), params.convert, params.lora)
     save_file(adapter, artifacts / "adapter/adapter_model.safetensors")
     write_json(artifacts / "adapter/adapter_config.json", peft_adapter_config(params.lora, params.model.source))
     examples = [

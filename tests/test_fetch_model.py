@@ -54,12 +54,16 @@ class Run:
         (self.root / "params.yaml").write_text(yaml.safe_dump(params), "utf-8")
 
     def refused(self, source: str, **changes: Any) -> str:
-        """Run the stage in this process. Returns the line of its UserError. Checks that it leaves nothing behind."""
+        """Run the stage in this process. Returns the line of its UserError. Checks that it leaves nothing behind.
+
+        The line must not name the folder that the stage writes to, which is gone then.
+        """
         self.write_params(source, **changes)
         with pytest.raises(UserError) as refusal:
             self._main()
         self.left_nothing()
         assert "\n" not in str(refusal.value)
+        assert ".partial" not in str(refusal.value)
         return str(refusal.value)
 
     def fetch(self, source: str, **changes: Any) -> subprocess.CompletedProcess[str]:
@@ -133,7 +137,7 @@ def test_only_needed_files_of_a_sharded_folder_are_copied(
 
     (folder / shards[-1]).unlink()
     shutil.rmtree(stage.model)
-    assert f"lacks {shards[-1]}" in stage.refused(f"path://{folder}")
+    assert f"{shards[-1]} is missing, which its model.safetensors.index.json lists" in stage.refused(f"path://{folder}")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +151,10 @@ def test_only_needed_files_of_a_sharded_folder_are_copied(
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
         ({"vocab_size": 1530}, "1530"),
         ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight (9 such tensors) does not belong"),
+        ({"max_position_embeddings": 512}, "serve.max_model_len 1024 is above the model's max_position_embeddings 512"),
+        ({"head_dim": 16}, "head size (head_dim) is 16; vLLM on a CPU serves"),
+        ({"use_cache": "yes"}, "config.json: transformers refuses it"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -166,7 +174,7 @@ def test_truncated_weights_are_refused(stage: Run, llama: Path) -> None:
         file.truncate(weights.stat().st_size - 100)
     assert "where its header says" in stage.refused(f"path://{llama}")
     weights.write_bytes(b"not safetensors at all")
-    assert "no readable safetensors header" in stage.refused(f"path://{llama}")
+    assert f"{weights} is not a valid safetensors file" in stage.refused(f"path://{llama}")
     weights.unlink()
     assert "has no model.safetensors" in stage.refused(f"path://{llama}")
 
@@ -184,10 +192,13 @@ def test_tokenizer_is_refused(stage: Run, llama: Path) -> None:
     values = json.loads(text)
     values["model"]["vocab"]["one too many"] = 1536
     tokenizer.write_text(json.dumps(values), "utf-8")
-    assert "1537 tokens and the model's embeddings 1536" in stage.refused(f"path://{llama}")
+    assert (
+        "token 'one too many' has the id 1536 (1 such tokens), and the model's embeddings have 1536 rows"
+        in stage.refused(f"path://{llama}")
+    )
 
     tokenizer.write_text(text[:1000], "utf-8")
-    assert "tokenizer cannot be loaded" in stage.refused(f"path://{llama}")
+    assert f"{tokenizer} is not valid JSON" in stage.refused(f"path://{llama}")
 
 
 def test_missing_folder_and_superfluous_sha256(stage: Run, tiny_llama: Path) -> None:
@@ -201,13 +212,13 @@ def write_gguf(path: Path) -> None:
     import gguf
     import numpy as np
 
-    hidden, heads, kv_heads, layers, mlp = 96, 6, 3, 1, 192
+    hidden, heads, kv_heads, layers, mlp = 192, 6, 3, 1, 192
     tokens = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *byte_alphabet(), "ab", "cd"]
     vocabulary = len(tokens)  # 261, a multiple of 3
     random = np.random.default_rng(17)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
-    writer.add_context_length(512)
+    writer.add_context_length(2048)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(mlp)
     writer.add_head_count(heads)
@@ -403,6 +414,26 @@ def test_absent_repository_and_revision(stage: Run, hub: type[Hub]) -> None:
 def test_what_does_not_divide_costs_no_download(stage: Run, hub: type[Hub]) -> None:
     assert "num_attention_heads % tp_size == 0" in stage.refusal(f"hf://tiny/open@{COMMIT}", tp_size=5)
     assert not [path for _, path, _ in hub.requests if "safetensors" in path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("generation_config.json", '{"temperature": "hot"}', "generation_config.json: temperature: Input should be a"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: it must hold keys and values"),
+        ("chat_template.jinja", "{% if %}", "chat_template.jinja: the chat template cannot be parsed"),
+    ],
+)
+def test_bad_small_files_cost_no_download_and_the_repository_is_named(
+    stage: Run, hub: type[Hub], llama: Path, file: str, content: str, message: str
+) -> None:
+    (llama / file).write_text(content, "utf-8")
+    hub.folder = llama
+    line = stage.refusal(f"hf://tiny/open@{COMMIT}")
+    assert line.startswith(f"error: hf://tiny/open@{COMMIT}/{message}")
+    assert not [path for _, path, _ in hub.requests if path.endswith("model.safetensors")]
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_damaged_weights_are_refused(adapter: Path, tiny_llama: Path, tmp_path: 
     with pytest.raises(UserError, match="holds NaN or Inf: choose another"):
         check_init_adapter(folder, config, LORA)
     weights.write_bytes(weights.read_bytes()[:50])
-    with pytest.raises(UserError, match="is not a safetensors file"):
+    with pytest.raises(UserError, match="is not a valid safetensors file"):
         check_init_adapter(folder, config, LORA)
     weights.unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing: save the adapter again with PEFT"):

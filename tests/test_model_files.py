@@ -5,15 +5,16 @@ Errors name the source, here org/name, and not the folder that it was copied to.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from trnlora.data.tokenizer import check_tokenizer
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
-from trnlora.params import Params
-from trnlora.profiles import profile_values
+from trnlora.params import MAX_LORA_RANKS, Params
+from trnlora.preflight.known_models import known_config
+from trnlora.profiles import load_profile, profile_names, profile_values
 from trnlora.serving.servable import CPU_HEAD_SIZES, check_generation_config, check_servable
 from trnlora.serving.vllm_args import max_lora_rank
 from trnlora.weights.fetch import copy_small_files
@@ -183,11 +184,20 @@ def test_head_sizes_that_vllm_has_not_got_on_a_cpu_are_refused() -> None:
     check_servable(config(head_dim=72), params(backend="cuda"))
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_the_models_of_the_profiles_can_be_served(name: str) -> None:
+    profile = load_profile(name)
+    if model := known_config(profile):
+        check_servable(model, profile)
+
+
 @pytest.mark.slow
-def test_the_head_sizes_are_those_of_vllms_kernel() -> None:
+def test_the_head_sizes_and_ranks_are_those_of_vllm() -> None:
     import torch
+    from vllm.config.lora import MaxLoRARanks
     from vllm.platforms import current_platform
 
+    assert get_args(MaxLoRARanks) == MAX_LORA_RANKS
     current_platform.import_kernels()
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -206,13 +216,6 @@ def test_the_head_sizes_are_those_of_vllms_kernel() -> None:
 
 
 def test_ranks_that_vllm_does_not_serve_are_refused() -> None:
-    from typing import get_args
-
-    from vllm.config.lora import MaxLoRARanks
-
-    from trnlora.params import MAX_LORA_RANKS
-
-    assert get_args(MaxLoRARanks) == MAX_LORA_RANKS
     assert [max_lora_rank(r) for r in (1, 2, 24, 257, 512)] == [1, 8, 32, 320, 512]
     with pytest.raises(ValueError, match="less than or equal to 512"):
         params(lora={"r": 513})

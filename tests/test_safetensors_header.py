@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.headers import header_of, write_safetensors
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
@@ -17,30 +18,6 @@ from trnlora.model.tensors import hf_shapes
 from trnlora.weights.fetch import check_tensors, check_weights
 from trnlora.weights.safetensors_header import HeaderEntry, read_header
 from trnlora.weights.storage import HFCheckpoint
-
-Header = dict[str, dict[str, Any]]
-SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "F64": 8}
-
-
-def header_of(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> Header:
-    """A valid header: the tensors one after the other."""
-    header: Header = {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + SIZES[dtype]
-        for size in shape:
-            end = begin + (end - begin) * size
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    return header
-
-
-def write(path: Path, header: Any, size: int | None = None) -> Path:
-    """Write a file with this header (as JSON, or bytes as they are) and zeros as its data."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    if size is None:
-        size = max(entry["data_offsets"][1] for entry in header.values())
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    return path
 
 
 def entry(dtype: Any = "F32", shape: Any = (4,), data_offsets: Any = (0, 16)) -> dict[str, Any]:
@@ -82,7 +59,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_header_that_is_not_valid_is_refused(tmp_path: Path, case: str) -> None:
     header, message = HEADERS[case]
-    path = write(tmp_path / "x.safetensors", header, 16)
+    path = write_safetensors(tmp_path / "x.safetensors", header, 16)
     with pytest.raises(UserError, match=message) as refusal:
         read_header(path, "org/name/model.safetensors", ": choose another")
     assert str(refusal.value).startswith("org/name/model.safetensors is not a valid safetensors file (")
@@ -106,7 +83,7 @@ def test_a_file_without_a_header_is_refused(tmp_path: Path, content: bytes) -> N
 def test_a_valid_header_is_read(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, **header_of({"a": (2, 3), "b": ()}, "BF16")}
     text = json.dumps(header).encode()
-    found = read_header(write(tmp_path / "x.safetensors", text, 14), "", "")
+    found = read_header(write_safetensors(tmp_path / "x.safetensors", text, 14), "", "")
     assert found == {"a": HeaderEntry("BF16", (2, 3), 8 + len(text)), "b": HeaderEntry("BF16", (), 20 + len(text))}
 
 
@@ -152,7 +129,7 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path: Path, case: str)
     edit, message = TENSORS[case]
     shapes = hf_shapes(model())
     edit(shapes)
-    write(tmp_path / "model.safetensors", header_of(shapes))
+    write_safetensors(tmp_path / "model.safetensors", header_of(shapes))
     assert message in refused(tmp_path, model())
 
 
@@ -169,7 +146,7 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path: Path, case: str)
     ids=lambda value: str(value)[:30],
 )
 def test_a_config_that_is_not_the_weights_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    write(tmp_path / "model.safetensors", header_of(hf_shapes(model())))
+    write_safetensors(tmp_path / "model.safetensors", header_of(hf_shapes(model())))
     if message:
         assert message in refused(tmp_path, model(**changes))
     else:
@@ -179,14 +156,14 @@ def test_a_config_that_is_not_the_weights_is_refused(tmp_path: Path, changes: di
 
 @pytest.mark.parametrize("dtype", ["I32", "F64"])
 def test_tensors_that_are_no_dense_floats_are_refused(tmp_path: Path, dtype: str) -> None:
-    write(tmp_path / "model.safetensors", header_of(hf_shapes(model()), dtype))
+    write_safetensors(tmp_path / "model.safetensors", header_of(hf_shapes(model()), dtype))
     assert f"model.safetensors: model.embed_tokens.weight is {dtype}, not a dense float" in refused(tmp_path, model())
 
 
 def test_parts_of_one_layer_in_two_dtypes_are_refused(tmp_path: Path) -> None:
     shapes = hf_shapes(model())
-    write(tmp_path / ONE, header_of({UP: shapes.pop(UP)}, "F16"))
-    write(tmp_path / TWO, header_of(shapes))
+    write_safetensors(tmp_path / ONE, header_of({UP: shapes.pop(UP)}, "F16"))
+    write_safetensors(tmp_path / TWO, header_of(shapes))
     weight_map = {UP: ONE} | dict.fromkeys(shapes, TWO)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
     line = refused(tmp_path, model())
@@ -196,7 +173,7 @@ def test_parts_of_one_layer_in_two_dtypes_are_refused(tmp_path: Path) -> None:
 def test_buffers_of_early_llamas_and_a_copy_of_tied_embeddings_are_accepted(tmp_path: Path) -> None:
     config = model(tie_word_embeddings=True)
     more = {"model.layers.1.self_attn.rotary_emb.inv_freq": (1,), "lm_head.weight": (8, 4)}
-    path = write(tmp_path / "model.safetensors", header_of(hf_shapes(config) | more))
+    path = write_safetensors(tmp_path / "model.safetensors", header_of(hf_shapes(config) | more))
     assert check_weights(tmp_path, config, "org/name") == sum(
         rows * (columns[0] if columns else 1) for rows, *columns in hf_shapes(config).values()
     )
@@ -228,8 +205,8 @@ INDEXES: dict[str, tuple[Callable[[WeightMap], Any], str]] = {
 def test_an_index_that_is_not_that_of_its_files_is_refused(tmp_path: Path, case: str) -> None:
     edit, message = INDEXES[case]
     shapes = hf_shapes(model())
-    write(tmp_path / ONE, header_of({UP: shapes.pop(UP)}))
-    write(tmp_path / TWO, header_of(shapes))
+    write_safetensors(tmp_path / ONE, header_of({UP: shapes.pop(UP)}))
+    write_safetensors(tmp_path / TWO, header_of(shapes))
     index = edit({UP: ONE} | dict.fromkeys(shapes, TWO))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert message in refused(tmp_path, model())
@@ -237,8 +214,8 @@ def test_an_index_that_is_not_that_of_its_files_is_refused(tmp_path: Path, case:
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     shapes = hf_shapes(model())
-    write(tmp_path / ONE, header_of({UP: shapes[UP]}))
-    write(tmp_path / TWO, header_of(shapes))
+    write_safetensors(tmp_path / ONE, header_of({UP: shapes[UP]}))
+    write_safetensors(tmp_path / TWO, header_of(shapes))
     weight_map = dict.fromkeys(shapes, TWO) | {UP: ONE}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
     assert f"{TWO}: {UP} is in {ONE} too" in refused(tmp_path, model())

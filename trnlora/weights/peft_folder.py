@@ -35,7 +35,10 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 def _module_names(value: Any) -> Any:
     """PEFT takes names of modules, or all-linear, or a regular expression."""
     if isinstance(value, str) and value:
-        re.compile(value)
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"it is not a regular expression: {error}") from None
     elif not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
         raise ValueError("it must be a list of names, or a regular expression")
     return value
