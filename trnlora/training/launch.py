@@ -4,6 +4,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from trnlora.training.cluster import Nodes
 from trnlora.training.loggers import check_installed
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
+MIN_OPEN_FILES = 256
 LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
 
 
@@ -43,6 +45,8 @@ def start_ranks(
         os.execvp(command[0], command)  # SLURM runs the batch script on the first node only
     nodes = cluster.from_environment()
     ranks = cluster.processes_per_node(nodes.count, params.convert.tp_size, params.train.dp_size)
+    if (allowed := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < MIN_OPEN_FILES:  # torchrun would wait for ever
+        raise UserError(f"{allowed} open files allowed, training needs {MIN_OPEN_FILES}: raise the limit (`ulimit -n`)")
     if nodes.rank == 0:
         for output in outputs:
             check_unlocked(output)
