@@ -4,9 +4,11 @@ The stages' `main` runs in this process, as with `python stages/….py`, but wit
 """
 
 import json
+import re
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -17,6 +17,8 @@ from test_dvc import STAGES, outs_of
 
 from trnlora.errors import UserError, explain, run
 from trnlora.files import atomic_dir, atomic_file, atomic_outputs, locked, partial_path
+from trnlora.params import load_params
+from trnlora.preflight.doctor import check_no_other_run, checks
 
 HOLD = """
 import sys
@@ -119,7 +121,6 @@ def test_a_stage_does_not_replace_what_another_process_reads(
 @pytest.mark.parametrize(
     ("script", "arguments", "target"),
     [
-        ("tools/doctor.py", ["--repro"], "artifacts/lora_adapter"),  # a stage whose dvc is gone; printed, see below
         ("tools/write_profile.py", ["smollm2-135m-cpu"], "params.yaml"),
         ("tools/device_check.py", [], ".scratch/device-check"),
         ("stages/convert_nxd.py", ["--to-hf", "hf"], "hf"),
@@ -127,19 +128,22 @@ def test_a_stage_does_not_replace_what_another_process_reads(
     ],
 )
 def test_a_tool_is_refused(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    script: str,
-    arguments: list[str],
-    target: str,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, arguments: list[str], target: str
 ) -> None:
     with Holder(target) as first:
         (folder / "profiles").symlink_to(ROOT / "profiles")
         before = tree(folder)
         line = ended_with(script, monkeypatch, *arguments)
-        assert f"{target} is in use by process {first.process.pid} (" in line + capsys.readouterr().out
+        assert f"{target} is in use by process {first.process.pid} (" in line
         assert tree(folder) == before
+
+
+def test_make_repro_is_refused_before_dvc_deletes_what_a_stage_is_writing(folder: Path) -> None:
+    """A stage that has outlived its dvc. tools/doctor.py --repro, which runs before `dvc repro`, has this check."""
+    assert check_no_other_run in checks(load_params(), repro=True)
+    check_no_other_run()
+    with Holder("artifacts/lora_adapter") as first, pytest.raises(UserError, match=f"process {first.process.pid} "):
+        check_no_other_run()
 
 
 # Locks
@@ -168,16 +172,16 @@ def test_readers_share_and_a_writer_is_told_all_of_them(tmp_path: Path) -> None:
     with Holder(target, "shared") as one, Holder(target, "shared") as other:
         with locked(target, shared=True):
             pass
-        with pytest.raises(UserError, match=rf"process {one.process.pid} .* and process {other.process.pid} "):
-            with locked(target):
-                pass
+        both = rf"process {one.process.pid} .* and process {other.process.pid} "
+        with pytest.raises(UserError, match=both), locked(target):
+            pass
 
 
 def test_what_cannot_be_written_can_be_read_without_a_lock(tmp_path: Path) -> None:
     with locked(tmp_path / "absent" / "out", shared=True):
         pass
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="cannot write to /proc"), locked(Path("/proc/out")):
+    with pytest.raises(UserError, match="cannot write to /sys"), locked(Path("/sys/out")):
         pass
 
 
@@ -197,15 +201,19 @@ def outputs(tmp_path: Path) -> tuple[Path, Path]:
 def test_outputs_appear_together_and_an_error_keeps_the_old_ones(outputs: tuple[Path, Path], tmp_path: Path) -> None:
     folder, file = outputs
     before = tree(tmp_path)
-    with pytest.raises(ZeroDivisionError), atomic_outputs([folder], [file]):
-        (partial_path(folder) / "new").write_text("new")
-        partial_path(file).write_text("new")
-        assert tree(tmp_path).items() > before.items()
-        raise ZeroDivisionError
+
+    def write(fails: bool) -> None:
+        with atomic_outputs([folder], [file]):
+            (partial_path(folder) / "new").write_text("new")
+            partial_path(file).write_text("new")
+            assert tree(tmp_path).items() > before.items()
+            if fails:
+                raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        write(fails=True)
     assert tree(tmp_path) == before
-    with atomic_outputs([folder], [file]):
-        (partial_path(folder) / "new").write_text("new")
-        partial_path(file).write_text("new")
+    write(fails=False)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file.json", "folder", "new"]
     assert file.read_text() == "new"
 
@@ -345,16 +353,19 @@ MACHINE: dict[str, tuple[Callable[[Path], object], str]] = {
     "many open files": (too_many_files, "too many open files"),
     "a missing file": (lambda folder: (folder / ".a.partial/x").read_text(), "/a/x: No such file or directory"),
     "a file in the way": (lambda folder: (folder / "f").touch() or (folder / "f").mkdir(), "f is a directory where"),
-    "a busy mount": (lambda folder: os.rmdir("/proc"), "/proc is in use"),
+    "a busy mount": (lambda folder: Path("/proc").rmdir(), "/proc is in use"),
 }
 
 
 @pytest.mark.parametrize("case", MACHINE)
 def test_an_error_of_the_machine_is_one_line(tmp_path: Path, case: str) -> None:
     fails, message = MACHINE[case]
-    with pytest.raises(OSError) as caught:
+    try:
         fails(tmp_path)
-    assert message in str(explain(caught.value))
+    except OSError as error:
+        assert message in str(explain(error))
+    else:
+        raise AssertionError("it did not fail")
 
 
 def test_a_bug_is_not_explained() -> None:

@@ -36,9 +36,9 @@ def start_ranks(
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
     train: a function at the top level of a module that does not import torch. outputs, reads: what the first rank
-    locks, as in `atomic_outputs`. In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError of
-    one line if another process uses the outputs, if a logger is not installed, if a rank fails, if a signal stops the
-    training, or if the nodes do not meet.
+    locks, as in `atomic_outputs`. In the batch script of a SLURM job, starts the script on every node of the job
+    instead. Raises UserError of one line if another process uses the outputs, if a logger is not installed, if a rank
+    fails, if a signal stops the training, or if the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
