@@ -1,7 +1,6 @@
 """Training resumes after any interruption and ends with the same bytes as an uninterrupted run."""
 
 import csv
-import json
 import os
 import re
 import shutil
@@ -100,7 +99,7 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
     assert "rank 1 failed: Signal 9 (SIGKILL)" in line
     assert "rerun to resume" in line
     assert "Traceback" not in printed
-    assert not list((broken / "artifacts").glob(".*"))  # no part of an adapter either
+    assert not list((broken / "artifacts").glob(".*.partial"))  # no part of an adapter either
     assert not (broken / "artifacts/lora_adapter").exists()
     assert len(checkpoints(broken)) == 2  # train.checkpoints_kept
 
@@ -157,15 +156,21 @@ def test_the_best_adapter_and_the_early_end_after_a_kill(
     for saved in broken.glob(".scratch/checkpoints/*/*/step_*"):
         if int(saved.name[5:]) > 6:
             shutil.rmtree(saved)
-    (broken / "metrics/finetune_lora.json").mkdir()  # cannot be written: an error after the last checkpoint
-    done = stage("finetune_lora", broken)
-    assert done.returncode == 1
-    assert "resuming from step 6 of 36" in done.stdout
-    assert "stopped early at step 10 of 36: the lowest validation loss is " in done.stdout
+    training = Training(broken)
+    partial = broken / "artifacts/.lora_adapter.partial"
+    while not partial.is_dir():
+        assert training.process.poll() is None, training.process.stdout.read()
+        time.sleep(0.01)
+    partial.rmdir()
+    partial.touch()  # the adapter cannot be written: an error after the last checkpoint
+    printed, _ = training.process.communicate(timeout=300)
+    assert training.process.returncode == 1
+    assert "resuming from step 6 of 36" in printed
+    assert "stopped early at step 10 of 36: the lowest validation loss is " in printed
+    assert "error: training stopped, rank 0 failed: artifacts/lora_adapter" in printed
     assert checkpoints(broken) == [3, 6, 9, 10]
+    assert not list((broken / "artifacts").glob(".*.partial"))
 
-    (broken / "metrics/finetune_lora.json").rmdir()
-    shutil.rmtree(broken / "artifacts/lora_adapter")
     done = stage("finetune_lora", broken)
     assert done.returncode == 0, done.stderr
     assert "resuming from step 10 of 36" in done.stdout
@@ -267,18 +272,47 @@ def test_a_value_that_is_not_finite_stops_with_step_rows_and_checkpoint(trained:
     assert digests(folder / "artifacts/lora_adapter") == before
 
 
-def test_two_trainings_do_not_write_the_same_output(converted: Callable[..., Path]) -> None:
-    folder = converted("run", train=TRAIN, convert=ONE_RANK)
+def test_two_trainings_do_not_write_the_same_output(
+    trained: Callable[..., Path], converted: Callable[..., Path]
+) -> None:
+    """The second one leaves every file of the first as it is, which ends in the same bytes as alone.
+
+    The first has outlived its dvc: a second `dvc repro` has deleted the curves that were in place.
+    """
+    whole, folder = trained("whole", train=TRAIN, convert=ONE_RANK), converted("run", train=TRAIN, convert=ONE_RANK)
     training = Training(folder)
     training.wait_for_step(3)
     ranks = training.ranks()
     for rank in ranks:  # otherwise it would end before the second one has finished its imports
         rank.suspend()
+    shutil.rmtree(folder / "plots/training", ignore_errors=True)
+    before = digests(folder)
     second = stage("finetune_lora", folder)
+    assert digests(folder) == before
     for rank in ranks:
         rank.resume()
+    user = f"is in use by process {training.process.pid} ({' '.join(training.process.cmdline())}): wait until"
+    assert second.stderr == f"error: artifacts/lora_adapter {user} that is done, or stop it\n"
     assert second.returncode == 1
-    assert "another process is writing artifacts/.lora_adapter.partial" in second.stderr
-    printed = training.ended([])
+    printed, _ = training.process.communicate(timeout=300)
     assert training.process.returncode == 0, printed
-    assert json.loads((folder / "metrics/finetune_lora.json").read_text())["steps"] > 3
+    assert_same_run(whole, folder)
+    assert not list(folder.glob("**/.*.lock"))
+
+
+def test_the_first_rank_locks_by_itself(converted: Callable[..., Path]) -> None:
+    """Under a torchrun of the user's there is no launcher that looks first."""
+    folder = converted("run", train=TRAIN, convert=ONE_RANK)
+    code = "import sys; from pathlib import Path; from trnlora.files import locked\n"
+    code += "with locked(Path('artifacts/lora_adapter')): print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        before = digests(folder)
+        command = [str(Path(sys.executable).with_name("torchrun")), str(ROOT / "stages/finetune_lora.py")]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        holder.communicate()
+        assert digests(folder) == before
+    assert done.returncode == 1
+    assert f"artifacts/lora_adapter is in use by process {holder.pid} " in done.stderr

@@ -114,16 +114,17 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY):
+    if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
         return "out of memory: close other programs, raise ulimit -v, or use a smaller model or data.seq_len"
-    if any(text in str(error) for text in NO_SPACE):
-        return NO_SPACE_LINE.format(name="an output")
+    if not (isinstance(error, OSError) and error.errno) and re.search(NO_SPACE, str(error)):
+        return "no space left on the disk, or for a file within ulimit -f (writing an output): free some and rerun"
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (source, target, reason) …
         source, target, reason = error.args[0][0]
         return f"cannot copy {source} to {known_name(target)} ({reason}): free space or fix permissions, and rerun"
     if not isinstance(error, OSError) or error.errno is None:
         return None
-    name = known_name(error.filename) if error.filename is not None else None
+    filename = error.filename if error.filename2 is None else error.filename2  # the target of a copy or a rename
+    name = known_name(filename) if filename is not None else None
     if error.errno in LINES:
         return LINES[error.errno].format(name=name or "a file", strerror=error.strerror)
     return f"{name}: {error.strerror}: check the file and its file system, and rerun" if name else None
@@ -136,10 +137,13 @@ def known_name(path: Any) -> str:
 
 
 NO_SPACE_LINE = "no space left on the disk (writing {name}): free some and rerun"
-# What libraries say in errors of their own: safetensors (with the system's text), torch.save.
-NO_SPACE = ("No space left on device", "PytorchStreamWriter failed writing file")
+# What libraries say in errors of their own: safetensors, numpy, torch.save twice.
+NO_SPACE = (
+    r"No space left on device|\d+ requested and \d+ written|PytorchStreamWriter failed writing file|"
+    r"inline_container\.cc:\d+\] \. unexpected pos"
+)
 # torch's CPU allocator; the loader of shared libraries; threading
-OUT_OF_MEMORY = ("can't allocate memory", "failed to map segment from shared object", "can't start new thread")
+OUT_OF_MEMORY = r"can't allocate memory|failed to map segment from shared object|can't start new thread"
 _PERMISSIONS = "cannot open {name} ({strerror}): fix its permissions and rerun"
 _KIND = "{name} is a directory where a file is expected, or the reverse: move it away and rerun"
 _BUSY = "{name} is in use ({strerror}): stop the program that uses it and rerun"

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from trnlora.training.cluster import Nodes
 from trnlora.training.loggers import check_installed
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>: the signal that a process gets when its parent dies
+MIN_OPEN_FILES = 256
 LATER_SECONDS = 2  # the launcher checks its ranks ten times in this time
 
 
@@ -34,15 +36,17 @@ def start_ranks(
     """Start this node's ranks of dp_size × tp_size, each calling train(*arguments), and wait for them.
 
     train: a function at the top level of a module that does not import torch. outputs, reads: what the first rank
-    locks, as in `atomic_outputs`. In the batch script of a SLURM job, starts the script on every node of the job instead. Raises UserError of
-    one line if another process uses the outputs, if a logger is not installed, if a rank fails, if a signal stops the
-    training, or if the nodes do not meet.
+    locks, as in `atomic_outputs`. In the batch script of a SLURM job, starts the script on every node of the job
+    instead. Raises UserError of one line if another process uses the outputs, if a logger is not installed, if a rank
+    fails, if a signal stops the training, or if the nodes do not meet.
     """
     if command := cluster.srun_command([sys.executable, "-u", *sys.argv]):
         sys.stdout.flush()
         os.execvp(command[0], command)  # SLURM runs the batch script on the first node only
     nodes = cluster.from_environment()
     ranks = cluster.processes_per_node(nodes.count, params.convert.tp_size, params.train.dp_size)
+    if (allowed := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < MIN_OPEN_FILES:  # torchrun would wait for ever
+        raise UserError(f"{allowed} open files allowed, training needs {MIN_OPEN_FILES}: raise the limit (`ulimit -n`)")
     if nodes.rank == 0:
         for output in outputs:
             check_unlocked(output)

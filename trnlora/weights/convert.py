@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trnlora.errors import UserError
+from trnlora.errors import UserError, known_name
 from trnlora.files import atomic_dir
 from trnlora.model.config import ModelConfig
 from trnlora.model.tensors import hf_shapes
@@ -117,7 +117,8 @@ def check_space(target: Path, size: int) -> None:
     """Raise UserError unless the disk of `target` has `size` bytes free, and a little more."""
     free = shutil.disk_usage(target.parent).free
     if free < size * 1.01 + 2**20:
-        raise UserError(f"{target} needs {size / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free: free some")
+        name = known_name(target)
+        raise UserError(f"{name} needs {size / GIB:.1f} GiB and its disk has {free / GIB:.1f} GiB free: free some")
 
 
 def show_progress(counts: Iterable[int], total: int, title: str) -> None:
