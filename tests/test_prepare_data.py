@@ -387,6 +387,15 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     ]
     (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="keep")
+    _, end = run_stage(root)
+    assert end == (
+        "error: 1 train rows have the prompt of a test row, perhaps with other white space or case, so that scores would "
+        "say little: data/mine/a.jsonl line 4 as data/mine/b.jsonl line 4. Change the column split, or set "
+        "data.deduplicate: true, which leaves them out of train"
+    )
+    assert not (root / "artifacts/prepared").exists()
+    odd[3] = row(63, "4", "test")
+    (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     printed, end = run_stage(root)
     assert end is None
     metrics = json.loads((root / "metrics/prepare_data.json").read_text("utf-8"))
@@ -394,7 +403,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
         "rows_read": 57,
         "rows_empty": 1,
         "duplicate_rows": 3,
-        "prompts_in_train_and_test": 1,
+        "prompts_in_train_and_test": 0,
         "rows_with_special_tokens": 1,
         "unreachable_references": 1,
     }
@@ -403,7 +412,6 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert metrics["test"]["rows"] == 2
     assert "1 rows have a turn without text and are left out; the first are data/mine/b.jsonl line 5\n" in printed
     assert "3 rows repeat an earlier row's prompt and answer: see data.deduplicate" in printed
-    assert "1 prompts of test rows are trained on too" in printed
     assert (
         "1 rows spell a special token (data.special_tokens: keep); the first are data/mine/b.jsonl line 6\n" in printed
     )
@@ -413,11 +421,19 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert row_name(table, 50) == "data/mine/a.jsonl line 50"
     assert row_name(table, 51) == "data/mine/b.jsonl line 1"
 
+    odd[3] = row(3, "4", "test")
+    (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     write_params(root / "params.yaml", source="path://data/mine", deduplicate=True)
     printed, end = run_stage(root)
     assert end is None
+    assert (
+        "1 train rows are left out, since test rows have their prompts; the first are data/mine/a.jsonl line 4"
+        in printed
+    )
     metrics = json.loads((root / "metrics/prepare_data.json").read_text("utf-8"))
     assert sum(metrics[split]["rows"] for split in ("train", "validation", "test")) == 53
+    assert metrics["test"]["rows"] == 2
+    assert metrics["prompts_in_train_and_test"] == 1
     assert metrics["unreachable_references"] == 0  # as text
     assert "data.deduplicate" not in printed
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="refuse")

@@ -127,7 +127,7 @@ def test_values_in_any_yaml_form_are_written(folder: Path) -> None:
         ("train:\n  learning_rate: 1.0e-3\n", "mine.yaml: train.learning_rate is not a known key"),
         ("trian:\n  lr: 1.0e-3\n", "mine.yaml: trian is not a known key"),
         ("train: 3\n", "mine.yaml: train must hold keys"),
-        ("train:\n  lr: \"1e-4\"\n", "mine.yaml: train.lr: Input should be a valid number; write it unquoted"),
+        ('train:\n  lr: "1e-4"\n', "mine.yaml: train.lr: Input should be a valid number; write it unquoted"),
         ("backend: neuron\n", "mine.yaml: train.dp_size 1 × convert.tp_size 3 is 3 ranks, which AWS does not support"),
     ],
 )

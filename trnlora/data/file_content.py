@@ -236,7 +236,8 @@ def array_rows(text: IO[str], file: Path) -> Iterator[Any]:
     """The elements of a JSON array. Raises UserError, naming the row, for what is not JSON."""
     row = 0
     try:
-        for row, value in enumerate(ArrayReader(text).elements(), 1):
+        for value in ArrayReader(text).elements():
+            row += 1
             yield value
     except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8, a key twice, 5,000 digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
@@ -255,8 +256,11 @@ def csv_rows(text: IO[str], separator: str, file: Path) -> Iterator[dict[str, st
             if len(row) != len(names):
                 raise UserError(f"{file} row {number} has {len(row)} values for {len(names)} columns: {short(row)}")
             yield dict(zip(names, row, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file} line {rows.line_num + 1} cannot be read: {error}") from None
+    except csv.Error as error:
+        raise UserError(f"{file} line {rows.line_num} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:  # somewhere in the next block of bytes
+        fault = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{file} is not valid UTF-8 after line {rows.line_num} ({fault}): save it as UTF-8") from None
 
 
 def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -143,8 +143,8 @@ class RowFormat:
 def detect(first: Any, name: FormatName | Literal["auto"], columns: Mapping[str, str], where: str) -> RowFormat:
     """The format of a file from its first row. `columns`: the file's column for some of the format's columns.
 
-    Raises UserError where no format fits, where several do, where `columns` names what is not there, and where one column
-    would be read as two.
+    Raises UserError where no format fits, where several do, where `columns` names what is not there, and where one
+    column would be read as two.
     """
     if not isinstance(first, dict):
         raise UserError(f"{where} is not a JSON object with named columns, but {short(first)}")
