@@ -25,6 +25,7 @@ from support.stages import peak_memory
 from trnlora.data import rows, workers
 from trnlora.data.examples import read_examples, row_name
 from trnlora.data.formats import FormatName
+from trnlora.errors import UserError
 from trnlora.files import write_jsonl, write_sums
 
 TASKS = ROOT / "data" / "tasks.jsonl"
@@ -389,8 +390,8 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="keep")
     _, end = run_stage(root)
     assert end == (
-        "error: 1 train rows have the prompt of a test row, perhaps with other white space or case, so that scores would "
-        "say little: data/mine/a.jsonl line 4 as data/mine/b.jsonl line 4. Change the column split, or set "
+        "error: 1 train rows have the prompt of a test row, perhaps with other white space or case, so that scores "
+        "would say little: data/mine/a.jsonl line 4 as data/mine/b.jsonl line 4. Change the column split, or set "
         "data.deduplicate: true, which leaves them out of train"
     )
     assert not (root / "artifacts/prepared").exists()
@@ -438,3 +439,11 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert "data.deduplicate" not in printed
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="refuse")
     assert "data/mine/b.jsonl line 6: it spells a special token of the tokenizer" in str(run_stage(root)[1])
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with (
+        pytest.raises(UserError, match="a process that reads the rows was killed, perhaps because memory ran out"),
+        workers.map_in_order(os._exit, [1, 1], 2) as results,
+    ):
+        list(results)
