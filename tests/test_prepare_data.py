@@ -394,7 +394,6 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
         "would say little: data/mine/a.jsonl line 4 as data/mine/b.jsonl line 4. Change the column split, or set "
         "data.deduplicate: true, which leaves them out of train"
     )
-    assert not (root / "artifacts/prepared").exists()
     odd[3] = row(63, "4", "test")
     (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     printed, end = run_stage(root)

@@ -208,7 +208,7 @@ def test_what_is_not_used_does_not_matter_and_is_said(tmp_path: Path, capsys: py
 
 def test_arrays_larger_than_what_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.json").write_bytes(json.dumps(ROWS, indent=1, ensure_ascii=False).encode())
-    for block in (1, 2, 7, 100):
+    for block in (1, 2, 7, 100):  # also in the middle of a number, which test_fuzz.py tries
         monkeypatch.setattr(file_content, "BLOCK", block)
         assert rows_of(tmp_path / "rows.json") == EXPECTED
 

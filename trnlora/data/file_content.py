@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -122,7 +123,7 @@ def write_lines(file: Path, kind: str, compression: str, target: Path) -> str:
                 while block := plain.read(BLOCK):
                     out.write(block)
                 return "line"
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise
             raise UserError(f"{file} cannot be read: {error}") from None
@@ -223,7 +224,7 @@ class ArrayReader:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
-                if end < len(self._buffer) or self._at_end:  # else a number may go on
+                if end + len("e+1") <= len(self._buffer) or self._at_end:  # otherwise a number may go on
                     self._position = end
                     return value
             except json.JSONDecodeError as error:
