@@ -152,7 +152,7 @@ def check_kind(folder: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(fuzz, max_examples=100)
+@settings(fuzz, max_examples=50)
 @given(data=st.data())
 def test_files_of_every_kind(tmp_path: Path, name: str, data: st.DataObject) -> None:
     check_kind(tmp_path, name, data.draw(SOUP | broken(KINDS[name])))
@@ -221,7 +221,7 @@ JINJA = [
 ]
 
 
-@settings(fuzz, max_examples=60)
+@settings(fuzz, max_examples=25)
 @given(jinja=st.lists(st.sampled_from(JINJA) | st.text(max_size=3), max_size=12).map("".join))
 def test_templates(path: Path, tiny_tokenizer: Any, jinja: str) -> None:
     value_or_line(

@@ -402,7 +402,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     counted = {
         "rows_read": 57,
         "rows_empty": 1,
-        "duplicate_rows": 3,
+        "duplicate_rows": 2,
         "prompts_in_train_and_test": 0,
         "rows_with_special_tokens": 1,
         "unreachable_references": 1,
@@ -411,7 +411,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert sum(metrics[split]["rows"] for split in ("train", "validation", "test")) == 56
     assert metrics["test"]["rows"] == 2
     assert "1 rows have a turn without text and are left out; the first are data/mine/b.jsonl line 5\n" in printed
-    assert "3 rows repeat an earlier row's prompt and answer: see data.deduplicate" in printed
+    assert "2 rows repeat an earlier row's prompt and answer: see data.deduplicate" in printed
     assert (
         "1 rows spell a special token (data.special_tokens: keep); the first are data/mine/b.jsonl line 6\n" in printed
     )
