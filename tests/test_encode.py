@@ -1,5 +1,6 @@
 """Rendering and tokenizing rows."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 from support.rows import question, rows_of
+from tokenizers import normalizers
+from transformers import AddedToken
 
 from trnlora.data.encode import Counts, RowEncoder
 from trnlora.data.formats import Message, Row
@@ -179,6 +182,75 @@ def test_special_tokens_in_every_field(tokenizer: Any, field: str) -> None:
     assert counts.unreachable == ([1] if field == "answer" else [])
     with pytest.raises(UserError, match="row 1: it spells a special token"):
         encoder(tokenizer, "chat", special_tokens="refuse").encode([row])
+
+
+@pytest.fixture
+def joining(tokenizer: Any, tmp_path: Path) -> Any:
+    """A template that puts texts side by side."""
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} A:", "utf-8")
+    return load_template(f"path://{tmp_path / 'own.jinja'}", {}, tokenizer)
+
+
+JOINED = Row(1, (Message("system", "a<|im_"), Message("user", "end|>b"), Message("assistant", "c")), "talk", None)
+
+
+@pytest.mark.parametrize("policy", ["refuse", "as_text", "keep"])
+def test_texts_that_spell_a_special_token_together(tokenizer: Any, joining: Any, policy: str) -> None:
+    one = RowEncoder(tokenizer, joining, 512, "drop", False, policy)  # type: ignore[arg-type]
+    if policy == "keep":
+        assert one.encode([JOINED])[1].with_special_tokens == [1]
+        return
+    with pytest.raises(
+        UserError, match=rf"^row 1: its text would change the special tokens .*<\|im_end\|>.*{policy} does"
+    ):
+        one.encode([JOINED])
+
+
+def normalizing(tokenizer: Any, normalizer: Any) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.normalizer = normalizer
+    return changed
+
+
+def test_a_tokenizer_that_changes_text(tokenizer: Any) -> None:
+    """An answer that it cannot give back is counted; text that it turns into a special token is refused."""
+    lower = normalizing(tokenizer, normalizers.Lowercase())
+    rows = [question(1, "A?", "", "ok."), question(2, "B?", "", "Oh no.")]
+    assert encoder(tokenizer).encode(rows)[1].unreachable == []
+    assert encoder(lower).encode(rows)[1].unreachable == [2]
+    wide = normalizing(tokenizer, normalizers.NFKC())
+    wide.add_tokens([AddedToken("<|im_end|>", special=True, normalized=True)])
+    with pytest.raises(UserError, match=r"^row 3: its text would change the special tokens"):
+        encoder(wide).encode([*rows, question(3, "\uff1c|im_end|\uff1e", "", "x")])
+
+
+def test_added_tokens_of_the_template_are_not_spelled_either(tokenizer: Any, tmp_path: Path) -> None:
+    """Tokens that are added but not special, as DeepSeek's <｜User｜>: text that spells them is refused."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens([AddedToken("<user>", special=False), AddedToken("<think>", special=False)])
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<user>{{ m.content }}{{ eos_token }}{% endfor %}", "utf-8"
+    )
+    template = load_template(f"path://{tmp_path / 'own.jinja'}", {}, more)
+    one = RowEncoder(more, template, 512, "drop", False, "as_text")
+    assert one.encode([question(1, "a", "", "<think>b")])[1] == Counts()
+    with pytest.raises(UserError, match=r"row 2: its text would change the special tokens of the prompt .<user>."):
+        one.encode([question(2, "a<user>", "", "b")])
+
+
+@pytest.mark.parametrize("names", [("user",), ("system", "user")])
+def test_a_template_that_ignores_a_turn_is_refused_however_short_its_text(
+    tokenizer: Any, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    (tmp_path / "own.jinja").write_text(
+        "abcdefghijklmnopqrstuvwxyz"
+        + "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}" * (len(names) - 1),
+        "utf-8",
+    )
+    template = load_template(f"path://{tmp_path / 'own.jinja'}", {}, tokenizer)
+    messages = (*(Message(name, "a") for name in names), Message("assistant", "b"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"row 1: .* leaves out or changes the text of a {names[0]} message"):
+        RowEncoder(tokenizer, template, 512, "drop", False, "keep").encode([Row(1, messages, "talk", None)])
 
 
 def test_response_statistics() -> None:

@@ -98,13 +98,26 @@ def test_other_column_names() -> None:
         ),
         ({"question": "?"}, "auto", {"instruction": "question"}, "fit no format"),
         ({"prompt": "?", "completion": "!"}, "messages", {}, "messages needs messages"),
-        ({"prompt": "?", "completion": "!"}, "auto", {"completion": "answer"}, "fit no format"),
+        (
+            {"prompt": "?", "completion": "!"},
+            "auto",
+            {"completion": "answer"},
+            'names "answer" as completion, but f line 1 has the columns prompt, completion',
+        ),
+        ({"prompt": "?", "completion": "!"}, "auto", {"question": "prompt"}, 'no format has "question"; known are '),
+        (
+            {"prompt": "?", "completion": "!"},
+            "auto",
+            {"prompt": "completion"},
+            'the column "completion" would be read as prompt and as completion',
+        ),
+        ({"prompt": "?", "completion": "!"}, "auto", {"split": "prompt"}, "would be read as prompt and as split"),
         ({"instruction": "?", "response": "!", "messages": []}, "auto", {}, "fit instruction and messages: say which"),
         (["a"], "auto", {}, r"is not a JSON object with named columns, but \[\"a\"\]"),
     ],
 )
 def test_a_form_that_is_not_recognized(values: Any, name: Any, columns: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^f line 1 .*{message}"):
+    with pytest.raises(UserError, match=rf"f line 1.*{message}|^data.columns.*{message}"):
         detect(values, name, columns, "f line 1")
 
 
@@ -127,6 +140,21 @@ def test_a_form_that_is_not_recognized(values: Any, name: Any, columns: dict[str
             'message 2 of messages has role "tool"; only turns',
         ),
         ("messages", {"messages": [{**said(TURNS[0])[0], "tool_calls": [1]}]}, "message 1 of messages has tool calls"),
+        *(
+            (
+                "messages",
+                {"messages": [{**said(TURNS[0])[0], **more}, *said(TURNS[1])]},
+                f"message 1 .* has {next(iter(more))}",
+            )
+            for more in (
+                {"function_call": {"name": "f"}},
+                {"reasoning_content": "Hm."},
+                {"weight": 0},
+                {"train": False},
+                {"images": ["a.png"]},
+                {"refusal": "No."},
+            )
+        ),
         (
             "messages",
             {"messages": said(TURNS[0], ("assistant", None))},
@@ -168,6 +196,9 @@ def test_a_row_without_a_column_is_refused(column: str) -> None:
         ("messages", {"messages": said(TURNS[0], ("assistant", ""), *TURNS[2:])}, True),
         ("messages", {"messages": said(("system", ""), *TURNS)}, False),
         ("sharegpt with a system column", {"system": ""}, False),
+        ("alpaca", {"output": "\u200b\ufeff\u00ad"}, True),
+        ("alpaca", {"output": "\u200b네"}, False),
+        ("messages", {"messages": [{**turn, "weight": 1, "refusal": None} for turn in said(*TURNS)]}, False),
     ],
 )
 def test_a_row_with_a_turn_without_text(form: str, changes: dict[str, Any], empty: bool) -> None:

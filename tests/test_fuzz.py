@@ -1,10 +1,17 @@
 """Any content of a params file or a rows file gives a value, or an error of one line that names the problem."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
@@ -12,7 +19,10 @@ from hypothesis import strategies as st
 from support import ROOT
 from support.rows import rows_of
 
+from trnlora.data import file_content
 from trnlora.data.prompt_template import TemplateText
+from trnlora.data.template_checks import check_template
+from trnlora.data.templates import load_template
 from trnlora.errors import UserError
 from trnlora.params import Params, check_params, load_params, read_mapping
 from trnlora.preflight.doctor import run_checks
@@ -27,6 +37,7 @@ from trnlora.training.adapter_record import (
 )
 
 EXAMPLES = 300  # per test; takes a second or two
+MANY = 20_000  # in `make test-long`
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 DIGEST = "0" * 64
@@ -123,6 +134,13 @@ def value_or_line(read: Callable[[Path], Any], path: Path, content: bytes) -> An
         return None
 
 
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tiny_llama: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "fuzzed"
@@ -211,6 +229,115 @@ def test_doctor_prints_lines(path: Path, capsys: pytest.CaptureFixture[str], dat
 def test_rows(path: Path, content: bytes) -> None:
     rows = value_or_line(rows_of, path, content)
     assert rows is None or all(row.messages[-1].content for row in rows)
+
+
+def as_kind(content: bytes, name: str) -> bytes:
+    """Rows in JSON Lines as a file of another kind, by its name."""
+    rows = [json.loads(line) for line in content.splitlines()]
+    if name == "a.json":
+        return json.dumps(rows).encode()
+    out = io.BytesIO()
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), out)
+    else:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], delimiter="\t" if ".tsv" in name else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+        out.write(text.getvalue().encode())
+    plain = out.getvalue()
+    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(name[-4:].lstrip("v"), bytes)(plain)
+
+
+KINDS = {
+    name: as_kind(ROWS, name) for name in ("a.json", "a.csv", "a.tsv", "a.csv.gz", "a.csv.bz2", "a.csv.xz", "a.parquet")
+}
+
+
+def check_kind(folder: Path, name: str, content: bytes) -> None:
+    """Reading gives the rows of the whole file, fewer or changed texts where the format cannot tell, or one line."""
+    rows = value_or_line(rows_of, folder / name, content)
+    assert rows is None or all(row.messages[-1].content is not None for row in rows)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(fuzz, max_examples=50)
+@given(data=st.data())
+def test_files_of_every_kind(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    check_kind(tmp_path, name, data.draw(SOUP | broken(KINDS[name])))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", KINDS)
+@settings(fuzz, max_examples=MANY)
+@given(data=st.data())
+def test_files_of_every_kind_for_long(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    check_kind(tmp_path, name, data.draw(SOUP | broken(KINDS[name])))
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv.bz2", "a.csv.xz"])
+@settings(fuzz, max_examples=100)
+@given(data=st.data())
+def test_a_damaged_archive_is_never_read_as_whole(tmp_path: Path, name: str, data: st.DataObject) -> None:
+    """Cut anywhere, or with bytes behind it: all of them have a checksum, and none ends early in silence."""
+    whole = KINDS[name]
+    content = data.draw(
+        st.integers(1, len(whole) - 1).map(lambda end: whole[:end])
+        | st.binary(min_size=1, max_size=20).filter(lambda more: more.strip(b"\0")).map(lambda more: whole + more)
+    )
+    assert value_or_line(rows_of, tmp_path / name, content) is None
+
+
+@settings(fuzz, max_examples=200)
+@given(value=st.lists(VALUES, max_size=6), block=st.integers(1, 40))
+def test_arrays_are_read_as_json_reads_them(path: Path, value: list[Any], block: int) -> None:
+    text = json.dumps(value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_content, "BLOCK", block)
+        found = list(file_content.array_rows(io.StringIO(text), path))
+    assert json.dumps(found) == text
+
+
+JINJA = [
+    *(
+        "{% for m in messages %}",
+        "{% endfor %}",
+        "{{ m.content }}",
+        "{{ eos_token }}",
+        "{% if x %}",
+        "{% endif %}",
+        "{%",
+    ),
+    *(
+        "%}",
+        "{{",
+        "}}",
+        "{#",
+        "#}",
+        " x ",
+        "|random",
+        "range(9)",
+        "'",
+        "**",
+        "9" * 30,
+        "namespace()",
+        "m",
+        ".",
+        "[",
+        "]",
+    ),
+]
+
+
+@settings(fuzz, max_examples=25)
+@given(jinja=st.lists(st.sampled_from(JINJA) | st.text(max_size=3), max_size=12).map("".join))
+def test_templates(path: Path, tiny_tokenizer: Any, jinja: str) -> None:
+    value_or_line(
+        lambda file: check_template(load_template(f"path://{file}", {}, tiny_tokenizer), {}, tiny_tokenizer),
+        path,
+        jinja.encode(errors="replace"),
+    )
 
 
 @fuzz

@@ -25,6 +25,7 @@ from support.stages import peak_memory
 from trnlora.data import rows, workers
 from trnlora.data.examples import read_examples, row_name
 from trnlora.data.formats import FormatName
+from trnlora.errors import UserError
 from trnlora.files import write_jsonl, write_sums
 
 TASKS = ROOT / "data" / "tasks.jsonl"
@@ -388,14 +389,22 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     ]
     (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="keep")
+    _, end = run_stage(root)
+    assert end == (
+        "error: 1 train rows have the prompt of a test row, perhaps with other white space or case, so that scores "
+        "would say little: data/mine/a.jsonl line 4 as data/mine/b.jsonl line 4. Change the column split, or set "
+        "data.deduplicate: true, which leaves them out of train"
+    )
+    odd[3] = row(63, "4", "test")
+    (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     printed, end = run_stage(root)
     assert end is None
     metrics = json.loads((root / "metrics/prepare_data.json").read_text("utf-8"))
     counted = {
         "rows_read": 57,
         "rows_empty": 1,
-        "duplicate_rows": 3,
-        "prompts_in_train_and_test": 1,
+        "duplicate_rows": 2,
+        "prompts_in_train_and_test": 0,
         "rows_with_special_tokens": 1,
         "unreachable_references": 1,
     }
@@ -403,8 +412,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert sum(metrics[split]["rows"] for split in ("train", "validation", "test")) == 56
     assert metrics["test"]["rows"] == 2
     assert "1 rows have a turn without text and are left out; the first are data/mine/b.jsonl line 5\n" in printed
-    assert "3 rows repeat an earlier row's prompt and answer: see data.deduplicate" in printed
-    assert "1 prompts of test rows are trained on too" in printed
+    assert "2 rows repeat an earlier row's prompt and answer: see data.deduplicate" in printed
     assert (
         "1 rows spell a special token (data.special_tokens: keep); the first are data/mine/b.jsonl line 6\n" in printed
     )
@@ -414,12 +422,28 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert row_name(table, 50) == "data/mine/a.jsonl line 50"
     assert row_name(table, 51) == "data/mine/b.jsonl line 1"
 
+    odd[3] = row(3, "4", "test")
+    (folder / "b.jsonl").write_text("".join(odd), "utf-8")
     write_params(root / "params.yaml", source="path://data/mine", deduplicate=True)
     printed, end = run_stage(root)
     assert end is None
+    assert (
+        "1 train rows are left out, since test rows have their prompts; the first are data/mine/a.jsonl line 4"
+        in printed
+    )
     metrics = json.loads((root / "metrics/prepare_data.json").read_text("utf-8"))
     assert sum(metrics[split]["rows"] for split in ("train", "validation", "test")) == 53
+    assert metrics["test"]["rows"] == 2
+    assert metrics["prompts_in_train_and_test"] == 1
     assert metrics["unreachable_references"] == 0  # as text
     assert "data.deduplicate" not in printed
     write_params(root / "params.yaml", source="path://data/mine", special_tokens="refuse")
     assert "data/mine/b.jsonl line 6: it spells a special token of the tokenizer" in str(run_stage(root)[1])
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    with (
+        pytest.raises(UserError, match="a process that reads the rows was killed, perhaps because memory ran out"),
+        workers.map_in_order(os._exit, [1, 1], 2) as results,
+    ):
+        list(results)

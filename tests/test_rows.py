@@ -42,7 +42,12 @@ def line(**changes: Any) -> bytes:
         (line(category=""), "line 2: category is empty"),
         (line(response="\ud800"), "line 2: response contains half of a surrogate pair"),
         (line(split="test"), "line 2 has a column 'split', but the first row has not: add it to all or none"),
+        (
+            line(response="a\U0010fffd"),
+            "line 2: response contains U\\+10FFFD, a private-use character that is reserved",
+        ),
     ],
+    ids=lambda value: str(value[:40]),
 )
 def test_a_bad_line_is_named(tmp_path: Path, bad: bytes, message: str) -> None:
     path = tmp_path / "rows.jsonl"

@@ -15,9 +15,11 @@ from trnlora.data.split import (
     SplitKey,
     copies_of_row,
     keep_categories,
+    prompts_of_test_rows,
     split_key,
     split_of_row,
     split_rows,
+    with_near_prompts,
     without_duplicates,
 )
 from trnlora.errors import UserError
@@ -94,6 +96,40 @@ def test_a_split_without_rows() -> None:
 def test_the_split_of_every_row() -> None:
     splits = {"train": keys([row(1), row(4)]), "validation": keys([row(2)]), "test": keys([row(5)])}
     assert split_of_row(splits, 6) == bytes([0, 1, 2, 0, 1, 3, 0])
+
+
+def test_prompts_that_differ_in_white_space_and_case_stay_together() -> None:
+    rows = [
+        question(number, f"Say  A{number // 2}\n" if number % 2 else f"say a{number // 2}", "", f"{number}")
+        for number in range(100)
+    ]
+    plain = keys(rows)
+    near = with_near_prompts(plain)
+    assert len({key.test_hash for key in near}) == 50
+    splits = split_rows(near, 0.2, 0.2)
+    for members in splits.values():
+        assert all({key.id, key.id ^ 1} <= {each.id for each in members} for key in members)
+    assert with_near_prompts(near[::-1])[::-1] == near  # whatever the order
+    assert with_near_prompts(plain[::2]) == plain[::2]  # and nothing changes where no prompts are near
+
+
+@pytest.mark.parametrize(
+    ("prompt", "leaks"), [("1?", True), (" 1?\n", True), ("A B", True), ("a", False), ("1 ?", False)]
+)
+def test_train_rows_with_the_prompt_of_a_test_row(prompt: str, leaks: bool) -> None:
+    rows = [
+        question(1, prompt, "", "x", split="train"), question(2, "1?", "", "y", split="test"),
+        question(3, "a b", "", "y", split="test"), question(4, "a", "context", "y", split="test"),
+        question(5, "new", "", "y", split="train"),
+    ]  # fmt: skip
+    assert list(prompts_of_test_rows(with_near_prompts(keys(rows)))) == ([1] if leaks else [])
+
+
+def test_a_weight_that_uses_no_row_is_refused() -> None:
+    form = detect({"prompt": "", "completion": ""}, "auto", {}, "f line 1")
+    file = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", weight=0.01)
+    with pytest.raises(UserError, match=r"weight 0.01 of the 10 training rows of a.jsonl uses none of them: raise it"):
+        copies_of_row(keys(row(number) for number in range(1, 11)), [file], 10)
 
 
 def test_rows_that_repeat_a_prompt_and_its_answer() -> None:

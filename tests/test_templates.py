@@ -1,12 +1,13 @@
 """The prompt templates: their exact text, and that the server builds the same prompts."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trnlora.data import templates
+from trnlora.data import template_checks, templates
 from trnlora.data.formats import Message
 from trnlora.data.prompt_template import NAMES
 from trnlora.errors import UserError
@@ -134,6 +135,104 @@ def test_a_template_that_loses_text_is_refused(tokenizer: Any, tmp_path: Path, j
     ]  # fmt: skip
     with pytest.raises(UserError, match=f"leaves out or changes the text of a {role} message"):
         templates.conversation(template, tokenizer, turns)
+
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}A: "
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+FAULTY: dict[str, tuple[str, str]] = {
+    "ignores the question": ("abcdefghijklmnopqrstuvwxyz", "leaves out or changes the text of a user message"),
+    "nothing": ("", "leaves out or changes the text of a user message"),
+    "cuts": (TURNS.replace("m.content", "m.content[:20]"), "leaves out or changes the text of a user message"),
+    "upper case": (TURNS.replace("m.content", "m.content | upper"), "leaves out or changes the text of a user message"),
+    "no end": (ENDLESS + TURNS, "does not end within 1 s"),
+    "no end with more turns": ("{% if messages[1] %}" + ENDLESS + "{% endif %}" + TURNS, "does not end within 1 s"),
+    "macro without end": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}" + TURNS,
+        "does not end within 1 s",
+    ),
+    "a constant without end": ("{{ 10 ** (10 ** 9) }}" + TURNS, "does not end within 1 s"),
+    "macro that calls itself": (
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "refuses .*: maximum recursion depth",
+    ),
+    "gigabytes": ("{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}" + TURNS, "needs too much memory"),
+    "megabytes": ("{{ 'a' * 2000000 }}" + TURNS, "makes 2000.* characters of a short conversation"),
+    "raises": ("{{ raise_exception('no') }}", "refuses a conversation: no"),
+    "syntax": ("\n{% for m in %}", "is not valid Jinja: .* in line 2"),
+    "includes": ("{% include 'a' %}" + TURNS, "refuses a conversation: no loader"),
+    "unsafe": ("{{ ''.__class__.__mro__ }}" + TURNS, "refuses a conversation: access to attribute '__class__'"),
+    "undefined": ("{{ date_sting }}" + TURNS, "uses date_sting, which has no value: set it in data.template_kwargs"),
+    "the date": ("{{ strftime_now('%d %b %Y') }}" + TURNS, "writes the date, so that prompts change from day to day"),
+    "the date unless": (
+        "{% if day is not defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}" + TURNS,
+        "writes the date",
+    ),
+    "random": ("{{ [1, 2] | random }}" + TURNS, r"writes something else each time \(random\)"),
+    "lipsum": ("{{ lipsum() }}" + TURNS, r"writes something else each time \(lipsum\)"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_template_is_refused(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
+    monkeypatch.setattr(template_checks, "SECONDS", 1)
+    jinja, message = FAULTY[name]
+    (tmp_path / "own.jinja").write_text(jinja, "utf-8")
+    template = templates.load_template(f"path://{tmp_path / 'own.jinja'}", {}, tokenizer)
+    with pytest.raises(UserError, match=rf"data\.prompt_template path://.*own\.jinja {message}"):
+        template_checks.check_template(template, {}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "variables"),
+    [
+        (TURNS, {}),
+        ("{% if tools %}{{ tools }}{% endif %}{{ a or 1 }}{{ b if b is defined }}{{ c | default('d') }}" + TURNS, {}),
+        ("{% if day is not defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}" + TURNS, {"day": "26"}),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS, {}),
+        ("{{ a }}" + TURNS, {"a": 'it\'s "q" %} {{ 7 * 7 }} \\n\n한'}),
+        ("\ufeff" + TURNS, {}),
+    ],
+)
+def test_a_sound_template_is_not_refused(tokenizer: Any, tmp_path: Path, jinja: str, variables: dict[str, Any]) -> None:
+    (tmp_path / "own.jinja").write_text(jinja, "utf-8")
+    template = templates.load_template(f"path://{tmp_path / 'own.jinja'}", variables, tokenizer)
+    template_checks.check_template(template, variables, tokenizer)
+    text = template.render(tokenizer, [Message("user", "a?")])
+    assert text.endswith("user: a?<|im_end|>\nA: ")
+    assert text.startswith((*map(str, variables.values()), "1d", "user: "))
+
+
+@pytest.mark.parametrize("name", ["dolly", "alpaca", "chat"])
+def test_our_own_templates_pass_and_have_no_variables(tokenizer: Any, name: str) -> None:
+    template_checks.check_template(templates.load_template(name, {}, tokenizer), {}, tokenizer)
+    with pytest.raises(UserError, match="has no variable date_string: remove or rename it"):
+        template_checks.check_template(
+            templates.load_template(name, {"date_string": "x"}, tokenizer), {"date_string": "x"}, tokenizer
+        )
+
+
+def test_a_template_that_does_not_end_for_one_row(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
+    (tmp_path / "own.jinja").write_text(
+        "{% if 'b' in messages[0].content %}" + ENDLESS + "{% endif %}" + TURNS, "utf-8"
+    )
+    template = templates.load_template(f"path://{tmp_path / 'own.jinja'}", {}, tokenizer)
+    assert template.render(tokenizer, [Message("user", "a")])
+    with pytest.raises(UserError, match="does not end within 1 s"):
+        template.render(tokenizer, [Message("user", "b")])
+
+
+def test_a_template_must_be_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "own.jinja")
+    for path in (tmp_path / "own.jinja", tmp_path):
+        with pytest.raises(UserError, match=r"data\.prompt_template: .* is not a file"):
+            templates.load_template(f"path://{path}", {}, tokenizer)
 
 
 def test_a_tokenizer_needs_eos(tokenizer: Any) -> None:

@@ -105,7 +105,7 @@ def parse_json(text: str, where: str, fix: str = "") -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object from its keys and values. Raises ValueError for a key that is there twice, of which json keeps one."""
+    """A JSON object from its keys and values. Raises ValueError for a key that is there twice: json keeps one."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

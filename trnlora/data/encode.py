@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,8 +105,11 @@ class RowEncoder:
         turns, for the text of a special token where special_tokens is `refuse`, and for text that would become one all
         the same under `refuse` and `as_text`.
         """
+        examples: list[Example] = []
+        counts = Counts()
+        if not rows:
+            return examples, counts
         pattern = special_token_pattern(self.tokenizer)
-        examples, counts = [], Counts()
         for row in rows:
             if has_special_tokens(pattern, row.messages):
                 counts.with_special_tokens.append(row.id)
@@ -119,10 +122,17 @@ class RowEncoder:
             [ids[-1][:-1] for ids in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         for row, one, ids, answer in zip(rows, rendered, tokens, answers, strict=True):
-            if answer.strip() != row.messages[-1].content:
+            if answer.strip() != row.messages[-1].content.strip():
                 counts.unreachable.append(row.id)
             with _naming(row, where):
-                self._check_special_tokens(row.messages, list(itertools.chain.from_iterable(ids)))
+                changed = self._changed_special_token(row.messages, itertools.chain.from_iterable(ids))
+                if changed and self.special_tokens != "keep":
+                    raise UserError(
+                        f"its text would change the special tokens of the prompt ({changed}), which "
+                        f"data.special_tokens: {self.special_tokens} does not allow: remove the row, or set it to keep"
+                    )
+                if changed and row.id not in counts.with_special_tokens:
+                    counts.with_special_tokens.append(row.id)
                 example: Example | None = self._example(row, row.messages, one, ids)
                 if example and len(example) > self.seq_len:
                     example = self._truncated(example) if self.overlong == "truncate" else None
@@ -135,27 +145,24 @@ class RowEncoder:
     def _conversation(self, messages: Sequence[Message]) -> Conversation:
         return conversation(self.template, self.tokenizer, apply_policy(self.special_tokens, self.tokenizer, messages))
 
-    def _check_special_tokens(self, messages: Sequence[Message], tokens: Sequence[int]) -> None:
-        """Raise UserError unless the special tokens among `tokens` are those that the template writes.
+    def _changed_special_token(self, messages: Sequence[Message], tokens: Iterable[int]) -> str | None:
+        """A special token that the text of a conversation has made or unmade among its tokens; None if there is none.
 
-        Text can become one in ways of its own: two texts that the template puts side by side, or a tokenizer that
-        normalizes. Of the added tokens that are not special, those that the template writes count.
+        Text becomes one where it spells it under `keep`, where the template puts two texts side by side that spell
+        one together, and with a tokenizer that normalizes or has an unknown token. Of the added tokens that are not
+        special, those that the template writes count.
         """
         shape = tuple((message.role, bool(message.context)) for message in messages)
         expected = self._template_tokens.get(shape)
         if expected is None:
             expected = self._template_tokens[shape] = template_tokens(self.template, self.tokenizer, shape)
-        if self.special_tokens == "keep":
-            return
-        counted = special_ids(self.tokenizer) | set(expected)
+        counted = special_ids(self.tokenizer).union(expected)
         found = [token for token in tokens if token in counted]
-        if found != expected:
-            extra = next(iter((Counter(found) - Counter(expected)).elements()), None)
-            name = "one less" if extra is None else self.tokenizer.convert_ids_to_tokens(extra)
-            raise UserError(
-                f"its text would change the special tokens of the prompt ({name}), which data.special_tokens: "
-                f"{self.special_tokens} does not allow: remove the row, or set it to keep"
-            )
+        if found == expected:
+            return None
+        ours, its = Counter(expected), Counter(found)
+        changed = next((its - ours).elements(), None) or next((ours - its).elements(), found[0])
+        return str(self.tokenizer.convert_ids_to_tokens(changed))
 
     def _example(
         self, row: Row, messages: tuple[Message, ...], rendered: Conversation, ids: list[list[int]]

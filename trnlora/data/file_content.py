@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -122,7 +123,7 @@ def write_lines(file: Path, kind: str, compression: str, target: Path) -> str:
                 while block := plain.read(BLOCK):
                     out.write(block)
                 return "line"
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise
             raise UserError(f"{file} cannot be read: {error}") from None
@@ -223,7 +224,7 @@ class ArrayReader:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
-                if end < len(self._buffer) or self._at_end:  # else a number may go on
+                if end + len("e+1") <= len(self._buffer) or self._at_end:  # otherwise a number may go on
                     self._position = end
                     return value
             except json.JSONDecodeError as error:
@@ -236,7 +237,8 @@ def array_rows(text: IO[str], file: Path) -> Iterator[Any]:
     """The elements of a JSON array. Raises UserError, naming the row, for what is not JSON."""
     row = 0
     try:
-        for row, value in enumerate(ArrayReader(text).elements(), 1):
+        for value in ArrayReader(text).elements():
+            row += 1
             yield value
     except (ValueError, RecursionError) as error:  # ValueError: also invalid UTF-8, a key twice, 5,000 digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
@@ -255,8 +257,11 @@ def csv_rows(text: IO[str], separator: str, file: Path) -> Iterator[dict[str, st
             if len(row) != len(names):
                 raise UserError(f"{file} row {number} has {len(row)} values for {len(names)} columns: {short(row)}")
             yield dict(zip(names, row, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file} line {rows.line_num + 1} cannot be read: {error}") from None
+    except csv.Error as error:
+        raise UserError(f"{file} line {rows.line_num} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:  # somewhere in the next block of bytes
+        fault = f"{error.reason}, byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{file} is not valid UTF-8 after line {rows.line_num} ({fault}): save it as UTF-8") from None
 
 
 def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -143,8 +143,8 @@ class RowFormat:
 def detect(first: Any, name: FormatName | Literal["auto"], columns: Mapping[str, str], where: str) -> RowFormat:
     """The format of a file from its first row. `columns`: the file's column for some of the format's columns.
 
-    Raises UserError where no format fits, where several do, where `columns` names what is not there, and where one column
-    would be read as two.
+    Raises UserError where no format fits, where several do, where `columns` names what is not there, and where one
+    column would be read as two.
     """
     if not isinstance(first, dict):
         raise UserError(f"{where} is not a JSON object with named columns, but {short(first)}")
@@ -155,11 +155,11 @@ def detect(first: Any, name: FormatName | Literal["auto"], columns: Mapping[str,
         if name in ("auto", known) and (found := _match(known, columns, first.keys())) is not None
     ]
     if len(fitting) == 1:
-        of_column = {column: name for name, column in fitting[0].columns.items()}
-        for name, column in fitting[0].columns.items():
-            if of_column[column] != name:
+        last = {column: ours for ours, column in fitting[0].columns.items()}
+        for ours, column in fitting[0].columns.items():
+            if last[column] != ours:
                 raise UserError(
-                    f"{where}: the column {short(column)} would be read as {name} and as {of_column[column]}: name "
+                    f"{where}: the column {short(column)} would be read as {ours} and as {last[column]}: name "
                     "another for one of them in data.columns"
                 )
         return fitting[0]

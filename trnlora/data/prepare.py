@@ -281,6 +281,6 @@ def print_warnings(chosen: ChosenRows, splits: dict[str, EncodedSplit], params: 
         )
     if unreachable:
         print(
-            f"warning: {len(unreachable)} answers come back from the tokenizer as other text, without special tokens or "
-            f"with other characters, so that no model's answer can match them; {first(unreachable)}"
+            f"warning: {len(unreachable)} answers come back from the tokenizer as other text, without special tokens "
+            f"or with other characters, so that no model's answer can match them; {first(unreachable)}"
         )

@@ -62,9 +62,9 @@ def open_source(
         shown = shown_name(file, source)
         status = file.stat()
         if other := seen.get((status.st_dev, status.st_ino)):
+            also = "" if other == shown else f", also as {other}"
             raise UserError(
-                f"data.source has {shown} twice{f', also as {other}' if other != shown else ''}: remove one; "
-                "with `weight: 2`, each row is used twice"
+                f"data.source has {shown} twice{also}: remove one; with `weight: 2`, each row is used twice"
             )
         seen[status.st_dev, status.st_ino] = shown
         kind, compression = file_kind(file)
@@ -110,17 +110,18 @@ def find_files(source: DataSource) -> list[Path]:
 
 
 def files_of_folder(folder: Path) -> list[Path]:
-    """The data files in a folder and those below it, sorted. Hidden files and those of other kinds are left out, and named.
+    """The data files in a folder and those below it, sorted.
 
-    Raises UserError for a link to a folder, into which DVC does not look, and for a data file that is no regular file.
+    Hidden files and those of other kinds are left out, and some named. Raises UserError for a link to a folder, into
+    which DVC does not look, and for a data file that is no regular file.
     """
     files, left_out = [], []
     for root, folders, names in os.walk(folder, onerror=_raise):
         for name in folders:
             if (path := Path(root, name)).is_symlink():
                 raise UserError(
-                    f"data.source: {path} is a link to a folder, in which DVC would not notice a change: move the folder "
-                    "there, or name it as a further source"
+                    f"data.source: {path} is a link to a folder, in which DVC would notice no change: move the "
+                    "folder there, or name it as a further source"
                 )
         left_out += [Path(root, name) for name in folders if name.startswith(".")]
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -155,7 +156,7 @@ def shown_name(file: Path, source: DataSource) -> str:
     Raises UserError for a name that cannot be printed in a line.
     """
     if re.search("[\\0-\x1f\x7f\ud800-\udfff]", str(file)):
-        raise UserError(f"data.source: rename {ascii(str(file))}, whose name has characters that cannot be printed")
+        raise UserError(f"data.source: rename {str(file)!a}, whose name has characters that cannot be printed")
     if source.source.startswith("hf://"):
         return f"{source.source}/{re.split('/snapshots/[0-9a-f]{40}/', file.as_posix(), maxsplit=1)[-1]}"
     return str(file)

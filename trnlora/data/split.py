@@ -21,8 +21,8 @@ SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}  # what `split_of_row` wr
 class SplitKey:
     """What choosing and splitting need to know of a row.
 
-    test_hash, validation_hash: equal for rows with the same prompt. near_hash: for rows whose prompts differ only in white
-    space and case. row_hash: for rows with the same prompt and answer. is_empty: as `Row.is_empty`.
+    test_hash, validation_hash: equal for rows with the same prompt. near_hash: for rows whose prompts differ only in
+    white space and case. row_hash: for rows with the same prompt and answer. is_empty: as `Row.is_empty`.
     """
 
     id: int
@@ -99,8 +99,8 @@ def without_duplicates(keys: list[SplitKey]) -> list[SplitKey]:
 def with_near_prompts(keys: list[SplitKey]) -> list[SplitKey]:
     """The rows, with the same hashes where prompts differ only in white space and case.
 
-    They then stay together as rows with the same prompt do. The hashes are the smallest ones of such rows, so that others
-    are drawn as if there were none.
+    They then stay together as rows with the same prompt do. The hashes are the smallest ones of such rows, so that
+    others are drawn as if there were none.
     """
     first: dict[bytes, SplitKey] = {}
     smallest: dict[bytes, tuple[bytes, bytes]] = {}
@@ -117,7 +117,7 @@ def with_near_prompts(keys: list[SplitKey]) -> list[SplitKey]:
 
 
 def prompts_of_test_rows(keys: list[SplitKey]) -> dict[int, int]:
-    """The rows that a column `split` trains on although a test row has their prompt: their ids, each with that row's."""
+    """The rows that a column `split` trains on although a test row has their prompt: ids, each with that row's."""
     test = {key.test_hash: key.id for key in reversed(keys) if key.split == "test"}
     return {key.id: test[key.test_hash] for key in keys if key.split == "train" and key.test_hash in test}
 
@@ -180,8 +180,8 @@ def copies_of_row(train: list[SplitKey], files: Sequence[RowsFile], last_id: int
         drawn = members if file.rows is None else heapq.nsmallest(file.rows, members, key=lambda key: key.test_hash)
         if members and not round(file.weight * len(drawn)):
             raise UserError(
-                f"data.source: weight {file.weight} of the {len(drawn)} training rows of {file.shown} uses none of them: "
-                "raise it, or remove the source"
+                f"data.source: weight {file.weight} of the {len(drawn)} training rows of {file.shown} uses none of "
+                "them: raise it, or remove the source"
             )
         whole = int(file.weight)
         more = heapq.nsmallest(round((file.weight - whole) * len(drawn)), drawn, key=lambda key: key.test_hash)

@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from trnlora.data.formats import Role
@@ -27,14 +28,14 @@ ANSWER: list[tuple[Role, bool]] = [("assistant", False)]
 
 
 def check_template(template: PromptTemplate, variables: Mapping[str, Any], tokenizer: Any) -> None:
-    """Raise UserError for a template that is not valid Jinja, has variables without a value, ignores a question, does not
-    end, fills the memory, fails, or writes something else each time or tomorrow; and for variables that it has not.
+    """Raise UserError for a template that cannot be used, and for variables that it has not.
 
-    What depends on the conversations in the data is checked with each of them, in `encode`.
+    That is one that is not valid Jinja, uses variables without a value, loses a question, does not end, fills the
+    memory, fails, or writes something else each time or the next day. What depends on the conversations in the data is
+    checked with each of them, in `encode`.
     """
     where = f"data.prompt_template {template.name}"
-    _check_names(template, variables, tokenizer, where)
-    _try_in_a_process(template, tokenizer, where)
+    _try_in_a_process(template, variables, tokenizer, where)
     template_tokens(template, tokenizer, USER + ANSWER)
 
 
@@ -78,11 +79,11 @@ def _names(node: Any) -> list[Any]:
     return [node] if isinstance(node, nodes.Name) else list(node.find_all(nodes.Name))
 
 
-def _try_in_a_process(template: PromptTemplate, tokenizer: Any, where: str) -> None:
-    """Render a few conversations in a fork of this process, which does not tokenize. Raises UserError as it does."""
+def _try_in_a_process(template: PromptTemplate, variables: Mapping[str, Any], tokenizer: Any, where: str) -> None:
+    """`_try` in a fork of this process. Raises UserError with what it finds, and where it does not end."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_render, args=(there, template, tokenizer), daemon=True)
+    process = context.Process(target=_try, args=(there, template, variables, tokenizer, where), daemon=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, whose locks are not used in it
         process.start()
@@ -104,12 +105,17 @@ def _try_in_a_process(template: PromptTemplate, tokenizer: Any, where: str) -> N
         raise UserError(fault)
 
 
-def _render(pipe: Connection, template: PromptTemplate, tokenizer: Any) -> None:
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+def _try(pipe: Connection, template: PromptTemplate, variables: Mapping[str, Any], tokenizer: Any, where: str) -> None:
+    """Check a template's names, then render a few conversations, with limits; send what is wrong or an empty string.
+
+    Compiling is limited too: Jinja computes constants such as 10 ** 10 ** 9 on the way.
+    """
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
+        _check_names(template, variables, tokenizer, where)
         # Longer conversations only have to end: whether the template takes them matters where the data has them.
         for shape in (SYSTEM + USER, USER + ANSWER + USER, SYSTEM + (USER + ANSWER) * 8 + USER):
             with contextlib.suppress(TemplateRefusal):

@@ -42,7 +42,8 @@ def map_in_order(work: Callable[[Task], Result], tasks: Sequence[Task], processe
             yield _results_in_order(pool, tasks, ahead=2 * processes)
         except BrokenProcessPool:
             raise UserError(
-                "a process that reads the rows was killed, perhaps because memory ran out: close other programs and rerun"
+                "a process that reads the rows was killed, perhaps because memory ran out: close other programs and "
+                "rerun"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
