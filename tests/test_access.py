@@ -100,6 +100,18 @@ def test_without_a_key_the_same_routes_are_served(key: str | None, monkeypatch: 
     assert asyncio.run(status(Access(answering), "POST", "/invocations", [])) == 404
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [("1", 200), ("0", 404), (None, 404), ("true", 404)])
+def test_adapters_are_loaded_only_where_params_allow_it(
+    allowed: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", allowed)
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert asyncio.run(status(Access(answering), "POST", path, [])) == expected
+
+
 def test_the_users_own_variables_do_not_change_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_SKIP_MODEL_NAME_VALIDATION", "VLLM_USE_RUST_FRONTEND", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         monkeypatch.setenv(name, "1")
@@ -263,6 +275,7 @@ REPLIES: dict[str, tuple[bytes | None, str]] = {
     "no such page": (reply("<html>No</html>", "text/html", "404 Not Found"), f"{NOT_AS_VLLM} (404: <html>No</html>)"),
     "a redirection": (reply("", status="307 Moved", Location="http://127.0.0.1:9/"), f"{NOT_AS_VLLM} (307: nothing)"),
     "a proxy without a server": (reply("Bad", "text/html", "502 Bad"), f"{NOT_AS_VLLM} (502: Bad)"),
+    "an error of FastAPI": (reply('{"detail": "Not Found"}', status="404 No"), "refused the request (404): Not Found"),
     "an error": (reply('{"error": {"message": "a\\nb"}}', status="500 No"), "refused the request (500): a b"),
     "a key": (reply("{}", status="401 No"), "requires an API key: set VLLM_API_KEY to the key it was started with"),
 }
