@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import ROOT
 from support.evaluation import EvalWorker
-from support.routes import KEY, RIGHT, WRONG, Headers, status
+from support.routes import KEY, PREFLIGHT, RIGHT, WRONG, Headers, status
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
@@ -71,6 +71,8 @@ NOT_THE_KEY = [
         ("HEAD", "/health", [], 401),
         ("WEBSOCKET", "/health", [], 401),
         ("GET", "/health/", [], 401),
+        ("GET", "/metrics", [], 401),
+        ("OPTIONS", "/v1/models", [*WRONG, *PREFLIGHT], 401),
         ("GET", "/a-new-route", [], 401),
         ("GET", "/a-new-route", RIGHT, 404),
         ("WEBSOCKET", "/v1/realtime", RIGHT, 404),
@@ -150,6 +152,18 @@ def test_the_application_gets_the_body_as_it_was_sent_and_notices_that_the_clien
     request = Body()  # the client is gone before it has sent anything
     asyncio.run(Access(application)(scope, request.receive, None))  # type: ignore[arg-type]
     assert got == []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b'{"model": "x"}', 200), (b"{}", 400), (b'{"model": ""}', 400), (b'{"model": "a", "model": null}', 400),
+     (b'{"model": "no-adapter"}', 404), (b"not JSON", 200), (b"[]", 200), (b"[" * 100_000, 200)],
+)  # fmt: skip
+def test_a_request_for_an_answer_names_a_model(body: bytes, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200: vLLM gets it, and refuses unknown names and what is no JSON object itself."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for method, path in ANSWERS:
+        assert asyncio.run(status(Access(answering), method, path, [], body)) == expected
 
 
 ASKED: dict[str, dict[str, Any]] = {
