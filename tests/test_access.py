@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import ROOT
 from support.evaluation import EvalWorker
-from support.routes import KEY, RIGHT, WRONG, Headers, status
+from support.routes import KEY, PREFLIGHT, RIGHT, WRONG, Headers, status
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
@@ -71,6 +71,8 @@ NOT_THE_KEY = [
         ("HEAD", "/health", [], 401),
         ("WEBSOCKET", "/health", [], 401),
         ("GET", "/health/", [], 401),
+        ("GET", "/metrics", [], 401),
+        ("OPTIONS", "/v1/models", [*WRONG, *PREFLIGHT], 401),
         ("GET", "/a-new-route", [], 401),
         ("GET", "/a-new-route", RIGHT, 404),
         ("WEBSOCKET", "/v1/realtime", RIGHT, 404),
@@ -98,6 +100,18 @@ def test_without_a_key_the_same_routes_are_served(key: str | None, monkeypatch: 
         monkeypatch.setenv("VLLM_API_KEY", key)
     assert asyncio.run(status(Access(answering), "GET", "/v1/models", [])) == 200
     assert asyncio.run(status(Access(answering), "POST", "/invocations", [])) == 404
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("1", 200), ("0", 404), (None, 404), ("true", 404)])
+def test_adapters_are_loaded_only_where_params_allow_it(
+    allowed: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", allowed)
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert asyncio.run(status(Access(answering), "POST", path, [])) == expected
 
 
 def test_the_users_own_variables_do_not_change_what_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +152,18 @@ def test_the_application_gets_the_body_as_it_was_sent_and_notices_that_the_clien
     request = Body()  # the client is gone before it has sent anything
     asyncio.run(Access(application)(scope, request.receive, None))  # type: ignore[arg-type]
     assert got == []
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b'{"model": "x"}', 200), (b"{}", 400), (b'{"model": ""}', 400), (b'{"model": "a", "model": null}', 400),
+     (b'{"model": "no-adapter"}', 404), (b"not JSON", 200), (b"[]", 200), (b"[" * 100_000, 200)],
+)  # fmt: skip
+def test_a_request_for_an_answer_names_a_model(body: bytes, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200: vLLM gets it, and refuses unknown names and what is no JSON object itself."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for method, path in ANSWERS:
+        assert asyncio.run(status(Access(answering), method, path, [], body)) == expected
 
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -263,6 +289,7 @@ REPLIES: dict[str, tuple[bytes | None, str]] = {
     "no such page": (reply("<html>No</html>", "text/html", "404 Not Found"), f"{NOT_AS_VLLM} (404: <html>No</html>)"),
     "a redirection": (reply("", status="307 Moved", Location="http://127.0.0.1:9/"), f"{NOT_AS_VLLM} (307: nothing)"),
     "a proxy without a server": (reply("Bad", "text/html", "502 Bad"), f"{NOT_AS_VLLM} (502: Bad)"),
+    "an error of FastAPI": (reply('{"detail": "Not Found"}', status="404 No"), "refused the request (404): Not Found"),
     "an error": (reply('{"error": {"message": "a\\nb"}}', status="500 No"), "refused the request (500): a b"),
     "a key": (reply("{}", status="401 No"), "requires an API key: set VLLM_API_KEY to the key it was started with"),
 }

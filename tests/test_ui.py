@@ -1,5 +1,6 @@
 """The side-by-side page in a real browser, with a real vLLM server and its adapters."""
 
+import json
 import os
 import re
 import signal
@@ -13,9 +14,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from starlette.testclient import TestClient
 from support import ROOT
 from support.browser import Browser
 from support.server import Server, free_port, script
+
+from trnlora.params import load_params
+from trnlora.serving.page import application
 
 NAMES = ["base", "tuned", "first", "second"]
 
@@ -83,6 +88,18 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
     browser.find("#ask").click()
     refused = "refused the request (400): "
     wait(lambda: [refused in error.text for error in browser.find_all(".answer .error")] == [True] * len(NAMES))
+
+
+def test_another_site_in_the_browser_cannot_ask_with_the_key(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may send plain text to any address without being asked, and read nothing; and it may rename this one."""
+    monkeypatch.chdir(workdir)
+    page = TestClient(application(load_params(Path("params.yaml")), "http://127.0.0.1:9"), "http://127.0.0.1")
+    question = {"instruction": "Which city?", "context": ""}
+    assert page.post("/render", json=question).status_code == 200
+    for path in ("/render", "/complete"):
+        sent = page.post(path, content=json.dumps(question), headers={"Content-Type": "text/plain"})
+        assert sent.status_code == 415
+    assert page.get("/", headers={"Host": "elsewhere.example"}).status_code == 400
 
 
 @pytest.mark.slow

@@ -65,13 +65,13 @@ async def statuses(app: Any, requests: list[tuple[str, str, Headers]]) -> list[t
     return [(method, path, await status(app, method, path, headers)) for method, path, headers in requests]
 
 
-async def status(app: Any, method: str, path: str, headers: Headers) -> int:
-    """The status of the answer to one request without a body; 500 if the application fails."""
+async def status(app: Any, method: str, path: str, headers: Headers, body: bytes = b"") -> int:
+    """The status of the answer to one request; 500 if the application fails."""
     sent: list[dict[str, Any]] = []
     kind = "websocket" if method == "WEBSOCKET" else "http"
 
     async def receive() -> dict[str, Any]:
-        return {"type": "websocket.connect"} if kind == "websocket" else {"type": "http.request", "body": b""}
+        return {"type": "websocket.connect"} if kind == "websocket" else {"type": "http.request", "body": body}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

@@ -42,7 +42,7 @@ ANSWERS = frozenset(
         ("POST", "/v1/messages"),
     }
 )
-# vLLM has these only with serve.runtime_adapters: vllm_args.server_environment.
+# Served only where serve.runtime_adapters allows it: vllm_args.server_environment.
 LOAD = ("POST", "/v1/load_lora_adapter")
 UNLOAD = ("POST", "/v1/unload_lora_adapter")
 SERVED = (
@@ -61,7 +61,6 @@ SERVED = (
     }
 )
 
-
 _NO_KEY = "the API key is missing or wrong: send it in the header Authorization: Bearer KEY"
 
 
@@ -74,6 +73,8 @@ class Access:
         self._app = app
         key = os.environ.get("VLLM_API_KEY", "")
         self._key = _digest(key.encode("utf-8", "surrogateescape")) if key else None
+        runtime_adapters = os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == "1"
+        self._served = SERVED if runtime_adapters else SERVED - {LOAD, UNLOAD}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,8 +83,9 @@ class Access:
         route = (scope.get("method", "WEBSOCKET"), scope["path"])
         if route not in OPEN and not self._has_key(scope):
             await _refuse(scope, send, 401, "AuthenticationError", _NO_KEY)
-        elif route not in SERVED:
-            await _refuse(scope, send, 404, "NotFoundError", f"{' '.join(route)} is not served")
+        elif route not in self._served:
+            fix = ": set serve.runtime_adapters: true and restart the server" if route in SERVED else ""
+            await _refuse(scope, send, 404, "NotFoundError", f"{' '.join(route)} is not served{fix}")
         elif route not in ANSWERS and route != LOAD:
             await self._app(scope, receive, send)
         elif (body := await _read(receive)) is not None:

@@ -125,7 +125,7 @@ def refusal(url: str, status: int, text: str) -> str:
         return f"the server at {url} requires an API key: set VLLM_API_KEY to the key it was started with"
     try:
         reply = json.loads(text)
-        message = reply.get("message") or reply["error"]["message"]
+        message = reply.get("message") or reply.get("detail") or reply["error"]["message"]  # FastAPI's form is detail
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         shown = " ".join(text.split())[:100] or "nothing"
         return f"the server at {url} does not answer as vLLM does ({status}: {shown}): give another --port"
