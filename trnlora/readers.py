@@ -130,7 +130,7 @@ def _explain(detail: Any) -> str:
         return f"{key} is not a known key (mistyped?)"
     text = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
-    if isinstance(value, str) and _is_number(value):
+    if isinstance(value, str) and _is_number(value) and not detail["type"].startswith("string"):
         text += "; write it unquoted"
     elif not isinstance(value, dict | list) and not (isinstance(value, int) and value.bit_length() > 64):
         text += f" (it is {value!r})" if len(repr(value)) <= 100 else f" (it is {repr(value)[:100]}…)"
