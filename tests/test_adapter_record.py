@@ -76,6 +76,12 @@ def test_what_is_not_a_record_is_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_link_to_a_record_that_is_gone_is_not_an_adapter_without_one(tmp_path: Path) -> None:
+    (tmp_path / RECORD).symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"trnlora\.json is missing"):
+        read_record(tmp_path)
+
+
 def test_a_plain_peft_folder_has_no_record(others: list[Path], tiny_llama: Path) -> None:
     assert read_record(others[0]) is None
     assert check_adapter(others[0], tiny_llama, "first").record is None
@@ -170,9 +176,8 @@ def test_an_adapter_of_other_weights_is_refused(
 ) -> None:
     folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     write_json(folder / RECORD, edited(record(tiny_llama), "base_model.sha256", files))
-    with pytest.raises(
-        UserError, match=r"adapter x: .*was trained on other weights than those of .*: on path://…/tiny"
-    ):
+    message = r"adapter x: .*was trained on other weights than those of .*: on path://…/tiny, whose model\S* has sha256"
+    with pytest.raises(UserError, match=message):
         check_adapter(folder, tiny_llama, "x")
 
 
@@ -211,6 +216,19 @@ def test_the_variables_of_a_template_count(root: Path, capsys: pytest.CaptureFix
     set_params(root, data={"template_kwargs": {"date_string": "26 Jul 2024"}})
     template_to_serve(adapters(root / "artifacts/model", {}), load_params())
     assert "params.yaml has the prompt template dolly (sha256 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("jinja", "message"),
+    [("{% for %}", "refuses a conversation: "), ("Hello", "leaves out or changes the text of a user")],
+)
+def test_a_recorded_template_that_cannot_be_used_is_refused_before_vllm_starts(
+    root: Path, jinja: str, message: str
+) -> None:
+    values = edited(record(root / "artifacts/model"), "template.jinja", jinja)
+    broken = Adapter("x", Path("x"), 16, frozenset(), AdapterRecord(**values))
+    with pytest.raises(UserError, match=rf"the prompt template in the trnlora\.json of x cannot be used: .*{message}"):
+        template_to_serve([broken], load_params())
 
 
 def test_adapters_that_contradict_each_other_are_refused(root: Path) -> None:

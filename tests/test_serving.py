@@ -322,6 +322,8 @@ def test_serve_names_what_is_missing(workdir: Path, tmp_path: Path) -> None:
     shutil.copy(workdir / "params.yaml", tmp_path)
     assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/adapter is missing", "dvc repro")
     shutil.copytree(workdir / "artifacts" / "adapter", tmp_path / "artifacts" / "adapter")
+    assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/adapter.SHA256SUMS is missing or damaged")
+    shutil.copy(workdir / "artifacts" / "adapter.SHA256SUMS", tmp_path / "artifacts")
     assert_one_line(script("tools/serve.py", cwd=tmp_path), "artifacts/model/config.json is missing")
 
 
@@ -695,6 +697,8 @@ def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, eval_worker
     rows[0]["labelled"][-1] = [len(rows[0]["token_ids"]) - 1, len(rows[0]["token_ids"])]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     write_sums(path.parent)
+    write_record(copy / "artifacts" / "adapter", copy / "artifacts" / "model", prepared=path.parent)
+    write_sums(copy / "artifacts" / "adapter", copy / "artifacts" / "adapter.SHA256SUMS")
     (copy / "artifacts" / "answers.jsonl").unlink(missing_ok=True)
     done = eval_worker.evaluate(copy)
     assert "base: loss" in done.stdout

@@ -4,13 +4,14 @@ vLLM has one chat template for all its models. A running server does not say whi
 of a conversation, compared with what the templates make of it that it may have.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from trnlora import paths
 from trnlora.data.formats import Message
 from trnlora.data.prompt_template import TemplateText
-from trnlora.data.templates import PromptTemplate, Segment, chat_messages, load_template, tokenize
+from trnlora.data.templates import PromptTemplate, Segment, chat_messages, conversation, load_template, tokenize
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
@@ -54,8 +55,20 @@ def template_to_serve(adapters: Sequence[Adapter], params: Params) -> TemplateTe
     if unknown:
         print(f"{unknown}: no {RECORD} says the prompt template of the training; {template} of {first} is assumed")
     if line := differing_template(params, template, first):
+        check_template_works(template, first)
         print(line)
     return template
+
+
+def check_template_works(template: TemplateText, name: str) -> None:
+    """Raise UserError unless the template that the adapter `name` records renders the messages that it is given.
+
+    prepare_data has checked those of this project; a record from elsewhere may hold any text.
+    """
+    try:
+        conversation(PromptTemplate(**template.model_dump()), load_tokenizer(paths.MODEL), [*SAMPLES[0], SAMPLES[1][1]])
+    except UserError as error:
+        raise UserError(f"the prompt template in the {RECORD} of {name} cannot be used: {error}") from None
 
 
 def differing_template(params: Params, template: TemplateText, name: str) -> str | None:
@@ -85,14 +98,15 @@ def served_template(url: str, params: Params, tokenizer: Any) -> PromptTemplate:
     the server's prompts. Raises UserError if none does, and as `client.request` does.
     """
     known = [record.template for record in served_records(url).values()]
-    if (paths.ADAPTER / RECORD).exists() and (own := read_record(paths.ADAPTER)):
+    if (own := read_record(paths.ADAPTER)) is not None:
         known.append(own.template)
-    known.append(params_template(params))
+    with contextlib.suppress(UserError):  # a file that is gone matters only if the server has that template
+        known.append(params_template(params))
     tried: list[TemplateText] = []
     for text in known:
-        if any(text.gives_prompts_of(other) for other in tried):
-            continue
         template = PromptTemplate(**text.model_dump())
+        if any(text.gives_prompts_of(other) for other in tried) or not works(template, tokenizer):
+            continue
         if renders_as(url, template, tokenizer):
             return template
         tried.append(text)
@@ -102,14 +116,28 @@ def served_template(url: str, params: Params, tokenizer: Any) -> PromptTemplate:
     )
 
 
+def works(template: PromptTemplate, tokenizer: Any) -> bool:
+    """Does a template render a question?"""
+    try:
+        template.render(tokenizer, SAMPLES[0])
+    except UserError:
+        return False
+    return True
+
+
 def renders_as(url: str, template: PromptTemplate, tokenizer: Any) -> bool:
-    """Does the running server make the prompts of `template`? Raises UserError as `client.request` does."""
+    """Does the running server make the prompts of `template`?
+
+    Raises UserError as `client.request` does, and if the template does not render a question.
+    """
     model = client.served_models(url)[0]
     for messages in SAMPLES:
         try:
             text = template.render(tokenizer, messages)
-        except UserError:  # it refuses conversations: rows of one turn were all that it was used for
-            continue
+        except UserError:
+            if messages is SAMPLES[0]:
+                raise
+            continue  # it refuses conversations: rows of one turn were all that it was used for
         [[expected]] = tokenize(tokenizer, [[Segment(text, None)]])
         if client.chat(url, model, chat_messages(template.name, messages), 1).prompt_token_ids != expected:
             return False

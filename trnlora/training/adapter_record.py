@@ -36,7 +36,7 @@ class Generation(StrictModel):
 
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
-    top_k: Annotated[int, Field(ge=0)]  # 0: all tokens
+    top_k: Annotated[int, Field(ge=0, lt=2**31)]  # 0: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)]
     repetition_penalty: Annotated[float, Field(gt=0)]
     presence_penalty: Annotated[float, Field(ge=-2, le=2)]
@@ -68,9 +68,7 @@ class BaseModelRecord(StrictModel):
     sha256: Annotated[dict[Line, Digest], Field(min_length=1)]  # of each file of weights
 
     def __str__(self) -> str:
-        name, digest = next(iter(self.sha256.items()))
-        revision = f" revision {self.revision}" if self.revision else ""
-        return f"{self.source}{revision} ({name} has sha256 {digest[:8]}…)"
+        return f"{self.source} revision {self.revision}" if self.revision else self.source
 
 
 class DataFile(StrictModel):
@@ -182,12 +180,14 @@ def check_base(record: AdapterRecord, model: Path, who: str) -> None:
 
     who: what the error calls the adapter.
     """
-    here = weights_digests(model)
-    if record.base_model.sha256 != here:
-        name, digest = next(iter(here.items()), ("no weights", ""))
+    here, there = weights_digests(model), record.base_model.sha256
+    if differing := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        name = differing[0]
+        digests = [found.get(name, "none")[:8] for found in (there, here)]
         raise UserError(
-            f"{who} was trained on other weights than those of {model}: on {record.base_model}, here {name} has "
-            f"{digest[:8]}…: set model.source to the model that it was trained on, or choose another adapter"
+            f"{who} was trained on other weights than those of {model}: on {record.base_model}, whose {name} has "
+            f"sha256 {digests[0]}…, here {digests[1]}…: set model.source to the model that it was trained on, or "
+            "choose another adapter"
         )
 
 
