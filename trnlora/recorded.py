@@ -93,7 +93,7 @@ class Changes:
         of, fix = (f" ({name})", "") if name else ("", "; `make repro` updates them")
         lines = []
         if self.stages:
-            changed = [f"{key} was {_shown(was)} and is {_shown(now)}" for key, was, now in self.params]
+            changed = [f"{key} {_shown(was)} → {_shown(now)}" for key, was, now in self.params]
             clauses = [_few(changed), f"changed: {_few(self.files)}" if self.files else "", *self.mixed]
             reasons = "; ".join(filter(None, clauses))
             older = f"the results of {', '.join(self.stages)} are older than what they depend on"

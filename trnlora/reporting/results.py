@@ -4,7 +4,6 @@ Nothing is computed here: the values are those of `dvc metrics show`. The params
 dvc.lock recorded them, not those that params.yaml has now.
 """
 
-import json
 import math
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from trnlora import paths
 from trnlora.data.examples import Answer
 from trnlora.errors import UserError
 from trnlora.metrics import metrics_file, stages, timing_file
-from trnlora.readers import checked, parse_json, parse_jsonl_as, parse_yaml
+from trnlora.readers import check_writable, checked, parse_json, parse_jsonl_as, parse_yaml
 from trnlora.recorded import (
     LOCK,
     Changes,
@@ -150,10 +149,7 @@ def _files(stage: str) -> tuple[str, str]:
 def _metrics(text: str, where: str) -> dict[str, Any]:
     """The values of a metrics file by dotted key."""
     values = dict(flat(checked(parse_json(text, where, RERUN), dict[str, JsonValue], where, RERUN)))
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} contains half of a surrogate pair, which cannot be shown{RERUN}") from None
+    check_writable(values, where, RERUN)
     return values
 
 
