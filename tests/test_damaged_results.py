@@ -1,6 +1,7 @@
 """Files of a run that were damaged or written by hand, and odd revisions: the tools end in one clear line."""
 
 import contextlib
+import html
 import json
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from support.project import Project, copy_project
 from support.results import answer
 
 from trnlora.errors import UserError
-from trnlora.reporting.charts import charts
 from trnlora.reporting.page import write_report
 from trnlora.reporting.results import load_results
 
@@ -92,6 +92,7 @@ def metrics(file: str, key: str, value: Any) -> bytes:
         (LOSS, b"\xff\xfe", "is not valid UTF-8"),
         ("dvc.lock", b"- 1\n", "Input should be a valid dictionary"),
         ("dvc.lock", b"\x00", "is not valid YAML"),
+        ("dvc.lock", b"\xff", "`git checkout dvc.lock`"),
         ("dvc.lock", b"stages: {fetch_model: {deps: 3}}\n", "stages.fetch_model.deps: Input should be a valid list"),
         ("dvc.lock", b"stages: {prepare_data: {cmd: x, params: {params.yaml: {data.source: 5}}}}\n", "data.source"),
     ],
@@ -114,9 +115,9 @@ def test_a_damaged_file_ends_in_one_line(here: Project, file: str, content: byte
         (EVAL, metrics(EVAL, "tuned/exact_match", None)),
         (DATA, metrics(DATA, "rows_by_category", {"a": 0})),
         (LOSS, b"step\tloss\n1\t-1\n2\t0\n"),
-        (LOSS, b"step\tloss\n1\t1e308\n2\t1e-320\n"),
         ("params.yaml", b"lora: ["),
         ("params.yaml", b"- 1"),
+        ("params.yaml", b"x: 2026-01-01"),
         ("params.yaml", b"\xff"),
     ],
 )
@@ -124,10 +125,9 @@ def test_what_is_odd_but_readable_is_shown(here: Project, file: str, content: by
     """With a line that says what is not of the run."""
     with overwritten(file, content):
         now = load_results()
-        page, _ = write_report(tmp_path, now, load_results("HEAD"))
+        page, _ = write_report(tmp_path, now, None)
         assert now.notes
-        assert now.notes[0] in page.read_text("utf-8").replace("&#34;", '"').replace("&#39;", "'").replace("&gt;", ">")
-        assert charts(now, None)
+        assert now.notes[0] in html.unescape(page.read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_an_odd_revision_ends_in_one_line(here: Project, revision: str, message:
 
 def test_names_of_a_commit_that_are_odd_but_right(here: Project, tmp_path: Path) -> None:
     """rich's markup, TeX in a chart's legend and HTML in the name of a revision; the same revision twice."""
-    here.run("git", "tag", "-a", "-f", "-m", "annotated", "$x^2[red]<b>".replace("^", "").replace("[", "("))
+    here.run("git", "tag", "-a", "-f", "-m", "annotated", "$x2(red]<b>")
     name = "$x2(red]<b>"
     now = load_results(name)
     assert now.notes == []

@@ -20,6 +20,7 @@ from trnlora.errors import UserError
 from trnlora.metrics import metrics_file, stages, timing_file
 from trnlora.readers import check_writable, checked, parse_json, parse_jsonl_as, parse_yaml
 from trnlora.recorded import (
+    FIX,
     LOCK,
     Changes,
     StageRun,
@@ -169,7 +170,8 @@ def _decoded(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not valid UTF-8 ({error}){RERUN}") from None
+        fix = FIX if where.startswith(LOCK) else RERUN
+        raise UserError(f"{where} is not valid UTF-8 ({error}){fix}") from None
 
 
 def _open(revision: str) -> Any:
@@ -209,13 +211,11 @@ def _reader(files: Any, revision: str) -> Callable[[str], str | None]:
 
 def _changes_of(files: Any, lock: str | None, runs: dict[str, StageRun]) -> Changes:
     """How the revision's own params, code and data differ from those that its dvc.lock recorded."""
-    from dvc.exceptions import DvcException
-
     if lock is None:
         return Changes(unknown=f"it has no {LOCK}")
     try:
         return changes(files.repo, runs)
-    except (DvcException, OSError) as error:
+    except Exception as error:  # as in workspace_changes
         return Changes(unknown=one_line(error))
 
 
