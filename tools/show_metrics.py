@@ -4,8 +4,8 @@
 
 A line `stale: …` names what changed since.
 
-Reads   metrics/*.json, metrics/timing/*.json (as `dvc metrics show` and `dvc metrics diff` do), dvc.lock and the files that it
-        names
+Reads   metrics/*.json, metrics/timing/*.json (as `dvc metrics show` and `dvc metrics diff` do), dvc.lock and the files
+        that it names
 """
 
 import sys
