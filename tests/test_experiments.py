@@ -65,7 +65,7 @@ def test_document_matches_what_is_printed(finished_copy: Project) -> None:
     check_card(project)
     project.set_params(train={"lr": 2.0e-2})
     refused = make(project, "card", check=False)
-    assert "the results are older than what they depend on (finetune_lora" in refused
+    assert "stale: the results of finetune_lora, flatten_adapter, eval_vllm are older than what" in refused
 
 
 def check_card(project: Project) -> None:

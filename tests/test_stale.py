@@ -68,17 +68,17 @@ def test_outputs_that_were_never_pulled_are_not_changes(here: Project) -> None:
 @pytest.mark.parametrize(
     ("change", "stages", "said"),
     [
-        (lambda p: p.set_params(lora={"r": 64}), ALL[3:], "lora.r was 16 and is 64"),
-        (lambda p: p.set_params(eval={"max_prompts": None}), ALL[5:], "eval.max_prompts was 8 and is null"),
-        (lambda p: p.set_params(data={"columns": {"a": "b"}}), DATA, "data.columns was {} and is {\"a\": \"b\"}"),
-        (lambda p: p.set_params(model={"source": "hf://a/b@c"}), ALL, "model.source was path:"),
+        (lambda p: p.set_params(lora={"r": 64}), ALL[3:], "lora.r 16 → 64"),
+        (lambda p: p.set_params(eval={"max_prompts": None}), ALL[5:], "eval.max_prompts 8 → null"),
+        (lambda p: p.set_params(data={"columns": {"a": "b"}}), DATA, "data.columns {} → {\"a\": \"b\"}"),
+        (lambda p: p.set_params(model={"source": "hf://a/b@c"}), ALL, "model.source path:"),
         (lambda p: append("data/tasks.jsonl"), DATA, "changed: data"),
         (lambda p: append("data/new.csv"), DATA, "changed: data"),
         (lambda p: shutil.rmtree("data"), DATA, "changed: data"),
         (lambda p: append("trnlora/evaluation/scoring.py"), ALL[5:], "changed: trnlora/evaluation/scoring.py"),
         (lambda p: append("trnlora/files.py"), ALL, "changed: trnlora/files.py"),
         (lambda p: Path("stages/eval_vllm.py").unlink(), ALL[5:], "changed: stages/eval_vllm.py"),
-        (lambda p: edit_lock("lora.use_rslora: .*", ""), ALL[3:], "lora.use_rslora was not recorded and is false"),
+        (lambda p: edit_lock("lora.use_rslora: .*", ""), ALL[3:], "lora.use_rslora not recorded → false"),
         (lambda p: edit_lock("cmd: (.*)eval_vllm.py", r"cmd: \1other.py"), ALL[5:], "changed: its command in dvc.yaml"),
     ],
 )  # fmt: skip
@@ -94,7 +94,7 @@ def test_what_changed_since_the_run_is_named(
 def test_a_long_list_is_shortened(here: Project) -> None:
     here.set_params(train={"lr": 1.0, "epochs": 9, "seed": 3, "weight_decay": 0.5, "warmup_ratio": 0.5})
     (note,) = load_results().notes
-    assert "train.lr was 0.01 and is 1.0" in note
+    assert "train.lr 0.01 → 1.0" in note
     assert " and 1 more; `make repro` updates them" in note
     assert len(load_results().changes.params) == 5
 
@@ -134,7 +134,7 @@ def test_a_partial_run_is_seen(here: Project) -> None:
     here.dvc("commit", "--force", "--quiet", "finetune_lora")
     (note,) = load_results().notes
     assert note == (
-        f"stale: the results of flatten_adapter, eval_vllm are {OLD}lora.r was 16 and is 64; "
+        f"stale: the results of flatten_adapter, eval_vllm are {OLD}lora.r 16 → 64; "
         "flatten_adapter ran before the last finetune_lora (artifacts/lora_adapter); `make repro` updates them"
     )
     assert load_results().params["lora.r"] == 16  # those of the scores
@@ -171,9 +171,7 @@ def test_revisions_have_their_own_record(here: Project) -> None:
     here.commit("Other params, no run")
     assert load_results("HEAD~1").notes == []
     assert load_results("HEAD").params["lora.r"] == 16
-    assert load_results("HEAD").notes == [
-        f"stale (HEAD): the results of {', '.join(ALL[3:])} are {OLD}lora.r was 16 and is 64"
-    ]
+    assert load_results("HEAD").notes == [f"stale (HEAD): the results of {', '.join(ALL[3:])} are {OLD}lora.r 16 → 64"]
     here.run("git", "checkout", "-q", "HEAD~1", "params.yaml")
     edit_metric()
     lock = Path("dvc.lock").rename("../dvc.lock")

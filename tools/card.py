@@ -6,7 +6,9 @@
 --base names the base model on the hub if model.source is not hf://. PEFT and vLLM load the adapter onto it, so it must
 be the same model.
 
-Reads   params.yaml, metrics/, artifacts/adapter, artifacts/answers.jsonl, and what `dvc status` reads
+Refused where the results are not those of the present params, data and code, or not what a run wrote.
+
+Reads   dvc.lock and the files that it names, metrics/, artifacts/adapter, artifacts/answers.jsonl
 Writes  reports/adapter: the adapter's files and README.md
 """
 

@@ -3,7 +3,9 @@
     python tools/compare.py [A] [B] [--samples N]        (make compare A=REV B=REV SAMPLES=N)
 
 A, B    a commit, branch, tag or DVC experiment; default: HEAD and the working tree
-Reads   params.yaml, metrics/, artifacts/answers.jsonl of both, from Git and DVC's cache
+Reads   dvc.lock and the files that it names, metrics/, artifacts/answers.jsonl of both, from Git and DVC's cache
+
+The params are those of the runs, which dvc.lock recorded. A line `stale: …` names what changed since.
 
 Seconds, memory and speed differ in any two runs and are left out; `make report COMPARE=REV` shows them.
 """

@@ -4,7 +4,10 @@
 
 REV is a commit, branch, tag or DVC experiment. The report then shows its values next to those of the working tree.
 
-Reads   metrics/, params.yaml, profiles/, plots/training, artifacts/answers.jsonl; those of REV from Git and DVC's cache
+The params are those of the run, which dvc.lock recorded. At the top of both are lines that name what changed since.
+
+Reads   dvc.lock and the files that it names, metrics/, profiles/, plots/training, artifacts/answers.jsonl; those of REV
+        from Git and DVC's cache
 Writes  reports/report.html, reports/summary.md
 """
 

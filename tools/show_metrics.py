@@ -2,7 +2,10 @@
 
     python tools/show_metrics.py
 
-Reads   metrics/*.json, metrics/timing/*.json (as `dvc metrics show` and `dvc metrics diff` do)
+A line `stale: …` names what changed since.
+
+Reads   metrics/*.json, metrics/timing/*.json (as `dvc metrics show` and `dvc metrics diff` do), dvc.lock and the files
+        that it names
 """
 
 import sys

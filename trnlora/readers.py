@@ -84,7 +84,19 @@ def parse_jsonl(text: str, where: str, fix: str = "") -> list[dict[str, Any]]:
 
 def parse_jsonl_as(text: str, where: str, kind: type[T], fix: str = "") -> list[T]:
     """The same as objects of a `kind`, e.g. a TypedDict. Raises UserError (`where` … `fix`) naming line and key too."""
-    return [checked(row, kind, f"{where} line {n}", fix) for n, row in enumerate(parse_jsonl(text, where, fix), 1)]
+    rows = []
+    for number, row in enumerate(parse_jsonl(text, where, fix), 1):
+        check_writable(row, f"{where} line {number}", fix)
+        rows.append(checked(row, kind, f"{where} line {number}", fix))
+    return rows
+
+
+def check_writable(value: Any, where: str, fix: str = "") -> None:
+    """Raise UserError (`where` … `fix`) for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} contains half of a surrogate pair, which is no character{fix}") from None
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:

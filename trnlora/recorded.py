@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from trnlora import paths
-from trnlora.errors import UserError
 from trnlora.metrics import stages as stages_with_results
 from trnlora.readers import checked, parse_yaml, read_text, read_yaml
 
@@ -94,7 +93,7 @@ class Changes:
         of, fix = (f" ({name})", "") if name else ("", "; `make repro` updates them")
         lines = []
         if self.stages:
-            changed = [f"{key} was {_shown(was)} and is {_shown(now)}" for key, was, now in self.params]
+            changed = [f"{key} {_shown(was)} → {_shown(now)}" for key, was, now in self.params]
             clauses = [_few(changed), f"changed: {_few(self.files)}" if self.files else "", *self.mixed]
             reasons = "; ".join(filter(None, clauses))
             older = f"the results of {', '.join(self.stages)} are older than what they depend on"
@@ -121,7 +120,6 @@ def workspace_changes(only: str | None = None) -> Changes:
     Outputs that are not here (`dvc pull` never ran) are no changes. Takes half a second, and longer where DVC does not
     know the digests of large files yet. Raises UserError if dvc.lock is not readable.
     """
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     lock = Path(LOCK)
@@ -132,14 +130,12 @@ def workspace_changes(only: str | None = None) -> Changes:
         read_yaml(paths.PARAMS)
         with Repo() as repo:
             return changes(repo, runs, only)
-    except UserError as error:
-        return Changes(unknown=str(error))
-    except (DvcException, OSError) as error:
+    except Exception as error:  # DVC has errors of many kinds for odd files, e.g. TypeError for a date in params.yaml
         return Changes(unknown=one_line(error))
 
 
 def one_line(error: BaseException) -> str:
-    """An error of DVC without its line breaks."""
+    """An error of DVC, or another one, without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -4,7 +4,6 @@ Nothing is computed here: the values are those of `dvc metrics show`. The params
 dvc.lock recorded them, not those that params.yaml has now.
 """
 
-import json
 import math
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from trnlora import paths
 from trnlora.data.examples import Answer
 from trnlora.errors import UserError
 from trnlora.metrics import metrics_file, stages, timing_file
-from trnlora.readers import checked, parse_json, parse_jsonl_as, parse_yaml
+from trnlora.readers import check_writable, checked, parse_json, parse_jsonl_as, parse_yaml
 from trnlora.recorded import (
+    FIX,
     LOCK,
     Changes,
     StageRun,
@@ -150,10 +150,7 @@ def _files(stage: str) -> tuple[str, str]:
 def _metrics(text: str, where: str) -> dict[str, Any]:
     """The values of a metrics file by dotted key."""
     values = dict(flat(checked(parse_json(text, where, RERUN), dict[str, JsonValue], where, RERUN)))
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} contains half of a surrogate pair, which cannot be shown{RERUN}") from None
+    check_writable(values, where, RERUN)
     return values
 
 
@@ -173,7 +170,8 @@ def _decoded(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not valid UTF-8 ({error}){RERUN}") from None
+        fix = FIX if where.startswith(LOCK) else RERUN
+        raise UserError(f"{where} is not valid UTF-8 ({error}){fix}") from None
 
 
 def _open(revision: str) -> Any:
@@ -213,13 +211,11 @@ def _reader(files: Any, revision: str) -> Callable[[str], str | None]:
 
 def _changes_of(files: Any, lock: str | None, runs: dict[str, StageRun]) -> Changes:
     """How the revision's own params, code and data differ from those that its dvc.lock recorded."""
-    from dvc.exceptions import DvcException
-
     if lock is None:
         return Changes(unknown=f"it has no {LOCK}")
     try:
         return changes(files.repo, runs)
-    except (DvcException, OSError) as error:
+    except Exception as error:  # as in workspace_changes
         return Changes(unknown=one_line(error))
 
 
