@@ -246,7 +246,8 @@ def as_kind(content: bytes, name: str) -> bytes:
         writer.writerows(rows)
         out.write(text.getvalue().encode())
     plain = out.getvalue()
-    return {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(name[-4:].lstrip("v"), bytes)(plain)
+    compress: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return compress.get(name.rpartition(".")[2], bytes)(plain)
 
 
 KINDS = {

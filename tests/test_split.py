@@ -127,7 +127,7 @@ def test_train_rows_with_the_prompt_of_a_test_row(prompt: str, leaks: bool) -> N
 
 def test_a_weight_that_uses_no_row_is_refused() -> None:
     form = detect({"prompt": "", "completion": ""}, "auto", {}, "f line 1")
-    file = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", weight=0.01)
+    file = RowsFile(Path("a.jsonl"), form, 0, "a.jsonl", "line", "", weight=0.01)
     with pytest.raises(UserError, match=r"weight 0.01 of the 10 training rows of a.jsonl uses none of them: raise it"):
         copies_of_row(keys(row(number) for number in range(1, 11)), [file], 10)
 

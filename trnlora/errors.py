@@ -88,8 +88,8 @@ def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
         yield
     finally:
         if not received:
-            for number, before in _handled.items():
-                signal.signal(number, before)
+            for handled, before in _handled.items():
+                signal.signal(handled, before)
         _handled.clear()
 
 

@@ -63,10 +63,9 @@ def _check_names(template: PromptTemplate, variables: Mapping[str, Any], tokeniz
         )
     # A name that is asked for may be without a value: {% if tools %}, {{ date or "today" }}, x is defined, x | default.
     asked: set[str] = set()
-    for kind in (nodes.If, nodes.CondExpr):
-        asked |= {name.name for node in tree.find_all(kind) for name in _names(node.test)}
-    for kind in (nodes.Test, nodes.Or, nodes.And, nodes.Not, nodes.Compare):
-        asked |= {name.name for node in tree.find_all(kind) for name in _names(node)}
+    asked |= {name.name for node in tree.find_all((nodes.If, nodes.CondExpr)) for name in _names(node.test)}
+    questions = (nodes.Test, nodes.Or, nodes.And, nodes.Not, nodes.Compare)
+    asked |= {name.name for node in tree.find_all(questions) for name in _names(node)}
     asked |= {n.name for f in tree.find_all(nodes.Filter) if f.name in ("default", "d") for n in _names(f)}
     given = {"messages", "tools", "documents", "add_generation_prompt", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     if missing := sorted(meta.find_undeclared_variables(tree) - given - asked):

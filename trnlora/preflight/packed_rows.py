@@ -7,7 +7,8 @@ from trnlora import paths
 from trnlora.data.source_files import data_sources
 from trnlora.errors import UserError
 from trnlora.params import DataSource, Params
-from trnlora.recorded import LOCK, param_values, parse_lock, workspace_changes
+from trnlora.readers import read_text
+from trnlora.recorded import FIX, LOCK, param_values, parse_lock, workspace_changes
 from trnlora.sources import parse_source
 
 HUB_DATA_BYTES = {"databricks/databricks-dolly-15k": 13_085_339}  # size of the JSONL file
@@ -31,7 +32,7 @@ def is_prepared(params: Params) -> bool:
     lock = Path(LOCK)
     if not (paths.PREPARED / "train.parquet").exists() or not lock.exists():
         return False
-    runs = parse_lock(lock.read_bytes())
+    runs = parse_lock(read_text(lock, FIX))
     fetched, prepared = runs.get("fetch_model"), runs.get("prepare_data")
     model = str(paths.MODEL)
     if fetched is None or prepared is None or prepared.deps.get(model) != fetched.outs.get(model):
