@@ -1,8 +1,8 @@
 """The side-by-side page: a small web application between the browser and vLLM's server.
 
 Prompts are rendered by trnlora/data/templates.py, with the server's template, and sent as token ids, as in training and
-evaluation. The page's
-requests carry no API key; the application adds it, so it must not be reachable from other machines.
+evaluation. The page's requests carry no API key; the application adds it, so it must not be reachable from other
+machines.
 """
 
 import contextlib
@@ -47,17 +47,6 @@ def application(params: Params, url: str) -> Starlette:
             known.append(served_template(url, params, tokenizer))
         return known[0]
 
-    def message_of(question: dict[str, Any]) -> Message:
-        return Message("user", question["instruction"].strip(), question["context"].strip())
-
-    async def question_of(request: Request) -> dict[str, Any]:
-        # A browser sends JSON for another site only if the server allows it (CORS), which this one does not: no other
-        # site that is open in the browser can ask questions with the key.
-        if request.headers.get("Content-Type") != "application/json":
-            raise HTTPException(415, "send JSON")
-        question: dict[str, Any] = await request.json()
-        return question
-
     async def page(_: Request) -> Response:
         return FileResponse(PAGE)
 
@@ -101,6 +90,19 @@ def application(params: Params, url: str) -> Starlette:
     # Without this, another site open in the browser could pose as this one (DNS rebinding).
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     return Starlette(routes=routes, middleware=[hosts])
+
+
+def message_of(question: dict[str, Any]) -> Message:
+    return Message("user", question["instruction"].strip(), question["context"].strip())
+
+
+async def question_of(request: Request) -> dict[str, Any]:
+    # A browser sends JSON for another site only if the server allows it (CORS), which this one does not: no other
+    # site that is open in the browser can ask questions with the key.
+    if request.headers.get("Content-Type") != "application/json":
+        raise HTTPException(415, "send JSON")
+    question: dict[str, Any] = await request.json()
+    return question
 
 
 async def stream_completion(url: str, body: dict[str, Any]) -> Response:
