@@ -234,6 +234,10 @@ def test_the_same_engine_finds_its_graphs_again(project: Path, tuned: Adapter) -
     # The plugin reads and writes a folder: those of a cache on S3 are on local disk.
     on_s3 = with_params(PARAMS, neuron={"compile_cache": "s3://bucket/cache"})
     assert folder(tuned, on_s3) == folder(tuned)
+    # Sampling is not part of the graphs.
+    assert tuned.record
+    hot = tuned.record.generation.model_copy(update={"temperature": 0.7})
+    assert folder(replace(tuned, record=tuned.record.model_copy(update={"generation": hot}))) == folder(tuned)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from support.server import assert_one_line, script
 
 from trnlora.data.examples import prompt_token_ids, read_examples
+from trnlora.files import write_jsonl
 
 
 class Api(http.server.BaseHTTPRequestHandler):
@@ -104,17 +106,20 @@ def test_a_merged_model_is_asked_alone(api: type[Api], workdir: Path) -> None:
 
 
 def test_the_first_test_row_is_asked_with_the_template_of_the_rows_and_the_servers_sampling(
-    api: type[Api], evaluated: Path
+    api: type[Api], evaluated: Path, tmp_path: Path
 ) -> None:
     """The heading of the context is dolly's, as prepared.json has it; params.yaml has alpaca."""
-    row = read_examples(evaluated / "artifacts/prepared/test.jsonl")[0]
+    folder = Path(shutil.copytree(evaluated, tmp_path / "copy", symlinks=True))
+    file = folder / "artifacts/prepared/test.jsonl"
+    row = next(row for row in read_examples(file) if row["messages"][0]["context"])
+    write_jsonl(file, [row])
     api.prompt_token_ids = prompt_token_ids(row)
-    done = script("tools/smoke.py", "--port", str(api.port), cwd=evaluated)  # type: ignore[attr-defined]
+    done = script("tools/smoke.py", "--port", str(api.port), cwd=folder)  # type: ignore[attr-defined]
     assert done.returncode == 0, done.stderr
+    asked = row["messages"][0]
     for body in api.bodies:
-        assert [message["content"].partition("\n\n### Context:\n")[2] for message in body["messages"]] == [
-            row["messages"][0]["context"]
-        ]
+        content = f"{asked['content']}\n\n### Context:\n{asked['context']}"
+        assert body["messages"] == [{"role": "user", "content": content}]
         assert body.keys() == {"model", "messages", "max_tokens", "return_token_ids"}
 
 
