@@ -47,6 +47,11 @@ def overwritten(path: str, content: bytes) -> Iterator[None]:
         Path(path).write_bytes(before)
 
 
+def shortened(value: str | bytes) -> str:
+    """The name of a test's case: whole files would be long."""
+    return value if isinstance(value, str) else repr(value[:20])[2:-1]
+
+
 def row(**values: Any) -> bytes:
     return json.dumps(answer(1, "a", "b", "c") | values).encode()
 
@@ -96,6 +101,7 @@ def metrics(file: str, key: str, value: Any) -> bytes:
         ("dvc.lock", b"stages: {fetch_model: {deps: 3}}\n", "stages.fetch_model.deps: Input should be a valid list"),
         ("dvc.lock", b"stages: {prepare_data: {cmd: x, params: {params.yaml: {data.source: 5}}}}\n", "data.source"),
     ],
+    ids=shortened,
 )
 def test_a_damaged_file_ends_in_one_line(here: Project, file: str, content: bytes, message: str) -> None:
     with overwritten(file, content), pytest.raises(UserError) as error:
@@ -120,6 +126,7 @@ def test_a_damaged_file_ends_in_one_line(here: Project, file: str, content: byte
         ("params.yaml", b"x: 2026-01-01"),
         ("params.yaml", b"\xff"),
     ],
+    ids=shortened,
 )
 def test_what_is_odd_but_readable_is_shown(here: Project, file: str, content: bytes, tmp_path: Path) -> None:
     """With a line that says what is not of the run."""

@@ -19,13 +19,13 @@ def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Pat
     answers = answer_rows(now, other)
     run, here = what_was_run(now), where_shown()
     texts = {
-        folder / "report.html": page(now, other, run, here, answers),
         folder / "summary.md": summary(now, other, run, here, answers),
+        folder / "report.html": page(now, other, run, here, answers),
     }
     with atomic_outputs([], [*texts]):
         for path, text in texts.items():
             partial_path(path).write_text(text, encoding="utf-8")
-    html, markdown = texts
+    markdown, html = texts
     return html, markdown
 
 
