@@ -79,11 +79,11 @@ def _signals_as_exceptions(received: list[int]) -> Iterator[None]:
         received.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped
 
-    for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before: Any = signal.getsignal(handled)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before: Any = signal.getsignal(number)
         if before in (signal.SIG_DFL, signal.default_int_handler):
-            _handled[handled] = before
-            signal.signal(handled, stop)
+            _handled[number] = before
+            signal.signal(number, stop)
     try:
         yield
     finally:
