@@ -99,6 +99,10 @@ def test_another_site_in_the_browser_cannot_ask_with_the_key(workdir: Path, monk
     for path in ("/render", "/complete"):
         sent = page.post(path, content=json.dumps(question), headers={"Content-Type": "text/plain"})
         assert sent.status_code == 415
+        for body in (b"{", b"[1]", b'{"instruction": 7, "context": ""}'):
+            sent = page.post(path, content=body, headers={"Content-Type": "application/json"})
+            assert sent.status_code == 400
+            assert "the request" in sent.text
     assert page.get("/", headers={"Host": "elsewhere.example"}).status_code == 400
 
 
