@@ -85,7 +85,7 @@ def test_a_run_writes_its_outputs_and_reads_the_params_it_lists(finished: Finish
     assert STAGES["check_params"]["params"] == [{"params.yaml": None}]
     listed = {stage: set(STAGES[stage]["params"]) for stage in ORDER[1:]}
     listed["fetch_model"] -= {"model.dtype"}  # read only for a GGUF
-    # Only to refuse a model that vLLM cannot serve. What is fetched does not depend on them, and check_params sees changes.
+    # Only to refuse what vLLM cannot serve: what is fetched does not depend on them. check_params sees their changes.
     read["fetch_model"] -= {"backend", "eval.engine", "serve.max_model_len"}
     listed["flatten_adapter"] -= {"convert.buffer_mib"}  # read only for a merged model
     only_on_nxd = {f"neuron.{name}" for name in Neuron.model_fields}
