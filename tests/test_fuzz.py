@@ -246,8 +246,11 @@ def as_kind(content: bytes, name: str) -> bytes:
         writer.writerows(rows)
         out.write(text.getvalue().encode())
     plain = out.getvalue()
-    compress: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
-    return compress.get(name.rpartition(".")[2], bytes)(plain)
+    if name.endswith(".gz"):
+        return gzip.compress(plain)
+    if name.endswith(".bz2"):
+        return bz2.compress(plain)
+    return lzma.compress(plain) if name.endswith(".xz") else plain
 
 
 KINDS = {

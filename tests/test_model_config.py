@@ -221,6 +221,14 @@ def test_the_configs_of_real_models_are_read(name: str) -> None:
             assert getattr(config, key) == getattr(theirs, key), key
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_of_the_positions_is_that_of_transformers(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    default = CONFIG_MAPPING[family]().max_position_embeddings
+    assert read(family, max_position_embeddings="absent").max_position_embeddings == default
+
+
 def test_rope_scaling_has_precedence_as_in_transformers() -> None:
     both = {"rope_scaling": LLAMA3 | {"rope_theta": 9.0}, "rope_parameters": {"rope_theta": 8.0}, "rope_theta": 7.0}
     config = read("llama", **both)

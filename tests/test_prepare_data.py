@@ -416,7 +416,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert (
         "1 rows spell a special token (data.special_tokens: keep); the first are data/mine/b.jsonl line 6\n" in printed
     )
-    assert "1 answers have special tokens" in printed
+    assert "1 answers come back from the tokenizer as other text" in printed
     table = json.loads((root / "artifacts/prepared/sources.json").read_text("utf-8"))
     assert [entry["file"] for entry in table] == ["data/mine/a.jsonl", "data/mine/b.jsonl"]
     assert row_name(table, 50) == "data/mine/a.jsonl line 50"
@@ -437,7 +437,7 @@ def test_the_quality_of_the_data_is_counted_and_said(stage_root: Path, tmp_path:
     assert metrics["prompts_in_train_and_test"] == 1
     assert metrics["unreachable_references"] == 0  # as text
     assert "data.deduplicate" not in printed
-    write_params(root / "params.yaml", source="path://data/mine", special_tokens="refuse")
+    write_params(root / "params.yaml", source="path://data/mine", deduplicate=True, special_tokens="refuse")
     assert "data/mine/b.jsonl line 6: it spells a special token of the tokenizer" in str(run_stage(root)[1])
 
 

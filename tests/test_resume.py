@@ -312,7 +312,7 @@ def test_the_first_rank_locks_by_itself(converted: Callable[..., Path]) -> None:
         before = digests(folder)
         command = [str(Path(sys.executable).with_name("torchrun")), str(ROOT / "stages/finetune_lora.py")]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-        holder.communicate()
         assert digests(folder) == before
+        holder.communicate()
     assert done.returncode == 1
     assert f"artifacts/lora_adapter is in use by process {holder.pid} " in done.stderr

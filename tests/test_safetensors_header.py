@@ -205,9 +205,10 @@ INDEXES: dict[str, tuple[Callable[[WeightMap], Any], str]] = {
 def test_an_index_that_is_not_that_of_its_files_is_refused(tmp_path: Path, case: str) -> None:
     edit, message = INDEXES[case]
     shapes = hf_shapes(model())
-    write_safetensors(tmp_path / ONE, header_of({UP: shapes.pop(UP)}))
+    first = {name: shapes.pop(name) for name in (UP, "model.norm.weight")}
+    write_safetensors(tmp_path / ONE, header_of(first))
     write_safetensors(tmp_path / TWO, header_of(shapes))
-    index = edit({UP: ONE} | dict.fromkeys(shapes, TWO))
+    index = edit(dict.fromkeys(first, ONE) | dict.fromkeys(shapes, TWO))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     assert message in refused(tmp_path, model())
 

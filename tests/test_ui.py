@@ -95,10 +95,14 @@ def test_another_site_in_the_browser_cannot_ask_with_the_key(workdir: Path, monk
     monkeypatch.chdir(workdir)
     page = TestClient(application(load_params(Path("params.yaml")), "http://127.0.0.1:9"), "http://127.0.0.1")
     question = {"instruction": "Which city?", "context": ""}
-    assert page.post("/render", json=question).status_code == 200
+    assert page.post("/render", json=question).status_code == 502  # no server, from which it gets the template
     for path in ("/render", "/complete"):
         sent = page.post(path, content=json.dumps(question), headers={"Content-Type": "text/plain"})
         assert sent.status_code == 415
+        for body in (b"{", b"[1]", b'{"instruction": 7, "context": ""}'):
+            sent = page.post(path, content=body, headers={"Content-Type": "application/json"})
+            assert sent.status_code == 400
+            assert "the request" in sent.text
     assert page.get("/", headers={"Host": "elsewhere.example"}).status_code == 400
 
 

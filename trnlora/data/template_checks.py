@@ -62,11 +62,10 @@ def _check_names(template: PromptTemplate, variables: Mapping[str, Any], tokeniz
             f"{where} writes something else each time ({changing[0]}): prompts must be the same when served"
         )
     # A name that is asked for may be without a value: {% if tools %}, {{ date or "today" }}, x is defined, x | default.
-    asked: set[str] = set()
-    asked |= {name.name for node in tree.find_all((nodes.If, nodes.CondExpr)) for name in _names(node.test)}
-    questions = (nodes.Test, nodes.Or, nodes.And, nodes.Not, nodes.Compare)
-    asked |= {name.name for node in tree.find_all(questions) for name in _names(node)}
-    asked |= {n.name for f in tree.find_all(nodes.Filter) if f.name in ("default", "d") for n in _names(f)}
+    tests = [node.test for node in tree.find_all((nodes.If, nodes.CondExpr))]
+    tests += tree.find_all((nodes.Test, nodes.Or, nodes.And, nodes.Not, nodes.Compare))
+    tests += [node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d")]
+    asked = {name.name for node in tests for name in _names(node)}
     given = {"messages", "tools", "documents", "add_generation_prompt", *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     if missing := sorted(meta.find_undeclared_variables(tree) - given - asked):
         raise UserError(f"{where} uses {missing[0]}, which has no value: set it in data.template_kwargs")

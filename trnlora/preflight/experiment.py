@@ -55,17 +55,22 @@ def _started() -> float | None:
 def _user_stash(started: float) -> str | None:
     """The commit in which DVC has stashed the working tree since `started`; None if there was nothing to stash.
 
-    A stash has HEAD and a commit of the index as parents. That of an earlier command on the same HEAD is older: a
-    `dvc exp run` takes seconds after its stash, and Git's times are in whole seconds.
+    A stash has HEAD and a commit of the index as parents, and Git's own message; a queued experiment has another one.
+    The stash of an earlier command on the same HEAD is older: a `dvc exp run` takes seconds after its stash, and Git's
+    times are in whole seconds.
     """
-    head, experiment = _git("rev-parse", BASELINE), _git("rev-parse", EXPERIMENT)
+    head, until = _git("rev-parse", BASELINE), _git("show", "--no-patch", "--format=%ct", EXPERIMENT)
+    if head is None or until is None:
+        return None
     listed = _git("cat-file", "--batch-all-objects", "--batch-check=%(objecttype) %(objectname)", "--unordered") or b""
     commits = [line.split()[1] for line in listed.splitlines() if line.startswith(b"commit ")]
-    shown = _git("log", "--no-walk=unsorted", "--stdin", "--format=%ct %H %P", stdin=b"\n".join(commits)) or b""
+    shown = _git("log", "--no-walk=unsorted", "--stdin", "--format=%ct %H %P:%s", stdin=b"\n".join(commits)) or b""
     stashes = []
     for line in shown.splitlines():
-        time, commit, *parents = line.split()
-        if len(parents) > 1 and parents[0] == head and commit != experiment and int(time) >= int(started) - 1:
+        identity, _, subject = line.partition(b":")
+        time, commit, *parents = identity.split()
+        is_stash = parents[:1] == [head] and len(parents) > 1 and subject.startswith(b"WIP on ")
+        if is_stash and int(started) - 1 <= int(time) <= int(until):
             stashes.append((int(time), commit.decode()))
     return max(stashes)[1] if stashes else None
 

@@ -11,9 +11,10 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -30,11 +31,14 @@ from trnlora.data.templates import PromptTemplate, Segment, tokenize
 from trnlora.data.tokenizer import load_tokenizer
 from trnlora.errors import UserError
 from trnlora.params import Params
+from trnlora.readers import checked, parse_json
 from trnlora.serving import client
 from trnlora.serving.prompts import served_records, served_template
 from trnlora.training.adapter_record import GREEDY
 
 PAGE = Path(__file__).with_name("page.html")
+
+Q = TypeVar("Q", bound="Question")
 
 
 def application(params: Params, url: str) -> Starlette:
@@ -63,19 +67,19 @@ def application(params: Params, url: str) -> Starlette:
         return JSONResponse({"models": names, "template": template.name, "settings": settings})
 
     async def render(request: Request) -> Response:
-        question = message_of(await question_of(request))
+        question = await read_as(Question, request)
         try:
             template = await run_in_threadpool(current_template)
-            return JSONResponse({"prompt": template.render(tokenizer, [question])})
+            return JSONResponse({"prompt": template.render(tokenizer, [question.message()])})
         except UserError as error:
             return JSONResponse({"error": f"{error}"}, 502)
 
     async def complete(request: Request) -> Response:
-        question = await question_of(request)
-        settings = {key: question[key] for key in ("model", "temperature", "top_p", "max_tokens")}
+        question = await read_as(CompletionRequest, request)
+        settings = question.model_dump(include={"model", "temperature", "top_p", "max_tokens"})
         try:
             template = await run_in_threadpool(current_template)
-            messages = apply_policy(params.data.special_tokens, tokenizer, [message_of(question)])
+            messages = apply_policy(params.data.special_tokens, tokenizer, [question.message()])
         except UserError as error:
             return JSONResponse({"error": f"{error}"}, 400)
         [[prompt]] = tokenize(tokenizer, [[Segment(template.render(tokenizer, messages), None)]])
@@ -92,17 +96,36 @@ def application(params: Params, url: str) -> Starlette:
     return Starlette(routes=routes, middleware=[hosts])
 
 
-def message_of(question: dict[str, Any]) -> Message:
-    return Message("user", question["instruction"].strip(), question["context"].strip())
+class Question(BaseModel):
+    """What the page sends to see a prompt."""
+
+    instruction: str
+    context: str
+
+    def message(self) -> Message:
+        return Message("user", self.instruction.strip(), self.context.strip())
 
 
-async def question_of(request: Request) -> dict[str, Any]:
+class CompletionRequest(Question):
+    """What it sends for an answer."""
+
+    model: str
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+async def read_as(kind: type[Q], request: Request) -> Q:
+    """The body of a request. Raises HTTPException with what is wrong with it."""
     # A browser sends JSON for another site only if the server allows it (CORS), which this one does not: no other
     # site that is open in the browser can ask questions with the key.
     if request.headers.get("Content-Type") != "application/json":
         raise HTTPException(415, "send JSON")
-    question: dict[str, Any] = await request.json()
-    return question
+    try:
+        text = (await request.body()).decode("utf-8", errors="replace")
+        return checked(parse_json(text, "the request"), kind, "the request")
+    except UserError as error:
+        raise HTTPException(400, str(error)) from None
 
 
 async def stream_completion(url: str, body: dict[str, Any]) -> Response:
