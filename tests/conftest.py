@@ -148,7 +148,7 @@ def recorded_project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path)
         answer(99, "`x`", "`x`", "`x`"),
     ]
     write_answers(project.root, answers)
-    for out in ("model/config.json", "shards/x", "lora_adapter/x", "adapter/x", "adapter.SHA256SUMS"):
+    for out in ("params_checked", "model/config.json", "shards/x", "lora_adapter/x", "adapter/x", "adapter.SHA256SUMS"):
         target = project.root / "artifacts" / out
         target.parent.mkdir(exist_ok=True)
         target.write_text(f"{out}\n")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from support.adapters import lora_params
 from support.headers import header_of, write_safetensors
+from support.records import write_record
 from support.sharded import conversion
 
 from trnlora.errors import UserError
-from trnlora.files import write_json
+from trnlora.files import write_json, write_sums
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import adapter_tensors, nxd_adapter_config, rank_shapes
 from trnlora.serving.adapters import check_adapter, check_own_adapter
@@ -34,7 +35,7 @@ QUERY_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 READERS: dict[str, Callable[[Path, Path], Any]] = {
     "served": lambda adapter, model: check_adapter(adapter, model, "other"),
-    "own": lambda adapter, model: check_own_adapter(adapter, model, LORA, "tuned"),
+    "own": lambda adapter, model: check_own_adapter(write_record(adapter, model), model, LORA, "tuned"),
     "init_adapter": lambda adapter, model: check_init_adapter(adapter, CONFIG, LORA),
 }
 
@@ -48,6 +49,8 @@ def good_config() -> dict[str, Any]:
 def model(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text(json.dumps(MODEL), "utf-8")
+    (tmp_path / "model/model.safetensors").touch()  # its checksum is recorded
+    write_sums(tmp_path / "model")
     return tmp_path / "model"
 
 

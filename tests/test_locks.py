@@ -264,15 +264,16 @@ def test_others_can_read_what_a_library_wrote_for_its_owner(tmp_path: Path) -> N
 # The end of a script
 
 WRITES = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from trnlora.errors import run
 from trnlora.files import atomic_dir
+for number in (signal.SIGINT, signal.SIGHUP):  # which a shell's background jobs, or nohup, ignore
+    signal.signal(number, signal.SIG_DFL)
 def main():
     with atomic_dir(Path("out")) as partial:
         (partial / "file").touch()
-        print("writing", flush=True)
-        try: time.sleep(60)
+        try: print("writing", flush=True); time.sleep(60)
         except BaseException:
             if "swallow" in sys.argv: raise AttributeError("a library's own")
             raise

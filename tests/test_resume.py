@@ -156,8 +156,9 @@ def test_the_best_adapter_and_the_early_end_after_a_kill(
     for saved in broken.glob(".scratch/checkpoints/*/*/step_*"):
         if int(saved.name[5:]) > 6:
             shutil.rmtree(saved)
-    training = Training(broken)
     partial = broken / "artifacts/.lora_adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what the killed run left, which the next one removes
+    training = Training(broken)
     while not partial.is_dir():
         assert training.process.poll() is None, training.process.stdout.read()
         time.sleep(0.01)

@@ -42,7 +42,7 @@ from trnlora.serving.adapters import Adapter, check_adapter, check_own_adapter
 from trnlora.serving.client import base_url
 from trnlora.serving.process import reason
 from trnlora.serving.server import relay
-from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, serve_command
+from trnlora.serving.vllm_args import PRIVACY_ENV, engine_args, max_lora_rank, serve_command
 from trnlora.serving.vllm_neuron import neuron_launch
 
 R = 16  # conftest.py's `workdir`
@@ -104,12 +104,13 @@ def rename(new: str) -> Callable[[dict[str, Any]], None]:
             r"unexpected: \['adapter_model.safetensors'\]",
         ),
         (lambda folder: (folder / "dp_rank_00_tp_rank_00_pp_rank_00.pt").touch(), "unexpected: .'dp_rank_00"),
-        (edit_config(lora_alpha=None), "lacks lora_alpha"),
-        (edit_config(peft_type=None, task_type=None), "lacks peft_type, task_type"),
+        (edit_config(lora_alpha=None), "lora_alpha is missing: run `dvc repro flatten_adapter`"),
+        (edit_config(peft_type=None), "peft_type is missing"),
+        (edit_config(task_type=None), "lacks task_type"),
         (edit_config(r=8), "has r 8, but lora.r is 16"),
         (edit_config(target_modules=["qkv_proj"]), "target_modules q_proj, k_proj, v_proj"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not valid JSON"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"junk"), "is not a safetensors file"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"junk"), "is not a valid safetensors file"),
         (edit_tensors(rename(FIRST.replace("q_proj", "qkv_proj"))), r"qkv_proj\.lora_A\.weight matches no"),
         (edit_tensors(rename(FIRST.replace("layers.0", "layers.2"))), r"layers\.2\.\S+ matches no"),
         (edit_tensors(rename(FIRST.removeprefix("base_model.model."))), "matches no"),
@@ -135,8 +136,8 @@ def test_max_lora_rank_is_rounded_up_to_a_value_that_vllm_accepts(r: int, rank: 
 
 
 def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:
-    with pytest.raises(UserError, match=r"LoRA rank 513 is above 512"):
-        engine_args(params(lora={"r": 513}))
+    with pytest.raises(UserError, match=r"LoRA rank 513 is above 512"):  # of an adapter from elsewhere
+        max_lora_rank(513)
 
 
 def test_the_server_gets_the_arguments_that_were_evaluated() -> None:
@@ -708,7 +709,7 @@ def test_eval_whose_engine_refuses_ends_in_one_line(evaluated: Path, eval_worker
 
 @pytest.mark.slow
 def test_eval_that_cannot_start_vllm_ends_in_one_line(evaluated: Path, tmp_path: Path) -> None:
-    text = (evaluated / "params.yaml").read_text("utf-8").replace("kv_cache_gib: 1", "kv_cache_gib: 99999")
+    text = (evaluated / "params.yaml").read_text("utf-8").replace("kv_cache_gib: 1", "kv_cache_gib: 60000")
     (tmp_path / "params.yaml").write_text(text, "utf-8")
     done = script("stages/eval_vllm.py", "--params", tmp_path / "params.yaml", cwd=evaluated)
     assert_one_line(

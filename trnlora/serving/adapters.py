@@ -99,7 +99,7 @@ def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapt
             f"{folder} must contain only {', '.join(sorted(written))}; missing or unexpected: {wrong}: {_REBUILD}"
         )
     trained = peft_modules(lora.target_modules)
-    config = read_peft_config(folder)
+    config = read_peft_config(folder, f": {_REBUILD}")
     where = folder / CONFIG
     if special := config.special(SPECIAL):
         raise UserError(f"{where} has {', '.join(special)}, which was not trained: {_REBUILD}")
@@ -173,10 +173,11 @@ def _check_tensors(
 ) -> frozenset[str]:
     """Check names and shapes of the adapter's tensors and that every A has its B; return the modules they belong to.
 
-    every_layer: all `allowed` modules must be there, in every layer.
+    every_layer: all `allowed` modules must be there, in every layer, as in what flatten_adapter writes.
     """
     where = folder / WEIGHTS
-    shapes = {key: list(entry.shape) for key, entry in read_adapter_header(folder).items()}
+    fix = f": {_REBUILD}" if every_layer else SAVE_AGAIN
+    shapes = {key: list(entry.shape) for key, entry in read_adapter_header(folder, fix).items()}
     sizes = linear_sizes(config)
     found: set[tuple[int, str, str]] = set()
     for key, shape in shapes.items():
@@ -192,7 +193,7 @@ def _check_tensors(
     if every_layer:
         pairs |= {(layer, module) for layer in range(config.num_hidden_layers) for module in allowed}
     if not pairs:
-        raise UserError(f"{where} contains no tensors{SAVE_AGAIN}")
+        raise UserError(f"{where} contains no tensors{fix}")
     if missing := sorted({(*pair, matrix) for pair in pairs for matrix in ("lora_A", "lora_B")} - found):
         layer, module, matrix = missing[0]
         raise UserError(f"{where} lacks {len(missing)} tensors, the first is {matrix} of {module} in layer {layer}")

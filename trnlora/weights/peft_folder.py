@@ -74,20 +74,20 @@ class PeftConfig(BaseModel):
         return used + [f"init_lora_weights {init}"] * (isinstance(init, str) and init.lower() not in _PLAIN_INITS)
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
-    """`folder`/adapter_config.json. Raises UserError for values of other types, and for anything but a LoRA."""
-    config = read_json_as(folder / CONFIG, PeftConfig, SAVE_AGAIN)
+def read_peft_config(folder: Path, fix: str = SAVE_AGAIN) -> PeftConfig:
+    """`folder`/adapter_config.json. Raises UserError (… `fix`) for values of other types and anything but a LoRA."""
+    config = read_json_as(folder / CONFIG, PeftConfig, fix)
     if config.peft_type != "LORA":
         raise UserError(f"{folder / CONFIG} has peft_type {config.peft_type}, not LORA: choose a LoRA adapter")
     return config
 
 
-def read_adapter_header(folder: Path) -> dict[str, HeaderEntry]:
-    """The tensors of `folder`/adapter_model.safetensors. Raises UserError for a damaged file, or other than floats."""
-    header = read_header(folder / WEIGHTS, str(folder / WEIGHTS), SAVE_AGAIN)
+def read_adapter_header(folder: Path, fix: str = SAVE_AGAIN) -> dict[str, HeaderEntry]:
+    """`folder`/adapter_model.safetensors. Raises UserError (… `fix`) for a damaged file, or other than floats."""
+    header = read_header(folder / WEIGHTS, str(folder / WEIGHTS), fix)
     for key, entry in header.items():
         if entry.dtype not in ("F32", "BF16", "F16"):
-            raise UserError(f"{folder / WEIGHTS}: {key} is {entry.dtype}, not a dense float{SAVE_AGAIN}")
+            raise UserError(f"{folder / WEIGHTS}: {key} is {entry.dtype}, not a dense float{fix}")
     return header
 
 
