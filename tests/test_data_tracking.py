@@ -29,6 +29,11 @@ def assert_only_prepare_data_runs(project: Project) -> None:
     assert "finetune_lora" in changed
 
 
+def assert_only_prepare_data_would_run(project: Project) -> None:
+    changed = json.loads(project.dvc("status", "--json")).keys()
+    assert changed - DEPENDENT - {"check_params"} == {"prepare_data"}
+
+
 def test_every_change_of_the_data_runs_prepare_data(finished_copy: Project) -> None:
     project = finished_copy
     folder = project.root / "data" / "mine"
@@ -43,16 +48,17 @@ def test_every_change_of_the_data_runs_prepare_data(finished_copy: Project) -> N
     assert_only_prepare_data_runs(project)
     assert ran(project.dvc("repro", "prepare_data")) == []
     (folder / "a.jsonl").write_text(rows(0, 59) + rows(100, 101), "utf-8")  # one row edited
+    assert_only_prepare_data_would_run(project)
+    set_data(source=[{"source": "path://data/mine", "weight": 2.0}])  # a folder: the same file
     assert_only_prepare_data_runs(project)
-    set_data(source="path://data/mine")  # a folder: the same file
     (folder / "b.jsonl").write_text(rows(60, 90), "utf-8")  # one file added
-    assert_only_prepare_data_runs(project)
-    set_data(source=[{"source": "path://data/mine", "weight": 2.0}])
-    assert_only_prepare_data_runs(project)
+    assert_only_prepare_data_would_run(project)
+    (folder / "b.jsonl").unlink()
     set_data(source=[{"source": "path://data/mine", "weight": 1.5}])  # a weight changed
-    assert_only_prepare_data_runs(project)
-    set_data(source="path://data/mine", columns={"instruction": "answer", "response": "question"})  # the columns
-    assert_only_prepare_data_runs(project)
+    assert_only_prepare_data_would_run(project)
+    swapped = {"instruction": "answer", "response": "question"}
+    set_data(source=[{"source": "path://data/mine", "weight": 2.0}], columns=swapped)  # the columns
+    assert_only_prepare_data_would_run(project)
 
 
 def test_a_source_that_dvc_does_not_track_is_refused(finished_copy: Project) -> None:

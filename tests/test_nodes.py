@@ -97,9 +97,6 @@ class Host:
         """Disconnect its network: packets to it are lost, without any error to the sender."""
         subprocess.run(["ip", "link", "set", f"{self.name}v", "down"], check=True)
 
-    def connect(self) -> None:
-        subprocess.run(["ip", "link", "set", f"{self.name}v", "up"], check=True)
-
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
@@ -213,14 +210,14 @@ def test_hosts_train_as_one(hosts: list[Host], job: Callable[..., list[Path]]) -
 
 @pytest.mark.slow
 def test_losing_a_host_ends_the_run_and_a_rerun_resumes(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
-    """One of two hosts loses its network. A rerun on four resumes and ends with the losses of an uninterrupted run."""
+    """One of two hosts loses its network. A rerun on the other resumes and ends with the losses of a whole run."""
     sections: dict[str, Any] = {"convert": {"tp_size": 1}, "train": {**TRAIN, "epochs": 2}}
     (single,) = job("single", 1, **sections)
     run_stage("finetune_lora", single)
 
     sections["train"]["dp_size"] = 2
-    folders = job("cut", 4, **sections)
-    runs = stage_everywhere(hosts[:2], folders[:2])
+    folders = job("cut", 2, **sections)
+    runs = stage_everywhere(hosts, folders)
     while not any(step >= 6 for step in checkpoints(folders[0])):
         assert runs[0].poll() is None, runs[0].stdout.read()
         time.sleep(0.05)
@@ -233,10 +230,8 @@ def test_losing_a_host_ends_the_run_and_a_rerun_resumes(hosts: list[Host], job: 
         assert f"no answer from node {hosts[other].address}" in line
     assert not (folders[0] / "artifacts/lora_adapter").exists()
 
-    hosts[1].connect()
-    for folder in folders:
-        set_params(folder, train={"dp_size": 4})
-    printed = ended(stage_everywhere(hosts, folders))
+    set_params(folders[0], train={"dp_size": 1})
+    printed = ended(stage_everywhere(hosts, folders[:1]))
     assert "resuming from step" in printed[0]
     assert "that checkpoint was made with 2 replicas" in printed[0]
     assert_same_losses(single, folders[0])
