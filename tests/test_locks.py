@@ -130,6 +130,8 @@ def test_a_stage_does_not_replace_what_another_process_reads(
         ("tools/device_check.py", [], ".scratch/device-check"),
         ("stages/convert_nxd.py", ["--to-hf", "hf"], "hf"),
         ("stages/convert_nxd.py", ["--to-hf", "hf"], "artifacts/shards"),
+        ("tools/serve.py", [], "artifacts/model"),
+        ("tools/serve.py", [], "artifacts/adapter"),
     ],
 )
 def test_a_tool_is_refused(

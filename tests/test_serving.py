@@ -34,7 +34,7 @@ from support.records import write_record
 from support.server import Server, assert_one_line, free_port, script
 
 from trnlora.errors import UserError
-from trnlora.files import write_sums
+from trnlora.files import check_unlocked, write_sums
 from trnlora.model.targets import peft_modules
 from trnlora.params import Params
 from trnlora.profiles import profile_values
@@ -400,6 +400,14 @@ def test_the_base_answers_the_same_while_the_adapter_is_used(server: Server) -> 
         base = [pool.submit(server.complete, "base", prompt, 64) for prompt in prompts]
         assert [future.result() for future in base] == expected
         assert all(future.result() != text for future, text in zip(tuned, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_a_stage_may_replace_what_the_server_has_loaded(server: Server, workdir: Path) -> None:
+    """It is locked only until the server is ready."""
+    assert server.process.is_running()
+    for name in ("model", "adapter"):
+        check_unlocked(workdir / "artifacts" / name)
 
 
 @pytest.mark.slow

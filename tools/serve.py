@@ -18,15 +18,19 @@ routes that are served.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from trnlora import paths
 from trnlora.backends import neuron_machine
 from trnlora.backends.python_environment import with_own_bin
 from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
 from trnlora.errors import UserError, run
+from trnlora.files import locked
 from trnlora.params import Params, load_params
 from trnlora.serving.adapters import BASE, Adapter, check_adapters
 from trnlora.serving.client import api_key, base_url
@@ -41,8 +45,14 @@ def main() -> None:
     params = load_params(args.params)
     host, port = server_address(args, params)
     check_address(host, port, has_key=api_key() is not None)
-    adapters = check_adapters(args.adapters, params)
+    with contextlib.ExitStack() as reading:  # no stage replaces what vLLM is still loading
+        for source in (paths.MODEL, paths.ADAPTER, paths.MERGED):
+            reading.enter_context(locked(source, shared=True))
+        serve(args, params, host, port, reading.close)
 
+
+def serve(args: argparse.Namespace, params: Params, host: str, port: int, on_ready: Callable[[], None]) -> None:
+    adapters = check_adapters(args.adapters, params)
     # vLLM leaves sockets in its temporary folder; here they are deleted with it. Linux limits a socket's path to 107
     # characters, which a long TMPDIR would exceed.
     short = None if len(tempfile.gettempdir()) <= 50 else "/tmp"
@@ -57,7 +67,7 @@ def main() -> None:
             return
         if params.on_trainium:
             neuron_machine.check_free_cores(params.convert.tp_size, params.neuron.logical_core_size)
-        supervise(command, env | {"TMPDIR": folder}, base_url(host, port), names)
+        supervise(command, env | {"TMPDIR": folder}, base_url(host, port), names, on_ready)
 
 
 def parse_arguments() -> argparse.Namespace:

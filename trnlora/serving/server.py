@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from trnlora.errors import UserError
 from trnlora.serving import client
@@ -45,11 +46,14 @@ def check_address(host: str, port: int, has_key: bool, option: str = "PORT=8001"
             ) from None
 
 
-def supervise(command: list[str], env: dict[str, str], url: str, models: list[str]) -> None:
+def supervise(
+    command: list[str], env: dict[str, str], url: str, models: list[str], on_ready: Callable[[], None]
+) -> None:
     """Run the server in its own process group until it ends or a signal arrives, and leave no process behind.
 
-    What it prints while starting and stopping (warnings of its libraries), and all of a traceback but the last line, is
-    shown only if VLLM_LOGGING_LEVEL is set. Raises UserError with the reason if the server ends by itself.
+    on_ready: called when the server answers. What it prints while starting and stopping (warnings of its libraries),
+    and all of a traceback but the last line, is shown only if VLLM_LOGGING_LEVEL is set. Raises UserError with the
+    reason if the server ends by itself.
     """
     stopping, ready = threading.Event(), threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -73,6 +77,7 @@ def supervise(command: list[str], env: dict[str, str], url: str, models: list[st
         while server.poll() is None and not stopping.wait(0.5):
             if not ready.is_set() and is_healthy(url):
                 ready.set()
+                on_ready()
                 print(f"ready: {url}/v1, models {', '.join(models)}; Ctrl-C stops it", flush=True)
         if not stopping.is_set():
             reader.join(timeout=STOP_SECONDS)  # the last lines give the reason
