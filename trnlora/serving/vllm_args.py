@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,10 +20,15 @@ from trnlora.serving.access import Access
 from trnlora.serving.adapters import BASE, Adapter, common_generation
 from trnlora.training.adapter_record import Generation
 
+if TYPE_CHECKING:  # it imports vLLM; here only so that eval_vllm depends on it (`make deps`)
+    from trnlora.serving import cpu_lora  # noqa: F401
+
 # No usage statistics and no downloads: model and tokenizer are local folders.
 PRIVACY_ENV = {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parents[2]  # of this project
+# Corrects vLLM's LoRA kernels on a CPU. Only vLLM's workers can import it.
+CPU_LORA = "trnlora.serving.cpu_lora.WorkerExtension"
 
 
 def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
@@ -49,10 +54,7 @@ def engine_args(params: Params, adapters: Sequence[Adapter] = ()) -> dict[str, A
         "lora_target_modules": sorted(fused_layers(modules)),
     }
     if params.backend != "cuda":
-        # In a batch that mixes requests with and without adapter, vLLM's CPU kernels read the index of "no adapter"
-        # (-1) as the last slot, so the base model's requests are answered with that slot's adapter (vllm issue 48421).
-        # With one slot more than adapters, the last slot stays empty: all zeros.
-        args["max_loras"] += 1
+        args["worker_extension_cls"] = CPU_LORA
         # A size in bytes instead of a fraction of the memory: vLLM then skips its warm-up run.
         args["kv_cache_memory_bytes"] = params.serve.kv_cache_gib << 30
         args["enforce_eager"] = True  # with LoRA, vLLM's CPU platform compiles nothing anyway
