@@ -35,7 +35,7 @@ from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
 from trnlora.weights.peft_folder import check_init_adapter, fetch_adapter
 
 STAGE = "finetune_lora"
-OUTPUTS = (paths.LORA_SHARDS, paths.CURVES, metrics_file(STAGE), timing_file(STAGE))
+OUTPUTS = (*paths.TRAINING_OUTPUTS, metrics_file(STAGE), timing_file(STAGE))
 
 
 def main() -> None:

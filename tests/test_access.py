@@ -160,7 +160,7 @@ def test_the_application_gets_the_body_as_it_was_sent_and_notices_that_the_clien
      (b'{"model": "no-adapter"}', 404), (b"not JSON", 200), (b"[]", 200), (b"[" * 100_000, 200)],
 )  # fmt: skip
 def test_a_request_for_an_answer_names_a_model(body: bytes, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200: vLLM gets it, and refuses unknown names and what is no JSON object itself."""
+    """200: vLLM gets it. It refuses unknown names, and bodies that are not JSON objects, by itself."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     for method, path in ANSWERS:
         assert asyncio.run(status(Access(answering), method, path, [], body)) == expected

@@ -52,6 +52,7 @@ def main() -> None:
 
 
 def serve(args: argparse.Namespace, params: Params, host: str, port: int, on_ready: Callable[[], None]) -> None:
+    """Check the adapters, and run the server until it ends. on_ready: called when vLLM has loaded everything."""
     adapters = check_adapters(args.adapters, params)
     # vLLM leaves sockets in its temporary folder; here they are deleted with it. Linux limits a socket's path to 107
     # characters, which a long TMPDIR would exceed.

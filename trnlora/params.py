@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -24,7 +22,7 @@ from pydantic import (
 
 from trnlora import paths
 from trnlora.errors import UserError
-from trnlora.readers import checked, read_yaml
+from trnlora.readers import StrictModel, checked, read_yaml
 
 InstanceName = Literal[
     "trn1.2xlarge", "trn1.32xlarge", "trn2.3xlarge", "trn2.48xlarge", "trn3-gen1-server", "trn3-gen2-server"
@@ -74,19 +72,17 @@ def _host(text: str) -> str:
 
 
 PATH_MAX = 4095  # of Linux
-Line = Annotated[str, AfterValidator(_one_line)]  # ends up in a path, in a command or in one line of a log
-FilePath = Annotated[Line, AfterValidator(_not_blank)]
-Host = Annotated[Line, AfterValidator(_host)]
+PrintableLine = Annotated[str, AfterValidator(_one_line)]  # ends up in a path, in a command or in one line of a log
+FilePath = Annotated[PrintableLine, AfterValidator(_not_blank)]
+Host = Annotated[PrintableLine, AfterValidator(_host)]
 
 
-class Section(BaseModel):
-    """Strict: "3" is not 3 and true is not 1. A mistyped key is an error and not a silent default. No inf or nan."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+class Section(StrictModel):
+    """A mistyped key is an error and not a silent default; true is not 1."""
 
 
 class Model(Section):
-    source: Annotated[Line, StringConstraints(pattern=r"^(hf|pypi|path)://.+")]
+    source: Annotated[PrintableLine, StringConstraints(pattern=r"^(hf|pypi|path)://.+")]
     sha256: Sha256 | None
     dtype: Literal["float32", "bfloat16", "float16"]
 
@@ -100,8 +96,8 @@ def _not_s3(value: Any) -> Any:
     return value
 
 
-DataUri = Annotated[Line, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
-AdapterUri = Annotated[Line, StringConstraints(pattern=r"^(hf|path)://.+")]
+DataUri = Annotated[PrintableLine, BeforeValidator(_not_s3), StringConstraints(pattern=r"^(hf|path)://.+")]
+AdapterUri = Annotated[PrintableLine, StringConstraints(pattern=r"^(hf|path)://.+")]
 FormatName = Literal["instruction", "prompt_completion", "messages", "sharegpt"]
 
 
@@ -140,7 +136,7 @@ class Data(Section):
     format: Literal["auto"] | FormatName
     columns: dict[str, str]
     categories: list[str] | None
-    prompt_template: Annotated[Line, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]
+    prompt_template: Annotated[PrintableLine, StringConstraints(pattern=r"^(alpaca|dolly|chat|path://.+)$")]
     template_kwargs: dict[str, str | int | float | bool | None]
     mask_history: bool
     deduplicate: bool
@@ -230,7 +226,7 @@ class Neuron(Section):
     logical_core_size: Literal[1, 2]
     sequence_parallel: bool
     selective_checkpointing: bool
-    cc_flags: Line
+    cc_flags: PrintableLine
     compile_cache: FilePath
 
 

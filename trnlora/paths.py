@@ -16,9 +16,11 @@ MERGED = Path("artifacts/merged")  # flatten_adapter: base + adapter as an HF fo
 ANSWERS = Path("artifacts/answers.jsonl")  # eval_vllm: prompt, reference, base and tuned answers
 OUTPUTS = (MODEL, PREPARED, SHARDS, LORA_SHARDS, ADAPTER, ANSWERS)  # one of each stage
 
-TRAINING_INPUTS = (MODEL, PREPARED, SHARDS)
-
 METRICS = Path("metrics")  # <stage>.json, tracked by git so that `dvc metrics diff` needs no remote
 PLOTS = Path("plots")
 CURVES = PLOTS / "training"  # finetune_lora: DVCLive's curves
 CATEGORY_PLOT = PLOTS / "exact_match_by_category.json"  # eval_vllm
+
+# What finetune_lora reads, and writes beside its metrics. The launcher looks at their locks before the first rank does.
+TRAINING_INPUTS = (MODEL, PREPARED, SHARDS)
+TRAINING_OUTPUTS = (LORA_SHARDS, CURVES)

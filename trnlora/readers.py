@@ -96,7 +96,7 @@ def check_writable(value: Any, where: str, fix: str = "") -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} contains half of a surrogate pair, which is no character{fix}") from None
+        raise UserError(f"{where} contains half of a surrogate pair, which is not a character{fix}") from None
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:

@@ -117,8 +117,8 @@ def _few(names: list[str]) -> str:
 def workspace_changes(only: str | None = None) -> Changes:
     """How the working tree differs from its dvc.lock. `only`: look at this stage and nothing else.
 
-    Outputs that are not here (`dvc pull` never ran) are no changes. Takes half a second, and longer where DVC does not
-    know the digests of large files yet. Raises UserError if dvc.lock is not readable.
+    Outputs that are not here (`dvc pull` never ran) do not count as changes. Takes half a second, and longer where DVC
+    does not know the digests of large files yet. Raises UserError if dvc.lock is not readable.
     """
     from dvc.repo import Repo
 
@@ -198,11 +198,11 @@ def _changed_files(stage: Any, run: StageRun, runs: Mapping[str, StageRun]) -> I
 
 
 def _mixed(stage: str, run: StageRun, runs: Mapping[str, StageRun]) -> Iterator[str]:
-    """Clauses about inputs that another stage has written anew since."""
+    """Clauses about inputs that another stage has written again since."""
     for other, theirs in runs.items():
-        anew = [path for path, digest in theirs.outs.items() if run.deps.get(path, digest) != digest]
-        if anew:
-            yield f"{stage} ran before the last {other} ({_few(anew)})"
+        rewritten = [path for path, digest in theirs.outs.items() if run.deps.get(path, digest) != digest]
+        if rewritten:
+            yield f"{stage} ran before the last {other} ({_few(rewritten)})"
 
 
 def _modified(stage: Any, run: StageRun | None) -> Iterator[str]:

@@ -39,7 +39,7 @@ def _noted(self, name):
         key = {"params": name, "datasource": "data.source"}.get(section, f"{section}.{name}")
         with open(".params_read", "a") as notes:
             notes.write(f"{_os.environ.get('DVC_STAGE')} {key}\\n")
-    return BaseModel.__getattribute__(self, name)
+    return StrictModel.__getattribute__(self, name)
 
 Section.__getattribute__ = _noted
 """

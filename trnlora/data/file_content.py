@@ -84,7 +84,7 @@ class LinesFile:
         self._written += len(content)
         if self._limit is not None and self._written > self._limit:
             raise UserError(
-                f"{self._file} expands to more than {MAX_EXPANSION} times its size, which is no data set: "
+                f"{self._file} expands to more than {MAX_EXPANSION} times its size, which is not a data set: "
                 "decompress it yourself if it is one"
             )
         if self._written - self._checked >= CHECK_EVERY:
@@ -207,7 +207,7 @@ class ArrayReader:
         self._buffer, self._position, self._at_end = self._buffer[self._position :] + more, 0, not more
 
     def _peek(self) -> str:
-        """The next character that is no white space; an empty string at the end."""
+        """The next character that is not white space; an empty string at the end."""
         while True:
             space = self._SPACE.match(self._buffer, self._position)
             self._position = space.end() if space else self._position
@@ -253,7 +253,7 @@ def csv_rows(text: IO[str], separator: str, file: Path) -> Iterator[dict[str, st
         names = next(rows, [])
         if not names or len(set(names)) < len(names):
             raise UserError(f"{file} must begin with the names of its columns, each once, not with {short(names)}")
-        for number, row in enumerate(filter(None, rows), 1):  # empty lines are no rows
+        for number, row in enumerate(filter(None, rows), 1):  # empty lines are not rows
             if len(row) != len(names):
                 raise UserError(f"{file} row {number} has {len(row)} values for {len(names)} columns: {short(row)}")
             yield dict(zip(names, row, strict=True))
@@ -281,7 +281,7 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_rows(rows: Iterable[Any], out: LinesFile) -> None:
-    """Write rows as JSON Lines. What JSON does not have becomes {type: value}, which is no text."""
+    """Write rows as JSON Lines. What JSON does not have becomes {type: value}, which is not text."""
     for row in rows:
         line = json.dumps(row, ensure_ascii=False, default=_typed)
         try:

@@ -11,7 +11,7 @@ from trnlora.errors import UserError
 from trnlora.readers import parse_json
 
 CHUNK_BYTES = 8 << 20  # of a file, that one process reads at a time
-MAX_ROW_BYTES = 64 << 20  # of a row; a longer one is no row, but a file without line ends
+MAX_ROW_BYTES = 64 << 20  # of a row; a longer one is not a row but a file without line ends
 
 
 @dataclass(frozen=True)

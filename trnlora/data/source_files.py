@@ -113,14 +113,14 @@ def files_of_folder(folder: Path) -> list[Path]:
     """The data files in a folder and those below it, sorted.
 
     Hidden files and those of other kinds are left out, and some named. Raises UserError for a link to a folder, into
-    which DVC does not look, and for a data file that is no regular file.
+    which DVC does not look, and for a data file that is not a regular file.
     """
     files, left_out = [], []
     for root, folders, names in os.walk(folder, onerror=_raise):
         for name in folders:
             if (path := Path(root, name)).is_symlink():
                 raise UserError(
-                    f"data.source: {path} is a link to a folder, in which DVC would notice no change: move the "
+                    f"data.source: {path} is a link to a folder, in which DVC would not notice a change: move the "
                     "folder there, or name it as a further source"
                 )
         left_out += [Path(root, name) for name in folders if name.startswith(".")]
@@ -136,7 +136,7 @@ def files_of_folder(folder: Path) -> list[Path]:
         raise UserError(f"data.source: {folder} holds no data files ({', '.join(KINDS)})")
     if left_out:
         some = ", ".join(ascii(str(path))[1:-1] for path in sorted(left_out)[:3])
-        print(f"{folder}: {len(left_out)} files or folders are hidden or no data, and left out: {some}", flush=True)
+        print(f"{folder}: {len(left_out)} files or folders are hidden or not data, and left out: {some}", flush=True)
     return sorted(files)
 
 

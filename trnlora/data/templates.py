@@ -53,7 +53,7 @@ _CHAT_TEMPLATES = {
 BATCH_TEXTS = 1024
 
 RENDER_SECONDS = 3  # of the processor, for one conversation, which takes a millisecond
-MAX_PROMPT = 1 << 20  # characters of a prompt, on top of ten for each of its messages
+MAX_PROMPT = 1 << 20  # characters of a prompt, on top of ten for each character of its messages
 
 
 class PromptTemplate(TemplateText):

@@ -34,7 +34,7 @@ from trnlora.recorded import (
 
 CURVES = ("train/loss", "validation/loss", "train/lr", "train/grad_norm", "train/tokens_per_second")
 WORKSPACE = "workspace"
-RERUN = ": `make repro` writes it anew"
+RERUN = ": `make repro` writes it again"
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def weights_digests(model: Path) -> dict[str, str]:
 
 def read_record(folder: Path) -> AdapterRecord | None:
     """The record in a PEFT folder; None if there is none. Raises UserError for one that is damaged or was edited."""
-    if not os.path.lexists(folder / RECORD):  # a link to a file that is gone is no adapter without a record
+    if not os.path.lexists(folder / RECORD):  # a link to a file that is gone does not mean that there is no record
         return None
     return read_json_as(folder / RECORD, AdapterRecord, ": copy the adapter again, with the file that came with it")
 

@@ -81,7 +81,7 @@ def train(params: Params, config: ModelConfig, kv_groups: list[list[int]], resum
         train_locked(params, config, kv_groups, resume_from)
         return
     with locked(checkpoints.CHECKPOINTS):
-        with stage_outputs("finetune_lora", [paths.LORA_SHARDS, paths.CURVES], reads=paths.TRAINING_INPUTS):
+        with stage_outputs("finetune_lora", paths.TRAINING_OUTPUTS, reads=paths.TRAINING_INPUTS):
             run_folder = train_locked(params, config, kv_groups, resume_from)
         shutil.rmtree(run_folder)  # the run is complete; starting it again trains from the beginning
 

@@ -94,7 +94,7 @@ class HFCheckpoint:
     """The tensors of an HF folder (one safetensors file, or several with an index).
 
     where: what to call the folder in errors, if `folder` is not what the user knows; fix: how they end. Raises
-    UserError naming the file for a missing, truncated or unreadable one, for tensors that are no dense floats, and for
+    UserError naming the file for a missing, truncated or unreadable one, for tensors that are not dense floats, and for
     an index that does not agree with its files.
     """
 
