@@ -6,7 +6,9 @@ are far above any model's sizes: without them, a count with three digits too man
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from trnlora.readers import StrictModel
 
 Size = Annotated[int, Field(ge=1, le=2**20)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
@@ -18,10 +20,10 @@ TokenId = Annotated[int, Field(ge=-1)]  # -1: none, in early Llamas
 TokenIds = Annotated[list[TokenId], BeforeValidator(lambda ids: [ids] if isinstance(ids, int) else ids)]
 
 
-class Section(BaseModel):
-    """Strict: "3" is not 3 and true is not 1. Keys that are not read here are left to transformers. No inf or nan."""
+class Section(StrictModel):
+    """Keys that are not read here are left to transformers."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore")
 
 
 class Rope(Section):

@@ -1,5 +1,6 @@
 """Requests to the running server. Every failure becomes one line for the user."""
 
+import functools
 import json
 import os
 import re
@@ -44,6 +45,12 @@ def headers() -> dict[str, str]:
     return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
+@functools.cache
+def _web() -> httpx.Client:
+    """Made once, since it reads the system's certificates. No connection is kept: the server may be restarted."""
+    return httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: float = 300) -> Any:
     """Send GET, or POST with `body` as JSON; return the parsed reply, or its text if it is not JSON.
 
@@ -51,11 +58,11 @@ def request(url: str, path: str, body: dict[str, Any] | None = None, timeout: fl
     answers, and UserError if it refuses the request, is another kind of server, or for the key.
     """
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
-    with httpx.Client(timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS), trust_env=False) as web:
-        try:
-            reply = web.request(method, url + path, content=content, headers=headers())
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise no_answer(url, error) from None
+    limit = httpx.Timeout(timeout, connect=_CONNECT_SECONDS)
+    try:
+        reply = _web().request(method, url + path, content=content, headers=headers(), timeout=limit)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise no_answer(url, error) from None
     if not reply.is_success:
         raise UserError(refusal(url, reply.status_code, reply.text))
     if "json" not in reply.headers.get("Content-Type", ""):

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, peft_modules
 from trnlora.params import Lora
-from trnlora.readers import read_json_as
+from trnlora.readers import StrictModel, read_json_as
 from trnlora.sources import hub_snapshot, parse_source
 from trnlora.weights.safetensors_header import HeaderEntry, read_header
 
@@ -44,10 +44,10 @@ def _module_names(value: Any) -> Any:
     return value
 
 
-class PeftConfig(BaseModel):
-    """What is read of adapter_config.json. Strict; PEFT's other keys are not read."""
+class PeftConfig(StrictModel):
+    """What is read of adapter_config.json. PEFT's other keys are kept for `special`."""
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     peft_type: str
     r: Annotated[int, Field(ge=1)]
