@@ -46,7 +46,7 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "offsets of strings": ({"a": entry(data_offsets=["0", "16"])}, "invalid type: string"),
     "three offsets": ({"a": entry(data_offsets=[0, 16, 32])}, "invalid length 3"),
     "entry is a list": ({"a": [1, 2]}, "JSON"),
-    "a name twice": (TWICE, "a is there twice"),
+    "a name twice": (TWICE, 'the key "a" is there twice'),
     "metadata of numbers": ({"__metadata__": {"x": 1}, "a": entry()}, "expected a string"),
     "a list": ([], "invalid type: sequence"),
     "a number": (b"5", "invalid type: integer"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from trnlora.errors import UserError
-from trnlora.readers import read_json_as
+from trnlora.readers import read_json_as, unique_keys
 
 # Of an HF folder: its only weight file, or the index of several.
 WEIGHTS = "model.safetensors"
@@ -46,7 +46,7 @@ def read_header(path: Path, where: str, fix: str) -> dict[str, HeaderEntry]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_name_twice)
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         except ValueError as error:
             raise UserError(f"{where} is not a valid safetensors file ({error}){fix}") from None
     return {
@@ -82,11 +82,3 @@ def _wrong_size(path: Path, size: int) -> str | None:
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return None
     return None if expected == size else f"it has {size} bytes where its header says {expected}"
-
-
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)} is there twice")
-    return values
