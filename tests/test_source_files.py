@@ -255,7 +255,7 @@ BESIDE: dict[str, tuple[Callable[[Path], object], str]] = {
     "loop": (lambda folder: (folder / "b.csv").symlink_to("b.csv"), "b.csv is a pipe, a device or a link to nothing"),
     "link to a folder": (
         lambda folder: (folder / "b").symlink_to("/"),
-        "b is a link to a folder, in which DVC would notice",
+        "b is a link to a folder, in which DVC would not notice a change",
     ),
     "link": (
         lambda folder: (folder / "b.jsonl").symlink_to("a.jsonl"),
@@ -297,7 +297,7 @@ def test_what_a_folder_has_beside_data_is_left_out_and_named(
         (folder / name).write_bytes(as_lines(ROWS))
     assert rows_of(folder) == EXPECTED
     printed = capsys.readouterr().out
-    assert re.search(r"4 files or folders are hidden or no data, and left out: .*\.b\.jsonl, .*\.ipynb_ch", printed)
+    assert re.search(r"4 files or folders are hidden or not data, and left out: .*\.b\.jsonl, .*\.ipynb_ch", printed)
 
 
 def test_a_pipe_or_device_is_no_source(tmp_path: Path) -> None:

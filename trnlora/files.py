@@ -139,8 +139,8 @@ def _holder(pid: int) -> bytes:
     import psutil
 
     me = psutil.Process(pid)
-    same = [process for process in me.parents() if sys.argv[0] and sys.argv[0] in process.cmdline()]
-    shown = (same or [me])[-1]
+    same = [process for process in me.parents() if sys.argv[0] in process.cmdline()]
+    shown = same[-1] if same and sys.argv[0].endswith(".py") else me  # "-c" is also an argument of a shell
     return f"{json.dumps([shown.pid, socket.gethostname(), ' '.join(shown.cmdline())])}\n".encode()
 
 
