@@ -174,6 +174,15 @@ def test_a_killed_process_leaves_no_lock_behind_nor_does_its_child(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_names_its_process_and_not_the_shell_that_started_it(tmp_path: Path) -> None:
+    """Also where the shell has the argument -c as well."""
+    code = "import json, os; from pathlib import Path; from trnlora.files import locked\n"
+    code += "with locked(Path('out')): print(json.loads(Path('.out.lock').read_text())[0] == os.getpid())"
+    command = ["bash", "-c", '"$0" -c "$1"; exit', sys.executable, code]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True).stdout == "True\n"
+
+
 def test_readers_share_and_a_writer_is_told_all_of_them(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with Holder(target, "shared") as one, Holder(target, "shared") as other:
