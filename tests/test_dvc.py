@@ -1,6 +1,5 @@
 """The pipeline in DVC: its dependency lists, and all six stages run end to end on a tiny random Llama."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,35 +94,15 @@ def test_a_run_writes_its_outputs_and_reads_the_params_it_lists(finished: Finish
 
 
 @pytest.mark.slow
-def test_diffs_experiments_and_the_run_cache(finished_copy: Project) -> None:
+def test_nothing_runs_again_until_something_changes(finished_copy: Project) -> None:
     project = finished_copy
     again = project.dvc("repro")
     assert ran(again) == []
     assert "up to date" in again
 
-    # Another learning rate: training and later stages run.
-    changed = project.dvc("exp", "run", "-S", "train.lr=1e-4")
-    assert ran(changed) == ["check_params", "finetune_lora", "flatten_adapter", "eval_vllm"]
-    project.commit("A lower learning rate")
-    assert re.search(r"train\.lr +0\.01 +0\.0001", project.dvc("params", "diff", "HEAD~1"))
-    difference = project.dvc("metrics", "diff", "HEAD~1")
-    assert re.search(r"metrics/finetune_lora\.json +validation_loss +\d+\.\d+ +\d+\.\d+ +-?\d+", difference)
-    project.dvc("plots", "diff", "HEAD~1", "-o", ".plots")
-    page = (project.root / ".plots/index.html").read_text("utf-8")
-    for title in ("Loss", "Exact match by category", "plots/training/plots/metrics/train/lr.tsv"):
-        assert f'"text": "{title}"' in page, title
-
-    # Back to the first rate: the run cache has all results.
-    project.run("git", "checkout", "-q", "HEAD~1", "--", "params.yaml")
-    back = project.dvc("repro")
-    assert ran(back) == ["check_params"]
-    assert project.run("git", "diff", "HEAD~1", "--", "metrics/finetune_lora.json", "metrics/eval_vllm.json") == ""
-
     eval_py = project.root / "stages" / "eval_vllm.py"
     eval_py.write_text(eval_py.read_text("utf-8") + "# a comment\n", "utf-8")
     assert ran(project.dvc("repro", "--dry")) == ["eval_vllm"]
-
-    check_cache(project)
 
 
 @pytest.mark.slow

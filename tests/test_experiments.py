@@ -6,7 +6,7 @@ import re
 import pytest
 from support import ROOT
 from support.project import Project
-from support.repro import ran
+from support.repro import check_cache, ran
 
 DOC = (ROOT / "docs/experiments.md").read_text("utf-8")
 
@@ -66,6 +66,26 @@ def test_document_matches_what_is_printed(finished_copy: Project) -> None:
     project.set_params(train={"lr": 2.0e-2})
     refused = make(project, "card", check=False)
     assert "stale: the results of finetune_lora, flatten_adapter, eval_vllm are older than what" in refused
+    project.run("git", "checkout", "-q", "params.yaml")
+    check_kept(project)
+
+
+def check_kept(project: Project) -> None:
+    """An experiment that is kept: DVC's comparisons of commits, and the way back, for which nothing is computed."""
+    project.dvc("exp", "apply", "lr-2")
+    project.commit("A lower learning rate")
+    assert re.search(r"train\.lr +0\.01 +0\.003", project.dvc("params", "diff", "HEAD~1"))
+    difference = project.dvc("metrics", "diff", "HEAD~1")
+    assert re.search(r"metrics/finetune_lora\.json +validation_loss +\d+\.\d+ +\d+\.\d+ +-?\d+", difference)
+    project.dvc("plots", "diff", "HEAD~1", "-o", ".plots")
+    page = (project.root / ".plots/index.html").read_text("utf-8")
+    for title in ("Loss", "Exact match by category", "plots/training/plots/metrics/train/lr.tsv"):
+        assert f'"text": "{title}"' in page, title
+
+    project.run("git", "checkout", "-q", "HEAD~1", "--", "params.yaml")
+    assert ran(project.dvc("repro")) == ["check_params"]
+    assert project.run("git", "diff", "HEAD~1", "--", "metrics/finetune_lora.json", "metrics/eval_vllm.json") == ""
+    check_cache(project)
 
 
 def check_card(project: Project) -> None:

@@ -82,6 +82,7 @@ def test_a_whole_run_equals_cpu_and_compiles_each_kind_of_graph_once(rehearsals:
     assert [len(lines) for lines in ranks] == [GRAPHS] * 4, ranks
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_cpu_resumes_on_neuron(rehearsals: Rehearsals) -> None:
     """Only on request, since its last digits are another backend's. Each kind of graph is compiled once here too."""
     one_rank: Any = {"ranks": 1, "lora": RUN["lora"], "train": {**RUN["train"], "epochs": 1}}

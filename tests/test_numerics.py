@@ -34,7 +34,7 @@ print(wrong)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long  # half a minute, for 1,500 processes
 def test_concurrent_first_calls_are_as_exact_as_later_ones() -> None:
     done = subprocess.run(
         [sys.executable, "-c", CHILDREN], env={"SETTLE": "1"}, capture_output=True, text=True, check=True

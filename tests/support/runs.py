@@ -10,6 +10,9 @@ from support import ROOT
 from support.records import write_fetched
 from support.stages import run_stage, set_params
 
+# Two epochs. Tests that need no other run share this one.
+TRAIN = {"epochs": 2, "checkpoint_every_steps": 3}
+
 # The learning rate rises until the training diverges. Of the validations after steps 2, 4, 6, 8 and 10, that after step
 # 6 has the lowest loss, on every sharding. Step 10, in the same epoch, is the last one of the 36 that are planned.
 STOPS_EARLY: dict[str, dict[str, Any]] = {
