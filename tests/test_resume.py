@@ -18,6 +18,9 @@ from support import ROOT
 from support.runs import STOPS_EARLY, TRAIN
 from support.stages import digests, metrics, run_stage, set_params, stage
 
+from trnlora.errors import UserError
+from trnlora.training.checkpoints import RUN, find
+
 pytestmark = pytest.mark.slow
 
 ONE_RANK = {"tp_size": 1}  # for tests in which sharding does not matter
@@ -181,28 +184,29 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_not_used(converted: Calla
     Training(folder).stopped_at(6)
     first, last = checkpoints(folder)[-2:]
 
-    set_params(folder, train={"lr": 2.0e-2})
-    (other,) = folder.glob(f".scratch/checkpoints/*/*/step_{last:08d}")
-    for given, reason in (
-        ("nowhere", "--resume-from nowhere is not a checkpoint: name a folder .scratch/checkpoints/"),
-        (str(other), "is of a run with other params or inputs"),
-    ):
-        done = stage("finetune_lora", folder, "--resume-from", given)
-        assert reason in done.stderr
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-
     (damaged,) = folder.glob(f".scratch/checkpoints/*/*/step_{last:08d}/tp_rank_00.pt")
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    set_params(folder, train={"max_steps": 1})
+    set_params(folder, train={"lr": 2.0e-2, "max_steps": 1})
     assert "resuming" not in stage("finetune_lora", folder).stdout
 
     set_params(folder, train={"lr": 1.0e-2, "max_steps": None})
     done = stage("finetune_lora", folder)
     assert f"skipping damaged checkpoint: {damaged.relative_to(folder)} is damaged" in done.stdout
     assert f"resuming from step {first} of" in done.stdout
+
+
+def test_what_is_given_to_resume_from_is_checked(tmp_path: Path) -> None:
+    other = tmp_path / "other/code/step_00000003"
+    other.mkdir(parents=True)
+    (other / RUN).touch()
+    for given, reason in (
+        (tmp_path / "nowhere", "is not a checkpoint: name a folder "),
+        (other, "is of a run with other params or inputs"),
+    ):
+        with pytest.raises(UserError, match=f"^--resume-from {given} {reason}"):
+            find(tmp_path / "run/code", given, {})
 
 
 def test_an_edit_of_the_code(converted: Callable[..., Path], tmp_path: Path) -> None:

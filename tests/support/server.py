@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from support import ROOT
+from support.forked import run_forked
 
 
 def free_port() -> int:
@@ -22,9 +23,8 @@ def free_port() -> int:
 
 def script(name: str, *arguments: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a script of the project, e.g. tools/smoke.py, in the folder `cwd`."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     clean = {key: value for key, value in os.environ.items() if key not in ("VLLM_API_KEY", "VLLM_LOGGING_LEVEL")}
-    return subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, check=False)
+    return run_forked(ROOT / name, *map(str, arguments), cwd=cwd, env=clean | env)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *fragments: str) -> None:

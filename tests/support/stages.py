@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,11 +14,11 @@ import psutil
 import yaml
 
 from support import ROOT
+from support.forked import run_forked
 
 
-def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "stages" / f"{name}.py"), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+def stage(name: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_forked(ROOT / "stages" / f"{name}.py", *arguments, cwd=folder, env=dict(os.environ))
 
 
 def run_stage(name: str, folder: Path) -> None:
