@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from support import ROOT
+from support.forked import run_forked
 
 from trnlora.errors import UserError
 from trnlora.files import sha256
@@ -69,8 +70,10 @@ class Run:
     def fetch(self, source: str, **changes: Any) -> subprocess.CompletedProcess[str]:
         """Run the stage as a command, with `self.env`."""
         self.write_params(source, **changes)
-        command = [sys.executable, str(ROOT / "stages/fetch_model.py")]
-        return subprocess.run(command, cwd=self.root, env=os.environ | self.env, capture_output=True, text=True)
+        script, env = ROOT / "stages/fetch_model.py", os.environ | self.env
+        if "HF_ENDPOINT" not in self.env:
+            return run_forked(script, cwd=self.root, env=env)
+        return subprocess.run([sys.executable, script], cwd=self.root, env=env, capture_output=True, text=True)
 
     def refusal(self, source: str, **changes: Any) -> str:
         """Run the stage as a command. Returns its error line. Checks that it leaves nothing behind."""

@@ -1,7 +1,7 @@
 """Scripts of the project, each in a process that is forked from one which has imported the libraries already.
 
 Importing torch, transformers and PEFT takes four seconds; most of what the tests run takes less than one. The tests of
-DVC start the stages as users do.
+DVC start the stages as users do. Variables that a library reads when it is imported, like HF_ENDPOINT, have no effect.
 """
 
 import json
@@ -37,7 +37,7 @@ def run_forked(script: str | Path, *arguments: str, cwd: Path, env: dict[str, st
 
 
 def serve() -> None:
-    """Read requests from stdin and print an exit code for each. Returns only in the child, with what it shall run."""
+    """Run the scripts that stdin names, a line of JSON for each, and print their exit codes. Ends with stdin."""
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 

@@ -17,16 +17,13 @@ import yaml
 from support import ROOT
 from support.models import write_llama
 from support.nxd import REHEARSAL, XLA_PYTHON, stand_in_environment, xla_environment
+from support.stages import run_stage
 from trnlora.files import write_sums
 
 NATIVE = ROOT / "tests" / "neuron" / "native"  # the stand-in for torch_neuronx
 QKV = ["qkv_proj"]
 RANKS = {"trn2": 4, "trn1": 8}  # AWS supports four on trn2 only
 PLAIN = {"logical_core_size": 1, "sequence_parallel": False, "selective_checkpointing": False}
-
-
-def run_stage(name: str, folder: Path, env: dict[str, str] | None = None) -> None:
-    run_script(ROOT / "stages" / f"{name}.py", folder, env)
 
 
 def run_script(
