@@ -150,8 +150,8 @@ def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch
         check_space(tmp_path / "shards", 15 * 2**30)
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.long)])
-def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path, kills: int) -> None:
+@pytest.mark.long
+def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Path], tmp_path: Path) -> None:
     """Kill the stage at random moments, then rerun it: the digests are those of an undisturbed run."""
     (tmp_path / "artifacts").mkdir()
     make_llama(
@@ -176,7 +176,7 @@ def test_kill_9_leaves_no_shard_under_a_final_name(make_llama: Callable[..., Pat
     clean = digests()
     assert len(clean) == 3
     moments = random.Random(0)
-    for _ in range(kills):
+    for _ in range(10):
         shutil.rmtree(shards, ignore_errors=True)
         process = start()
         # imports take most of the time, so half of the kills are in the last third

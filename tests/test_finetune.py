@@ -47,6 +47,7 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     assert metrics(second, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path]) -> None:
     """Six ranks with two copies of every KV head, with dropout. Others: test_all_linear.py, test_nodes.py.
 

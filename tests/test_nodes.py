@@ -189,11 +189,13 @@ def assert_same_losses(one: Path, other: Path) -> None:
     assert metrics(one, "finetune_lora")["train_tokens"] == metrics(other, "finetune_lora")["train_tokens"]
 
 
-@pytest.mark.slow
-def test_hosts_train_as_one(hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path]) -> None:
-    """Two hosts with tp 3, which a user's torchrun starts, have the losses of one process to 1e-5, with dropout."""
-    two = job("two", 2, convert={"tp_size": 3}, train={**TRAIN, "dp_size": 2})
-    ended(torchrun_everywhere(hosts, two, processes=3))
+@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.long)])
+def test_hosts_train_as_one(
+    hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path], tp_size: int
+) -> None:
+    """Two hosts, on which a user starts torchrun, have the losses of one process to 1e-5, with dropout."""
+    two = job("two", 2, convert={"tp_size": tp_size}, train={**TRAIN, "dp_size": 2})
+    ended(torchrun_everywhere(hosts, two, processes=tp_size))
     assert_same_losses(trained("single", convert={"tp_size": 1}, train=TRAIN), two[0])
     # Only the first node has written outputs.
     assert digests(two[0] / "artifacts/lora_adapter")
@@ -201,7 +203,7 @@ def test_hosts_train_as_one(hosts: list[Host], job: Callable[..., list[Path]], t
         assert not (two[1] / name).exists(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long  # 40 s without an answer
 def test_losing_a_host_ends_the_run_and_a_rerun_resumes(
     hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path]
 ) -> None:

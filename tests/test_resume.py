@@ -235,11 +235,7 @@ def test_an_edit_of_the_code(converted: Callable[..., Path], tmp_path: Path) -> 
 
     edit("errors.py", "out of memory: close other programs", "memory is short: close other programs")
     edit("training/batches.py", '"""Packed rows in the order', '# A comment.\n"""All packed rows in the order')
-    assert "resuming from step" in run()
-
     edit("training/module.py", "norm + 1e-6", "norm + 2e-6")
-    shutil.rmtree(folder / ".scratch", ignore_errors=True)
-    shutil.copytree(kept, folder / ".scratch")
     (saved,) = folder.glob(".scratch/checkpoints/*/*/step_00000003")
     printed = run()
     assert "not resuming: the checkpoints of this run in .scratch/checkpoints/" in printed

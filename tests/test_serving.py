@@ -569,7 +569,7 @@ def test_a_conversation_has_the_token_ids_of_training(server: Server, tiny_llama
     assert reply["prompt_token_ids"] == example.tokens[: example.labelled[-1][0]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_serving_load_prints_a_line_for_each_number_of_clients(server: Server, workdir: Path) -> None:
     options = ("--requests", "2", "--input-len", "16", "--output-len", "8")
     url = f"http://127.0.0.1:{server.port}"
@@ -587,7 +587,7 @@ def test_serving_load_prints_a_line_for_each_number_of_clients(server: Server, w
     assert_one_line(refused, "no server answers at http://127.0.0.1:9", "make serve")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_replicas_share_one_address_and_sigterm_leaves_no_process_and_no_file(workdir: Path, tmp_path: Path) -> None:
     """Two engines: both receive requests and give the same answer."""
     two = Server(workdir, tmp_path, "--replicas", "2")

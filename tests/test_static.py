@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_those_of_the_torch_backend(
             assert difference <= 1e-5, (rank, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_graphs_of_inductor(model_of: Callable[[str], Path]) -> None:
     """Each block is one graph, which torch's own compiler translates for the CPU."""
     row = packed([7, 60, 1, 200], 300, 1536)
