@@ -28,7 +28,7 @@ def forms(output: str) -> list[str]:
     return [" ".join(line.split()) for line in lines if line.split()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_document_matches_what_is_printed(finished_copy: Project) -> None:
     project = finished_copy

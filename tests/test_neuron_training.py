@@ -31,26 +31,20 @@ from trnlora.training import checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("neuron_training")]
 
-CUT = "trn2", 1, 2  # two replicas of two ranks
 # Two epochs with a validation after each, three micro-batches a step and replica, the last of an epoch not full.
 RUN: dict[str, Any] = {
     "lora": {"lora_dropout": 0.05, "target_modules": "all-linear"},
     "train": {"epochs": 2, "max_steps": None, "global_batch_size": 6, "checkpoint_every_steps": 2},
 }
 # The embedding; a layer, the norm and the loss of a chunk in validations, and in training, there with backward graphs
-# of the first two; the sum of gradients over ranks and over replicas; the gradients' norm; clipping; AdamW.
-SUMS = 2  # over ranks, over replicas
-GRAPHS = 1 + 3 + 3 + 2 + SUMS + 3
+# of the first two; the gradients' norm; clipping; AdamW. With several ranks also the sum of gradients over them, with
+# several replicas that over replicas.
+GRAPHS = 1 + 3 + 3 + 2 + 3
 
 
 @pytest.fixture(scope="module")
 def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> Rehearsals:
     return Rehearsals(tmp_path_factory, steps=0, seq_len=256)
-
-
-@pytest.fixture(scope="module")
-def on_cpu(rehearsals: Rehearsals) -> Path:
-    return rehearsals.train("cpu", *CUT, **RUN)
 
 
 def graphs(folder: Path) -> list[list[str]]:
@@ -72,14 +66,16 @@ def test_the_names_of_device_groups_and_compiler_are_the_documented_ones() -> No
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
 
 
-def test_a_whole_run_equals_cpu_and_compiles_each_kind_of_graph_once(rehearsals: Rehearsals, on_cpu: Path) -> None:
-    found = rehearsals.train("neuron", *CUT, **RUN)
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_whole_run_equals_cpu_and_compiles_each_kind_of_graph_once(rehearsals: Rehearsals, replicas: int) -> None:
+    """Of two ranks."""
+    cut: Any = {"hw_backend": "trn2", "multiplier": 1, "dp_size": replicas, "ranks": 2 * replicas}
+    on_cpu, found = (rehearsals.train(where, **cut, **RUN) for where in ("cpu", "neuron"))
     steps = len(curve(on_cpu, "loss"))
     assert steps > 2
     assert_same_run(found, on_cpu, steps)
     ranks = graphs(found)
-    assert len(ranks) == 4
-    assert [len(lines) for lines in ranks] == [GRAPHS] * 4, ranks
+    assert [len(lines) for lines in ranks] == [GRAPHS + replicas] * 2 * replicas, ranks
 
 
 @pytest.mark.long
@@ -107,7 +103,7 @@ def test_a_checkpoint_of_cpu_resumes_on_neuron(rehearsals: Rehearsals) -> None:
         assert curve(folder, name) == pytest.approx(curve(on_cpu, name), abs=2e-5, rel=1e-5), name
     for one, other in zip(adapter(folder), adapter(on_cpu), strict=True):
         assert all((tensor - other[name]).abs().max() < 1e-5 for name, tensor in one.items())
-    assert [len(lines) for lines in graphs(folder)] == [GRAPHS - SUMS]
+    assert [len(lines) for lines in graphs(folder)] == [GRAPHS]
 
 
 def test_a_checkpoint_of_another_backend_is_named_and_not_used(

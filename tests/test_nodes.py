@@ -189,7 +189,8 @@ def assert_same_losses(one: Path, other: Path) -> None:
     assert metrics(one, "finetune_lora")["train_tokens"] == metrics(other, "finetune_lora")["train_tokens"]
 
 
-@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("tp_size", [1, 3])
 def test_hosts_train_as_one(
     hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path], tp_size: int
 ) -> None:
