@@ -127,6 +127,7 @@ def train_with_peft(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]
     raise AssertionError("too few rows for the steps")
 
 
+@pytest.mark.long
 def test_training_goes_on_from_a_peft_adapter(train: Callable[..., Path], eight_heads: Runs, tmp_path: Path) -> None:
     """With a learning rate near zero, the loss stays the adapter's. The base model's is still measured."""
     first = train("first", 2, share_a=False)  # also of the test above

@@ -75,7 +75,7 @@ def test_a_run_is_pushed_cloned_pulled_and_up_to_date(finished_copy: Project, s3
     assert digests(elsewhere.root / "reports/first") == made["adapter"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_in_a_bucket_are_imported_and_a_newer_version_is_noticed(finished_copy: Project, s3: str) -> None:
     project = finished_copy
     project.env |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}

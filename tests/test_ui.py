@@ -141,7 +141,7 @@ def test_chat_answers_lines_from_a_pipe(server: Server, workdir: Path) -> None:
     assert missing.stderr == "error: the server has no model 'unknown': it has base, tuned, first, second\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_the_page_has_started_stops_with_it(workdir: Path, tmp_path: Path) -> None:
     ui = Ui(workdir, tmp_path / "ui.log", free_port())
     family = ui.process.children(recursive=True)

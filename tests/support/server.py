@@ -79,6 +79,12 @@ class Server:
             pass
 
     def stop(self) -> None:
-        if self.process.is_running():
-            self.process.terminate()
-            self.process.wait()
+        """SIGTERM, if it is running, which leaves neither a process nor a file but the log."""
+        if not self.process.is_running():
+            return
+        family = self.process.children(recursive=True)
+        self.process.terminate()
+        assert self.process.wait(timeout=60) == 0
+        assert not [process for process in family if process.is_running()]
+        assert list(self.log.parent.iterdir()) == [self.log]  # the folder of the chat template is gone
+        assert self.log.read_text("utf-8").endswith("stopped\n")
