@@ -22,6 +22,7 @@ from trnlora.preflight.doctor import (
     check_loggers,
     check_memory,
     check_port,
+    check_repository,
     check_vllm,
     checks,
 )
@@ -110,6 +111,18 @@ def test_names_every_problem(broken: Path) -> None:
     assert done.stderr == (
         "error: params.yaml cannot run on this machine: fix the lines with ✗, then run `make doctor`\n"
     )
+
+
+@pytest.mark.parametrize("text", ["", "schema: '2.0'\nst", "stages: {}\n", "schema: '2.0'\nstages:\n  fetch_model:\n"])
+def test_a_lock_file_that_a_killed_dvc_left_is_named(broken: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.chdir(broken)
+    Path(".dvc/tmp/rwlock").unlink()
+    assert check_repository().endswith("DVC not locked")
+    shutil.copyfile(ROOT / "dvc.lock", "dvc.lock")
+    assert check_repository().endswith("DVC not locked")
+    Path("dvc.lock").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=r"^dvc\.lock is not whole, .*`git checkout dvc\.lock`, or delete it"):
+        check_repository()
 
 
 def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:

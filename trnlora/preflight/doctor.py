@@ -27,6 +27,8 @@ from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.nxd_checks import nxd_checks
 from trnlora.preflight.plan import GIB
 from trnlora.preflight.whole_params import check_fits, check_sources
+from trnlora.readers import read_yaml
+from trnlora.recorded import LOCK
 from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
 from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
@@ -108,7 +110,7 @@ def check_packages() -> str:
 
 
 def check_repository() -> str:
-    """DVCLive needs a Git commit, and a lock file left half written by an interrupted DVC blocks every DVC command."""
+    """DVCLive needs a Git commit, and files left half written by an interrupted DVC block every DVC command."""
     git = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True)
     if git.returncode:
         raise UserError("DVC needs a Git repository with at least one commit: clone the project, or git init && commit")
@@ -120,7 +122,24 @@ def check_repository() -> str:
             raise UserError(
                 f"{lock} is unreadable, left by an interrupted run: delete it when no dvc is running"
             ) from None
+    if Path(LOCK).is_file() and not _is_lock_file(Path(LOCK)):
+        raise UserError(
+            f"{LOCK} is not whole, as a DVC that was killed while it wrote it leaves it: `git checkout {LOCK}`, or "
+            "delete it if no commit has it; no result is lost, DVC's cache has them"
+        )
     return f"Git at {git.stdout[:9]}, DVC not locked"
+
+
+def _is_lock_file(path: Path) -> bool:
+    """Whether DVC can read a dvc.lock."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(read_yaml(path))
+    except (UserError, Invalid):
+        return False
+    return True
 
 
 def check_no_other_run() -> str:
