@@ -133,11 +133,11 @@ def check_repository() -> str:
 def _is_lock_file(path: Path) -> bool:
     """Whether DVC can read a dvc.lock."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
+    from dvc.utils import strictyaml
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(read_yaml(path))
-    except (UserError, Invalid):
+        strictyaml.validate(read_yaml(path), COMPILED_LOCKFILE_SCHEMA)
+    except (UserError, strictyaml.YAMLValidationError):
         return False
     return True
 
