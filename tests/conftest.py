@@ -23,12 +23,13 @@ from support.server import Server
 from support.stages import set_params
 
 from trnlora.files import write_jsonl, write_sums
+from trnlora.training.launch import rank_environment
 
 # Many container images set it. Then each of the many processes that the tests start would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # Several of them run at once. A waiting thread must not keep a core from the thread that it waits for.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", rank_environment(1, None)["GOMP_SPINCOUNT"])
 
 
 # `make test` runs two workers of pytest-xdist. Tests that share one of these fixtures run in the same worker, so that

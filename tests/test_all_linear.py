@@ -29,6 +29,7 @@ LORA: dict[str, Any] = {"target_modules": "all-linear", "share_a": True, "lora_d
 TRAIN = {"max_steps": STEPS, "epochs": 3, "lr": 3.0e-4, "global_batch_size": 2}
 # Of a model with 8 heads and 4 KV heads. The last two have copies of KV heads on several ranks.
 CUTS = [
+    pytest.param((2, 1, "trn2"), marks=pytest.mark.long),
     (4, 1, "trn2"),
     pytest.param((8, 2, "trn2"), marks=pytest.mark.long),
     pytest.param((8, 2, "trn1"), marks=pytest.mark.long),

@@ -34,7 +34,7 @@ def test_an_experiment_with_bad_params_leaves_the_working_tree_as_it_was(finishe
     project = finished_copy
     params = project.root / "params.yaml"
     edited = params.read_text("utf-8").replace("seed: 17", "seed: 18  # mine", 1) + "\n\n# my note"
-    for before in (edited, None):  # the second time, an older stash of DVC's is in Git's store
+    for before in (None, edited, None):  # the last time, an older stash of DVC's is in Git's store
         project.run("git", "checkout", "--quiet", "params.yaml")
         if before:
             params.write_text(before, "utf-8")
@@ -54,6 +54,7 @@ def test_an_experiment_with_bad_params_leaves_the_working_tree_as_it_was(finishe
     # What is not the command's own change stays.
     params.write_text(edited.replace("r: ", "r: 5", 1).replace("epochs: ", "epochs: x", 1), "utf-8")
     assert RESTORED not in refused(project, *EXPERIMENT)
+    assert RESTORED not in refused(project, ".venv/bin/dvc", "repro")
     assert RESTORED not in refused(project, ".venv/bin/dvc", "repro", "--force", "eval_vllm")
 
 

@@ -2,6 +2,7 @@
 
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("device_check")]
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the check's records, of two ranks with copies of a KV head, after it found no fault.
 
-    In float32 only, for time. `make device-check`, which .ci/run runs, also trains in bfloat16.
+    In float32 only, for time.
     """
     folder = tmp_path_factory.mktemp("device_check")
     set_params(folder, convert={"tp_size": 2, "kv_size_multiplier": 2}, train={"activation_checkpointing": True})
@@ -75,6 +76,16 @@ def test_a_difference_is_named(
 
 def test_nothing_differs_without_a_fault(records: Path) -> None:
     assert not [difference for difference in compare(records, "float32") if difference.is_too_large]
+
+
+@pytest.mark.long
+def test_the_command_trains_in_both_dtypes(tmp_path: Path) -> None:
+    set_params(tmp_path, convert={"tp_size": 2, "kv_size_multiplier": 2}, train={"activation_checkpointing": True})
+    command = [sys.executable, str(ROOT / "tools" / "device_check.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for dtype in TOLERANCES:
+        assert [line.split()[1::2][0] for line in done.stdout.splitlines() if dtype in line and "│" in line]
 
 
 def test_backend_cuda_is_checked_without_a_gpu() -> None:

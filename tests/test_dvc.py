@@ -120,11 +120,12 @@ def test_a_damaged_out_is_restored_from_the_cache(project: Project) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("cache_type", [pytest.param("reflink,copy", marks=pytest.mark.long), "hardlink,symlink"])
 def test_a_rewritten_out_leaves_the_cache_alone(
-    project: Project, tmp_path: Path, make_llama: Callable[..., Path]
+    project: Project, tmp_path: Path, make_llama: Callable[..., Path], cache_type: str
 ) -> None:
     """A stage run by hand changes its out but not the cached copy, even if cache.type makes them the same file."""
-    project.dvc("config", "cache.type", "hardlink,symlink")
+    project.dvc("config", "cache.type", cache_type)
     project.dvc("repro", "fetch_model")
     weights = project.root / "artifacts/model/model.safetensors"
     size = weights.stat().st_size

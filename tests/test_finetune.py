@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import STOPS_EARLY, TRAIN
@@ -33,8 +34,10 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     assert found == metrics(second, "finetune_lora")
     assert found["validation_loss"] < found["base_validation_loss"] - 0.1  # it learns
     set_params(second, data={"prompt_template": "alpaca"})  # since the training: it does not change what is recorded
-    run_stage("flatten_adapter", second)
-    assert sorted(digests(second / "artifacts" / "adapter")) == [
+    for folder in (first, second):
+        run_stage("flatten_adapter", folder)
+    assert digests(first / "artifacts" / "adapter") == digests(second / "artifacts" / "adapter")
+    assert sorted(digests(first / "artifacts" / "adapter")) == [
         "adapter_config.json", "adapter_model.safetensors", "trnlora.json"
     ]  # fmt: skip
     recorded = read_record(second / "artifacts/adapter")
@@ -44,21 +47,32 @@ def test_two_runs_are_byte_identical_and_flatten(trained: Callable[..., Path], c
     assert recorded.params["train"]["lr"] == 1.0e-2
     assert recorded.data.files[0].sha256 == sha256(second / "rows.jsonl")
     assert "  trnlora.json\n" in (second / "artifacts/adapter.SHA256SUMS").read_text("utf-8")
-    assert metrics(second, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
+    assert metrics(first, "flatten_adapter")["trainer_peft_loss_gap"] < 1e-4
 
 
 @pytest.mark.long
-def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path]) -> None:
-    """Six ranks with two copies of every KV head, with dropout. Others: test_all_linear.py, test_nodes.py.
-
-    tests/test_decoder.py checks the gradients for every sharding.
-    """
-    one = metrics(trained("one", convert=ONE_RANK, train=TRAIN), "finetune_lora")
-    several = metrics(trained("several", convert={"tp_size": 6, "kv_size_multiplier": 2}, train=TRAIN), "finetune_lora")
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        pytest.param({"convert": ONE_RANK, "train": {"dp_size": 2}}, id="tp1-dp2"),
+        # Two copies of every KV head. tests/test_decoder.py checks the gradients for every sharding.
+        pytest.param({"convert": {"tp_size": 6, "kv_size_multiplier": 2}}, id="tp6x2"),
+    ],
+)
+def test_losses_do_not_depend_on_the_sharding(trained: Callable[..., Path], sharding: dict[str, Any]) -> None:
+    """With dropout. tests/test_all_linear.py has tp 1, 2 and 4."""
+    one = metrics(trained("one", convert=ONE_RANK), "finetune_lora")
+    several = metrics(trained("several", **sharding), "finetune_lora")
     for key in ("base_validation_loss", "train_loss", "validation_loss"):
         assert several[key] == pytest.approx(one[key], abs=1e-3), key
     assert several["train_tokens"] == one["train_tokens"]
     assert several["steps"] == one["steps"]
+
+
+def test_max_steps_ends_the_schedule_and_is_validated(trained: Callable[..., Path]) -> None:
+    found = metrics(trained("short", train={"max_steps": 2}, convert=ONE_RANK), "finetune_lora")
+    assert found["steps"] == 2
+    assert found["validation_loss"] != found["base_validation_loss"]
 
 
 def test_the_best_adapter_is_written_with_its_loss(trained: Callable[..., Path]) -> None:

@@ -100,9 +100,9 @@ class Host:
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts in a separate network."""
+    """Four hosts in a separate network."""
     run = uuid.uuid4().hex[:6]
-    bridge, made = f"br{run}", [Host(f"h{run}{number}", f"10.213.7.{number + 1}") for number in range(2)]
+    bridge, made = f"br{run}", [Host(f"h{run}{number}", f"10.213.7.{number + 1}") for number in range(4)]
 
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
@@ -190,27 +190,33 @@ def assert_same_losses(one: Path, other: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tp_size", [1, 3])
-def test_hosts_train_as_one(
-    hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path], tp_size: int
-) -> None:
-    """Two hosts, on which a user starts torchrun, have the losses of one process to 1e-5, with dropout."""
-    two = job("two", 2, convert={"tp_size": tp_size}, train={**TRAIN, "dp_size": 2})
-    ended(torchrun_everywhere(hosts, two, processes=tp_size))
-    assert_same_losses(trained("single", convert={"tp_size": 1}, train=TRAIN), two[0])
+def test_hosts_train_as_one(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
+    """Two hosts with tp 3 and four with tp 1 have the losses of one process to 1e-5, with dropout."""
+    (single,) = job("single", 1, convert={"tp_size": 1}, train=TRAIN)
+    run_stage("finetune_lora", single)
+
+    two = job("two", 2, convert={"tp_size": 3}, train={**TRAIN, "dp_size": 2})
+    ended(stage_everywhere(hosts, two))
+    assert_same_losses(single, two[0])
     # Only the first node has written outputs.
     assert digests(two[0] / "artifacts/lora_adapter")
     for name in ("artifacts/lora_adapter", "metrics/finetune_lora.json", "plots", ".scratch"):
         assert not (two[1] / name).exists(), name
 
+    four = job("four", 4, convert={"tp_size": 1}, train={**TRAIN, "dp_size": 4})
+    ended(torchrun_everywhere(hosts, four, processes=1))
+    assert_same_losses(single, four[0])
+
 
 @pytest.mark.long  # 40 s without an answer
-def test_losing_a_host_ends_the_run_and_a_rerun_resumes(
-    hosts: list[Host], job: Callable[..., list[Path]], trained: Callable[..., Path]
-) -> None:
+def test_losing_a_host_ends_the_run_and_a_rerun_resumes(hosts: list[Host], job: Callable[..., list[Path]]) -> None:
     """One of two hosts loses its network. A rerun on the other resumes and ends with the losses of a whole run."""
-    train = {**TRAIN, "epochs": 2}
-    folders = job("cut", 2, convert={"tp_size": 1}, train={**train, "dp_size": 2})
+    sections: dict[str, Any] = {"convert": {"tp_size": 1}, "train": {**TRAIN, "epochs": 2}}
+    (single,) = job("single", 1, **sections)
+    run_stage("finetune_lora", single)
+
+    sections["train"]["dp_size"] = 2
+    folders = job("cut", 2, **sections)
     runs = stage_everywhere(hosts, folders)
     while not any(step >= 6 for step in checkpoints(folders[0])):
         assert runs[0].poll() is None, runs[0].stdout.read()
@@ -228,7 +234,7 @@ def test_losing_a_host_ends_the_run_and_a_rerun_resumes(
     printed = ended(stage_everywhere(hosts, folders[:1]))
     assert "resuming from step" in printed[0]
     assert "that checkpoint was made with 2 replicas" in printed[0]
-    assert_same_losses(trained("single", convert={"tp_size": 1}, train=train), folders[0])
+    assert_same_losses(single, folders[0])
 
 
 @pytest.mark.slow

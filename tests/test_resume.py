@@ -119,14 +119,15 @@ def test_killed_ranks_and_launchers_and_the_same_bytes(
     assert_same_run(whole, broken)
 
 
-def test_sigterm_and_the_same_bytes(trained: Callable[..., Path], converted: Callable[..., Path]) -> None:
-    """Two replicas with accumulated micro-batches (fewer in an epoch's last step), ended by max_steps within an epoch.
+@pytest.mark.parametrize("dp_size", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_sigterm_and_the_same_bytes(trained: Callable[..., Path], converted: Callable[..., Path], dp_size: int) -> None:
+    """With accumulated micro-batches (fewer in an epoch's last step), ended by max_steps in the middle of an epoch.
 
     A resumed run validates within an epoch at the same steps, and once at an epoch's end.
     """
     sections: dict[str, Any] = {
         "convert": ONE_RANK,
-        "train": {**TRAIN, "dp_size": 2, "global_batch_size": 4, "max_steps": 11, "validate_every_steps": 3},
+        "train": {**TRAIN, "dp_size": dp_size, "global_batch_size": 4, "max_steps": 11, "validate_every_steps": 3},
     }
     whole, broken = trained("whole", **sections), converted("broken", **sections)
     assert metrics(whole, "prepare_data")["train"]["packed_rows"] % 4 > 1
@@ -235,7 +236,11 @@ def test_an_edit_of_the_code(converted: Callable[..., Path], tmp_path: Path) -> 
 
     edit("errors.py", "out of memory: close other programs", "memory is short: close other programs")
     edit("training/batches.py", '"""Packed rows in the order', '# A comment.\n"""All packed rows in the order')
+    assert "resuming from step" in run()
+
     edit("training/module.py", "norm + 1e-6", "norm + 2e-6")
+    shutil.rmtree(folder / ".scratch", ignore_errors=True)
+    shutil.copytree(kept, folder / ".scratch")
     (saved,) = folder.glob(".scratch/checkpoints/*/*/step_00000003")
     printed = run()
     assert "not resuming: the checkpoints of this run in .scratch/checkpoints/" in printed

@@ -22,8 +22,8 @@ def run_forked(script: str | Path, *arguments: str, cwd: Path, env: dict[str, st
     if not _servers or _servers[0].poll() is not None:
         command = [sys.executable, "-m", "support.forked"]
         pipe = subprocess.PIPE
-        env = os.environ | {"TQDM_DISABLE": "1"}  # as stages set it, without a terminal, before these imports
-        server = subprocess.Popen(command, cwd=ROOT / "tests", env=env, stdin=pipe, stdout=pipe, text=True)
+        own = os.environ | {"TQDM_DISABLE": "1"}  # as stages set it, without a terminal, before these imports
+        server = subprocess.Popen(command, cwd=ROOT / "tests", env=own, stdin=pipe, stdout=pipe, text=True)
         _servers[:] = [server]
     (server,) = _servers
     assert server.stdin

@@ -122,7 +122,7 @@ def check_repository() -> str:
             raise UserError(
                 f"{lock} is unreadable, left by an interrupted run: delete it when no dvc is running"
             ) from None
-    if Path(LOCK).is_file() and not _is_lock_file(Path(LOCK)):
+    if Path(LOCK).is_file() and not _is_valid_dvc_lock(Path(LOCK)):
         raise UserError(
             f"{LOCK} is not whole, as a DVC that was killed while it wrote it leaves it: `git checkout {LOCK}`, or "
             "delete it if no commit has it; no result is lost, DVC's cache has them"
@@ -130,7 +130,7 @@ def check_repository() -> str:
     return f"Git at {git.stdout[:9]}, DVC not locked"
 
 
-def _is_lock_file(path: Path) -> bool:
+def _is_valid_dvc_lock(path: Path) -> bool:
     """Whether DVC can read a dvc.lock."""
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from dvc.utils import strictyaml
