@@ -55,8 +55,8 @@ repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to da
 	@python tools/show_metrics.py
 	@python tools/report.py
 
-report: $(READY) ## write reports/report.html and summary.md of the current results; COMPARE=REV adds another commit
-	@python tools/report.py $${COMPARE:+--compare="$$COMPARE"}
+report: $(READY) ## write reports/report.html and summary.md of the current results; COMPARE="REV …" adds commits or experiments
+	@words=($${COMPARE-}); python tools/report.py "$${words[@]/\#/--compare=}"
 
 sweep: $(READY) ## SET="train.lr=1.0e-3,3.0e-4 lora.r=8,16": queue an experiment for each combination, run all; NAME=
 	@words=($${SET-}); python tools/sweep.py $${NAME:+--name="$$NAME"} -- "$${words[@]}"

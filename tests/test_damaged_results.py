@@ -105,7 +105,7 @@ def metrics(file: str, key: str, value: Any) -> bytes:
 )
 def test_a_damaged_file_ends_in_one_line(here: Project, file: str, content: bytes, message: str) -> None:
     with overwritten(file, content), pytest.raises(UserError) as error:
-        write_report(Path("reports"), load_results(), None)
+        write_report(Path("reports"), load_results())
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert file in str(error.value) or "data.source" in message
@@ -132,7 +132,7 @@ def test_what_is_odd_but_readable_is_shown(here: Project, file: str, content: by
     """With a line that says what is not of the run."""
     with overwritten(file, content):
         now = load_results()
-        page, _ = write_report(tmp_path, now, None)
+        page, _ = write_report(tmp_path, now)
         assert now.notes
         assert now.notes[0] in html.unescape(page.read_text("utf-8"))
 
@@ -164,7 +164,7 @@ def test_names_of_a_commit_that_are_odd_but_right(here: Project, tmp_path: Path)
     name = "$x2(red]<b>"
     now = load_results(name)
     assert now.notes == []
-    page, _ = write_report(tmp_path, now, load_results(name))
+    page, _ = write_report(tmp_path, now, [load_results(name)])
     assert "<b>(red" not in page.read_text("utf-8")
     printed = here.run(".venv/bin/python", "tools/compare.py", name, "HEAD^{/Results}", "--samples", "0")
     assert printed.splitlines()[:2] == ["Params: no difference", "Metrics: no difference"]
@@ -182,7 +182,7 @@ def test_a_shallow_clone_and_a_folder_without_git(
     (clone / ".git").rename(tmp_path / "git")
     (note,) = load_results().notes
     assert note.startswith("unknown whether the results are of these params, code and data: ")
-    assert write_report(tmp_path / "reports", load_results(), None)
+    assert write_report(tmp_path / "reports", load_results())
     with pytest.raises(UserError, match="name a commit"):
         load_results("HEAD")
 

@@ -39,7 +39,6 @@ TEXT = ["한국어 * ~ $HOME $ % ! \\ a:b ' \" #", "--help", "-x=y"]
 
 # The variables that a target reads, and what stands before each in the arguments of its program.
 ONE_VALUE = {
-    "report": {"COMPARE": "--compare="},
     "compare": {"SAMPLES": "--samples=", "A": "", "B": ""},
     "sweep": {"NAME": "--name="},
     "card": {"BASE": "--base="},
@@ -52,6 +51,7 @@ ONE_VALUE = {
     "pull-results": {"REV": ""},
 }
 SEVERAL_VALUES = {  # separated by blanks
+    "report": {"COMPARE": "--compare="},
     "sweep": {"SET": ""},
     "serve": {"ADAPTERS": "--adapters="},
     "ui": {"ADAPTERS": "--adapters="},

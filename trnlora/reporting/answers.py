@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,20 +31,23 @@ class AnswerRow:
     reference_html: Any  # marked: what the tuned answer lacks
     base_html: Any  # marked: what is not in the reference
     tuned_html: Any  # likewise
-    other_answer: str | None  # the other run's tuned answer, if it differs
-    other_html: Any
+    others: list[tuple[str, str, Any]]  # (run, its tuned answer, the same in HTML) where that differs from this run's
 
 
-def answer_rows(now: Results, other: Results | None) -> list[AnswerRow]:
+def answer_rows(now: Results, others: Sequence[Results]) -> list[AnswerRow]:
     """The rows of the page, at most MAX_ANSWERS."""
     answers = now.answers or []
     if len(answers) > MAX_ANSWERS:
         answers = [answers[i * len(answers) // MAX_ANSWERS] for i in range(MAX_ANSWERS)]
-    others = {answer["id"]: answer["tuned"] for answer in (other.answers or [] if other else [])}
-    return [_row(answer, others.get(answer["id"]), other.name if other else "") for answer in answers]
+    by_run = [(other.name, {answer["id"]: answer["tuned"] for answer in other.answers or []}) for other in others]
+    return [
+        _row(answer, [(name, tuned[answer["id"]]) for name, tuned in by_run if answer["id"] in tuned])
+        for answer in answers
+    ]
 
 
-def _row(answer: Answer, other_answer: str | None, other_name: str) -> AnswerRow:
+def _row(answer: Answer, others: list[tuple[str, str]]) -> AnswerRow:
+    """others: (run, its tuned answer to the same row)."""
     reference = answer["reference"]
     outcome = OUTCOMES[answer["base_exact"], answer["tuned_exact"]]
     tags = [outcome]
@@ -51,10 +55,8 @@ def _row(answer: Answer, other_answer: str | None, other_name: str) -> AnswerRow
         tags.append(CUT_OFF["base"])
     if answer["tuned_finish_reason"] == "length":
         tags.append(CUT_OFF["tuned"])
-    if other_answer is not None and other_answer.strip() == answer["tuned"].strip():
-        other_answer = None
-    if other_answer is not None:
-        tags.append(f"differs from {other_name}")
+    others = [(name, text) for name, text in others if text.strip() != answer["tuned"].strip()]
+    tags += [f"differs from {name}" for name, _ in others]
     reference_html, tuned_html = marked(reference, answer["tuned"])
     return AnswerRow(
         answer=answer,
@@ -63,8 +65,7 @@ def _row(answer: Answer, other_answer: str | None, other_name: str) -> AnswerRow
         reference_html=reference_html,
         base_html=marked(reference, answer["base"])[1],
         tuned_html=tuned_html,
-        other_answer=other_answer,
-        other_html=None if other_answer is None else marked(reference, other_answer)[1],
+        others=[(name, text, marked(reference, text)[1]) for name, text in others],
     )
 
 

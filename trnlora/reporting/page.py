@@ -1,5 +1,6 @@
 """reports/report.html and reports/summary.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from trnlora.files import atomic_outputs, partial_path
@@ -8,19 +9,19 @@ from trnlora.recorded import FEW
 from trnlora.reporting.answers import AnswerRow, answer_rows, count_tags
 from trnlora.reporting.charts import charts
 from trnlora.reporting.provenance import what_was_run, where_shown
-from trnlora.reporting.results import Results, differing, notes_of
+from trnlora.reporting.results import Results, notes_of, params_that_differ
 from trnlora.reporting.summary import summary
 from trnlora.reporting.templating import render
 from trnlora.reporting.values import FORMS, LOSSES, SCORES, categories, cell, change
 
 
-def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Path, Path]:
-    """Write report.html and summary.md to `folder` and return their paths. `other`: the run to compare with."""
-    answers = answer_rows(now, other)
+def write_report(folder: Path, now: Results, others: Sequence[Results] = ()) -> tuple[Path, Path]:
+    """Write report.html and summary.md to `folder` and return their paths. others: the runs to compare with."""
+    answers = answer_rows(now, others)
     run, here = what_was_run(now), where_shown()
     texts = {
-        folder / "summary.md": summary(now, other, run, here, answers),
-        folder / "report.html": page(now, other, run, here, answers),
+        folder / "summary.md": summary(now, others, run, here, answers),
+        folder / "report.html": page(now, others, run, here, answers),
     }
     with atomic_outputs([], [*texts]):
         for path, text in texts.items():
@@ -30,28 +31,28 @@ def write_report(folder: Path, now: Results, other: Results | None) -> tuple[Pat
 
 
 def page(
-    now: Results, other: Results | None, run: dict[str, str], here: dict[str, str], answers: list[AnswerRow]
+    now: Results, others: Sequence[Results], run: dict[str, str], here: dict[str, str], answers: list[AnswerRow]
 ) -> str:
     """The report as one HTML page that needs no network. run, here: `what_was_run` and `where_shown`."""
     return render(
         "report.html.jinja",
         {
             "now": now,
-            "other": other,
+            "others": others,
             "run": run,
             "here": here,
-            "notes": notes_of(now, other),
+            "notes": notes_of(now, *others),
             "few": FEW,
             "rows_by_category": rows_by_category(now),
             "scores": SCORES,
             "losses": LOSSES,
             "categories": categories(now),
-            "charts": charts(now, other),
+            "charts": charts([now, *others]),
             "stages": stage_seconds(now),
             "answers": answers,
             "answer_filters": count_tags(answers),
             "total_answers": len(now.answers or []),
-            "params_differ": list(differing(now.params, other.params)) if other else [],
+            "params_differ": params_that_differ(*others, now),
             "cell": cell,
             "change": change,
             "forms": FORMS,

@@ -90,9 +90,9 @@ class Results:
         }
 
 
-def notes_of(*runs: Results | None) -> list[str]:
+def notes_of(*runs: Results) -> list[str]:
     """The notes of all these runs, each once."""
-    return list(dict.fromkeys(note for run in runs if run for note in run.notes))
+    return list(dict.fromkeys(note for run in runs for note in run.notes))
 
 
 def load_results(revision: str | None = None) -> Results:
@@ -141,6 +141,13 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, 
     for key in dict.fromkeys([*a, *b]):
         if a.get(key) != b.get(key):
             yield key, a.get(key), b.get(key)
+
+
+def params_that_differ(*runs: Results) -> list[tuple[str, list[Any]]]:
+    """(param, its value in each run; None where a run has no such param) of those that are not the same in all."""
+    keys = dict.fromkeys(key for run in runs for key in run.params)
+    values = [(key, [run.params.get(key) for run in runs]) for key in keys]
+    return [(key, of_runs) for key, of_runs in values if any(value != of_runs[0] for value in of_runs)]
 
 
 def _files(stage: str) -> tuple[str, str]:

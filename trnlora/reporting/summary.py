@@ -1,46 +1,46 @@
 """The run as Markdown, for a pull request."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from trnlora.reporting.answers import OUTCOMES, AnswerRow
-from trnlora.reporting.results import Results, differing, notes_of
+from trnlora.reporting.results import Results, notes_of, params_that_differ
 from trnlora.reporting.values import FORMS, LOSSES, SCORES, Score, categories, change, formatted
 
 MAX_SAMPLES = 3
 
 
 def summary(
-    now: Results, other: Results | None, run: dict[str, str], here: dict[str, str], rows: list[AnswerRow]
+    now: Results, others: Sequence[Results], run: dict[str, str], here: dict[str, str], rows: list[AnswerRow]
 ) -> str:
-    """What is stale, scores, losses, speed, some answers and what was run; with `other`, also what changed since.
+    """What is stale, scores, losses, speed, some answers and what was run; with `others`, also what differs.
 
     run, here: `what_was_run` and `where_shown`.
     """
-    notes = [line for note in notes_of(now, other) for line in (f"> {note}", ">")]
-    lines = [f"### {run['Profile']}", "", *notes, "", *score_table(now, other), "", *_measured(now)]
-    if other:
-        lines += _changed_params(now, other)
-        samples = [row for row in rows if row.other_answer is not None]
-    else:
-        samples = [row for row in rows if row.outcome == OUTCOMES[False, True]]
+    notes = [line for note in notes_of(now, *others) for line in (f"> {note}", ">")]
+    lines = [f"### {run['Profile']}", "", *notes, "", *score_table(now, others), "", *_measured(now)]
+    lines += _differing_params(now, others)
+    samples = [row for row in rows if (row.others if others else row.outcome == OUTCOMES[False, True])]
     for row in samples[:MAX_SAMPLES]:
-        lines += _sample(row, other.name if other else "")
+        lines += _sample(row)
     lines += ["", *(f"- {label}: {text}" for label, text in run.items() if label != "Profile")]
     lines.append(f"- Report: {', '.join(here.values())}")
     return "\n".join(lines) + "\n"
 
 
-def score_table(now: Results, other: Results | None = None) -> list[str]:
-    """Base against tuned as lines of a Markdown table; with `other`, also its tuned scores and the change since."""
-    head = ["", "base", "tuned", *([f"tuned, {other.name}", "change"] if other else [])]
-    lines = [" | ".join(["", *head, ""]).strip(), "|---|" + "---:|" * (len(head) - 1)]
+def score_table(now: Results, others: Sequence[Results] = ()) -> list[str]:
+    """Base against tuned as lines of a Markdown table; also the others' tuned scores, and the change since if one."""
+    head = ["", "base", "tuned", *(f"tuned, {other.name}" for other in others)]
+    head += ["change"] if len(others) == 1 else []
+    lines = [f"| {' | '.join(map(table_cell, head))} |", "|---|" + "---:|" * (len(head) - 1)]
     of_categories = [Score(f"· {name}", f"exact_match_by_category.{name}", "percent") for name in categories(now)]
     for title, key, form in [SCORES[0], *of_categories, *SCORES[1:]]:
         cells = [title, *(formatted(now, "eval_vllm", f"{model}.{key}", form) for model in ("base", "tuned"))]
-        if other:
-            tuned = f"tuned.{key}"
-            cells += [formatted(other, "eval_vllm", tuned, form), change(now, other, "eval_vllm", tuned, form)]
+        tuned = f"tuned.{key}"
+        cells += [formatted(other, "eval_vllm", tuned, form) for other in others]
+        if len(others) == 1:
+            cells.append(change(now, others[0], "eval_vllm", tuned, form))
         lines.append(f"| {' | '.join(map(table_cell, cells))} |")
     return lines
 
@@ -74,23 +74,21 @@ def _measured(now: Results) -> list[str]:
     return lines
 
 
-def _changed_params(now: Results, other: Results) -> list[str]:
+def _differing_params(now: Results, others: Sequence[Results]) -> list[str]:
     """A table of the params that differ; nothing if they are the same."""
-    rows = [
-        f"| {key} | {table_cell(before)} | {table_cell(after)} |"
-        for key, before, after in differing(other.params, now.params)
-    ]
-    return ["", f"| param | {table_cell(other.name)} | {now.name} |", "|---|---|---|", *rows] if rows else []
+    runs = [*others, now]
+    rows = [f"| {key} | {' | '.join(map(table_cell, values))} |" for key, values in params_that_differ(*runs)]
+    names = " | ".join(table_cell(run.name) for run in runs)
+    return ["", f"| param | {names} |", "|---|" + "---|" * len(runs), *rows] if rows else []
 
 
-def _sample(row: AnswerRow, other_name: str) -> list[str]:
+def _sample(row: AnswerRow) -> list[str]:
     """A test row that folds out."""
     from markupsafe import escape
 
     answer = row.answer
     texts = [("reference", answer["reference"]), ("base", answer["base"])]
-    if row.other_answer is not None:
-        texts.append((other_name, row.other_answer))
+    texts += [(name, text) for name, text, _ in row.others]
     texts.append(("tuned", answer["tuned"]))
     return [
         "",
