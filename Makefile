@@ -5,8 +5,8 @@ override .SHELLFLAGS := -efuo pipefail -c
 
 # What a command line may set, e.g. `make plan NODES="1 2"`. A value is text: make expands nothing in it, and recipes read
 # it from the environment, in quotes ("$$NODES"), so that no shell parses it either. `words=($$NODES)` only cuts it at blanks.
-override SETTINGS := PYTHON TORCH_INDEX NEURON_INDEX ADAPTERS A ARGS B BASE COMPARE HOST MODEL NAME NODES PORT PROFILE REPLICAS REV \
-    SAMPLES SEARCH SET
+override SETTINGS := PYTHON TORCH_INDEX NEURON_INDEX ADAPTERS A ARGS B BASE BUNDLE COMPARE HOST MODEL NAME NODES PORT PROFILE REPLICAS \
+    REPO REV SAMPLES SEARCH SET UPLOAD
 override GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out -%,$(GIVEN)),$(eval override export $(name) := $$(value $(name))))
 # The first three may also come from the caller's environment. The others have common names, as NAME and HOST.
@@ -32,7 +32,7 @@ override SERVED := $(SERVER) "$${words[@]/\#/--adapters=}"
 override pytest = PYTEST_ADDOPTS="$${PYTEST_ADDOPTS-} $(1) $${ARGS-}" pytest
 override BENCHMARKS := python bench/convert.py; python bench/data.py; python bench/train.py; python bench/train.py --memory
 
-.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card push bundle test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -56,7 +56,7 @@ repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to da
 	@python tools/report.py
 
 report: $(READY) ## write reports/report.html and summary.md of the current results; COMPARE="REV …" adds commits or experiments
-	@words=($${COMPARE-}); python tools/report.py "$${words[@]/\#/--compare=}"
+	@words=($${COMPARE-}); python tools/report.py "$${words[@]/#/--compare=}"
 
 sweep: $(READY) ## SET="train.lr=1.0e-3,3.0e-4 lora.r=8,16": queue an experiment for each combination, run all; NAME=
 	@words=($${SET-}); python tools/sweep.py $${NAME:+--name="$$NAME"} -- "$${words[@]}"
@@ -69,6 +69,12 @@ compare: $(READY) ## A=REV B=REV SAMPLES=N: params, metrics and answers that dif
 
 card: $(READY) ## BASE=org/name: write the adapter and a model card to reports/adapter, ready to upload to the hub
 	@python tools/card.py $${BASE:+--base="$$BASE"}
+
+push: $(READY) ## REPO=org/name BASE=org/name: what an upload of adapter and card to the hub would change; UPLOAD=1 uploads
+	@python tools/push.py $${BASE:+--base="$$BASE"} $(if $(filter-out 0,$(UPLOAD)),--upload) -- "$${REPO-}"
+
+bundle: $(READY) ## BASE=org/name: adapter, card, metrics and params in one archive, for `make serve BUNDLE=` elsewhere
+	@python tools/bundle.py $${BASE:+--base="$$BASE"}
 
 test-fast: $(READY) ## the quick tests: no vLLM, no training, no pipeline; ARGS= goes to pytest
 	@$(call pytest,-m 'not slow and not long')
@@ -91,8 +97,8 @@ lint: $(READY) ## ruff and mypy
 deps: $(READY) ## write the code that each stage depends on into dvc.yaml, from the imports
 	@python tools/write_deps.py
 
-serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …"
-	@words=($${ADAPTERS-}); python tools/serve.py $(SERVED) $${REPLICAS:+--replicas="$$REPLICAS"}
+serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …" BUNDLE=
+	@words=($${ADAPTERS-}); python tools/serve.py $(SERVED) $${REPLICAS:+--replicas="$$REPLICAS"} $${BUNDLE:+--bundle="$$BUNDLE"}
 
 load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, where serve.runtime_adapters allows it
 	@words=($${ADAPTERS-}); python tools/load_adapter.py $(SERVER) -- "$${words[@]}"

@@ -31,8 +31,9 @@ from trnlora.model.config import ModelConfig
 from trnlora.params import Params, load_params
 from trnlora.training.adapter_record import check_foreign
 from trnlora.training.launch import run_rank, start_ranks
+from trnlora.weights.adapter_source import fetch_adapter
 from trnlora.weights.nxd_layout import check_divisible, kv_replica_groups
-from trnlora.weights.peft_folder import check_init_adapter, fetch_adapter
+from trnlora.weights.peft_folder import check_init_adapter
 
 STAGE = "finetune_lora"
 OUTPUTS = (*paths.TRAINING_OUTPUTS, metrics_file(STAGE), timing_file(STAGE))

@@ -1,7 +1,7 @@
 """Write the trained adapter and a model card to a folder that can be uploaded to the Hugging Face hub.
 
     python tools/card.py [--base ORG/NAME]        (make card BASE=ORG/NAME)
-    hf upload ORG/ADAPTER reports/adapter         (the next step; asks for your token)
+    make push REPO=ORG/ADAPTER                    (the next step; or `hf upload ORG/ADAPTER reports/adapter`)
 
 --base names the base model on the hub if model.source is not hf://. PEFT and vLLM load the adapter onto it, so it must
 be the same model.
@@ -12,29 +12,19 @@ Reads   dvc.lock and the files that it names, metrics/, artifacts/adapter, artif
 Writes  reports/adapter: the adapter's files and README.md
 """
 
-from pathlib import Path
-
 from trnlora.cli import script_parser
 from trnlora.errors import run
 from trnlora.params import load_params
-from trnlora.reporting.card import check_hub_name, check_publishable, hub_id, write_card_folder
+from trnlora.reporting.card import FOLDER, write_card_folder
 from trnlora.reporting.results import load_results
-
-OUT = Path("reports/adapter")
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--base", metavar="ORG/NAME", help="the base model on the hub (default: that of model.source)")
     args = parser.parse_args()
-    params = load_params()
-    now = load_results()
-    check_publishable(params, now)
-    base = args.base or hub_id(params.model.source)
-    if base:
-        check_hub_name(base)
-    write_card_folder(OUT, params, now, base)
-    print(f"adapter and card in {OUT}; next: hf upload ORG/NAME {OUT}")
+    base = write_card_folder(load_params(), load_results(), args.base)
+    print(f"adapter and card in {FOLDER}; next: make push REPO=ORG/NAME, which shows what would be uploaded")
     if not base:
         print("the card names no base model because model.source is not on the hub: name it with BASE=ORG/NAME")
 

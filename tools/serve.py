@@ -3,10 +3,11 @@
 On Trainium, a vllm-neuron that does not load adapters serves the merged model alone, as `tuned`.
 
     python tools/serve.py [--params FILE] [--host HOST] [--port PORT] [--adapters NAME=FOLDER …] [--dry-run]
+    python tools/serve.py --bundle FILE       the adapter of another machine's `make bundle`, as `tuned`
     python tools/serve.py --replicas N …      several engines behind one address, which share the requests
     python tools/serve.py --container IMAGE … on Trainium: the same server in a container
 
-(make serve HOST= PORT= ADAPTERS= REPLICAS=). The default adapter is the pipeline's, as `tuned`.
+(make serve HOST= PORT= ADAPTERS= BUNDLE= REPLICAS=). The default adapter is the pipeline's, as `tuned`.
 
 Chat requests are rendered with the template that the adapters were trained with, and sampled as the adapters were
 evaluated (greedily) unless a request says otherwise: as trnlora.json in their folders has it, whatever params.yaml and
@@ -32,7 +33,7 @@ from trnlora.cli import add_params, add_server, script_parser, server_address, w
 from trnlora.errors import UserError, run
 from trnlora.files import locked
 from trnlora.params import Params, load_params
-from trnlora.serving.adapters import BASE, Adapter, check_adapters
+from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapters
 from trnlora.serving.client import api_key, base_url
 from trnlora.serving.prompts import template_to_serve
 from trnlora.serving.server import check_address, supervise
@@ -80,8 +81,9 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         action="extend",
         metavar="NAME=FOLDER",
-        help="PEFT folders (default: tuned=artifacts/adapter)",
+        help="PEFT folders, or bundles (default: tuned=artifacts/adapter)",
     )
+    parser.add_argument("--bundle", metavar="FILE", help="short for --adapters tuned=FILE")
     parser.add_argument(
         "--replicas",
         type=whole_number(1, 1000),
@@ -91,7 +93,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and its environment, start nothing")
     parser.add_argument("--container", metavar="IMAGE", help="on Trainium: run the server in this image of AWS")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.bundle:
+        args.adapters = [*(args.adapters or []), f"{TUNED}={args.bundle}"]
+    return args
 
 
 def launch_vllm(

@@ -18,7 +18,7 @@ from trnlora.serving.adapters import BASE, TUNED, Adapter, check_adapter, check_
 from trnlora.serving.device_engine import DeviceEngine, neuron_engine
 from trnlora.serving.engine import Engine, start_engine
 from trnlora.training.adapter_record import GREEDY, check_foreign, check_own
-from trnlora.weights.peft_folder import fetch_adapter
+from trnlora.weights.adapter_source import fetch_adapter
 
 REJECTED = paths.ANSWERS.with_suffix(".rejected.jsonl")
 

@@ -30,9 +30,9 @@ def check_sources(params: Params) -> None:
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
         if source.scheme == "path" and not _is_in_dvc(source.path):
-            is_data = key.startswith("data.")
-            if not (source.path.exists() if is_data else source.path.is_dir()):
-                kind = "" if is_data else "folder "
+            may_be_file = key != "model.source"
+            if not (source.path.exists() if may_be_file else source.path.is_dir()):
+                kind = "" if may_be_file else "folder "
                 raise UserError(f"{key}: there is no {kind}{source.path}; path:// is relative to {Path.cwd()}")
     check_tracked(params.data)
     if params.on_trainium and Path(params.neuron.compile_cache).is_file():

@@ -21,6 +21,7 @@ from trnlora.serving.adapters import check_own_adapter
 from trnlora.sources import parse_source
 from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 
+FOLDER = Path("reports/adapter")
 # eval_vllm's key below `tuned`, name of the metric, its type on the hub (huggingface.co/metrics)
 METRICS = (
     ("exact_match", "exact match", "exact_match"),
@@ -55,15 +56,23 @@ def check_hub_name(name: str) -> None:
         raise UserError(f"{name!r} is not a valid model name on the hub: write it as org/name") from None
 
 
-def write_card_folder(folder: Path, params: Params, now: Results, base: str | None) -> None:
-    """Write the adapter with its card to `folder`. `base`: the base model on the hub, if there is one."""
-    with atomic_dir(folder) as partial:
+def write_card_folder(params: Params, now: Results, base: str | None) -> str | None:
+    """Write the adapter with its card to FOLDER. Returns the base model on the hub, if there is one.
+
+    base: its name, where model.source is not on the hub. Raises UserError as `check_publishable` and `check_hub_name`.
+    """
+    check_publishable(params, now)
+    base = base or hub_id(params.model.source)
+    if base:
+        check_hub_name(base)
+    with atomic_dir(FOLDER) as partial:
         for name in (WEIGHTS, RECORD):
             shutil.copyfile(paths.ADAPTER / name, partial / name)
         config = read_json(paths.ADAPTER / CONFIG)
         config["base_model_name_or_path"] = base or public(params.model.source)
         write_json(partial / CONFIG, config)
         (partial / "README.md").write_text(card(now, base), encoding="utf-8")
+    return base
 
 
 def hub_id(uri: str) -> str | None:

@@ -136,6 +136,15 @@ def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict of which these are the values by dotted key. Every key has one dot at most, as params have."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[name] = value
+    return found
+
+
 def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, value in a, value in b) where two flat dicts differ. The value of a missing key is None."""
     for key in dict.fromkeys([*a, *b]):

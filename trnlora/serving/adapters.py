@@ -18,6 +18,7 @@ from trnlora.model.tensors import linear_sizes
 from trnlora.params import Lora, Params
 from trnlora.serving.access import RESERVED
 from trnlora.training.adapter_record import GREEDY, AdapterRecord, Generation, check_base, read_record
+from trnlora.weights.adapter_source import adapter_folder
 from trnlora.weights.peft_folder import (
     CONFIG,
     RECORD,
@@ -53,7 +54,7 @@ class Adapter:
 
 
 def parse_adapters(pairs: list[str]) -> dict[str, Path]:
-    """The folders by name, from arguments of the form `name=folder`.
+    """The folders, or bundles, by name, from arguments of the form `name=folder`.
 
     Raises UserError for any other form and for a name that is already taken.
     """
@@ -81,7 +82,7 @@ def check_adapters(pairs: list[str] | None, params: Params) -> list[Adapter]:
     if pairs is None:
         check_sums(paths.ADAPTER, "flatten_adapter", sums=paths.ADAPTER_SUMS)
         return [check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, TUNED)]
-    return [check_adapter(folder, paths.MODEL, name) for name, folder in parse_adapters(pairs).items()]
+    return [check_adapter(adapter_folder(path), paths.MODEL, name) for name, path in parse_adapters(pairs).items()]
 
 
 def check_own_adapter(folder: Path, model: Path, lora: Lora, name: str) -> Adapter:

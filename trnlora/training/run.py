@@ -36,7 +36,8 @@ from trnlora.training.initial_adapter import random_lora_a, set_adapter
 from trnlora.training.loggers import Loggers, open_loggers
 from trnlora.training.module import LoraFinetuner, NotFinite
 from trnlora.training.progress import TrainingProgress
-from trnlora.weights.peft_folder import CONFIG, WEIGHTS, fetch_adapter, read_init_adapter
+from trnlora.weights.adapter_source import fetch_adapter
+from trnlora.weights.peft_folder import CONFIG, WEIGHTS, read_init_adapter
 from trnlora.weights.storage import PRETRAINED_TAG, rank_file
 
 CURVES = Path(".scratch/curves")  # until the end of the run, so that DVC and another run leave them alone

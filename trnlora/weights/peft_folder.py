@@ -1,4 +1,4 @@
-"""PEFT folders: where their files come from; and one to train further, checked and read tensor by tensor."""
+"""PEFT folders: their config and header; and one to train further, checked and read tensor by tensor."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,6 @@ from trnlora.model.config import ModelConfig
 from trnlora.model.targets import AdapterTensor, adapter_tensors, peft_modules
 from trnlora.params import Lora
 from trnlora.readers import StrictModel, read_json_as
-from trnlora.sources import hub_snapshot, parse_source
 from trnlora.weights.safetensors_header import HeaderEntry, read_header
 
 if TYPE_CHECKING:
@@ -89,14 +88,6 @@ def read_adapter_header(folder: Path, fix: str = SAVE_AGAIN) -> dict[str, Header
         if entry.dtype not in ("F32", "BF16", "F16"):
             raise UserError(f"{folder / WEIGHTS}: {key} is {entry.dtype}, not a dense float{fix}")
     return header
-
-
-def fetch_adapter(uri: str) -> Path:
-    """The folder of an adapter's path:// or hf:// source, downloaded if it is on the hub and not in its cache."""
-    source = parse_source(uri)
-    if source.scheme == "hf":
-        return hub_snapshot(source, [CONFIG, WEIGHTS, RECORD])
-    return source.path
 
 
 def check_init_adapter(folder: Path, config: ModelConfig, lora: Lora) -> None:
