@@ -5,8 +5,8 @@ override .SHELLFLAGS := -efuo pipefail -c
 
 # What a command line may set, e.g. `make plan NODES="1 2"`. A value is text: make expands nothing in it, and recipes read
 # it from the environment, in quotes ("$$NODES"), so that no shell parses it either. `words=($$NODES)` only cuts it at blanks.
-override SETTINGS := PYTHON TORCH_INDEX NEURON_INDEX ADAPTERS A ARGS B BASE BUNDLE COMPARE HOST MODEL NAME NODES PORT PROFILE REPLICAS \
-    REPO REV SAMPLES SEARCH SET UPLOAD
+override SETTINGS := PYTHON TORCH_INDEX NEURON_INDEX ADAPTERS A ARGS B BASE BUNDLE COMPARE HOST LIMIT MODEL NAME NODES PORT PROFILE REPLICAS \
+    REPO REV SAMPLES SEARCH SET TASKS UPLOAD
 override GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out -%,$(GIVEN)),$(eval override export $(name) := $$(value $(name))))
 # The first three may also come from the caller's environment. The others have common names, as NAME and HOST.
@@ -32,7 +32,7 @@ override SERVED := $(SERVER) "$${words[@]/\#/--adapters=}"
 override pytest = PYTEST_ADDOPTS="$${PYTEST_ADDOPTS-} $(1) $${ARGS-}" pytest
 override BENCHMARKS := python bench/convert.py; python bench/data.py; python bench/train.py; python bench/train.py --memory
 
-.PHONY: help setup setup-neuron setup-xla repro report sweep experiments compare card push bundle test-fast test test-long check-metrics lint deps serve load smoke ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
+.PHONY: help setup setup-neuron setup-xla setup-lm-eval repro report sweep experiments compare card push bundle test-fast test test-long check-metrics lint deps serve load smoke lm-eval ui chat doctor device-check plan precompile profile bench profile-train pull-results lock audit
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ setup-neuron: $(READY) ## on Trainium: AWS's packages for backend neuron into .v
 
 setup-xla: $(READY) ## .venv-xla, with the real torch_xla: for the tests of backend nxd in `make test-long`
 	@tools/environment.sh setup-xla
+
+setup-lm-eval: $(READY) ## .venv-lm-eval, with lm-evaluation-harness: for `make lm-eval`
+	@tools/environment.sh setup-lm-eval
 
 repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to date do not run again
 	@python tools/doctor.py --repro
@@ -105,6 +108,9 @@ load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, whe
 
 smoke: $(READY) ## ask the running server one question of base and adapter; HOST= PORT= as for serve
 	@python tools/smoke.py $(SERVER)
+
+lm-eval: $(READY) ## TASKS="facts …": score the running server's base model and adapter with lm-evaluation-harness; LIMIT=N
+	@words=($${TASKS-}); python tools/lm_eval.py $(SERVER) $${LIMIT:+--limit="$$LIMIT"} -- "$${words[@]}"
 
 ui: $(READY) ## base and adapters side by side in the browser, on the running server or one that it starts; as for serve
 	@words=($${ADAPTERS-}); python tools/ui.py $(SERVED)

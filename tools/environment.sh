@@ -4,6 +4,7 @@
 #     tools/environment.sh setup STAMP     make .venv from requirements.lock, then touch STAMP
 #     tools/environment.sh setup-neuron    add AWS's packages for the device neuron to .venv
 #     tools/environment.sh setup-xla       make .venv-xla from pyproject.toml's group xla, for the tests on torch_xla
+#     tools/environment.sh setup-lm-eval   make .venv-lm-eval from pyproject.toml's group lm-eval, for make lm-eval
 #     tools/environment.sh lock            compile pyproject.toml's group dev into requirements.lock
 #
 # Why no uv.lock: it writes down one address for each file. torch's would be in PyTorch's index, so that `uv lock` and
@@ -123,6 +124,14 @@ setup_xla() {
     echo "setup-xla: .venv-xla is up to date; NXD_SOURCE=<clone of neuronx-distributed>/src make test-long uses it"
 }
 
+# lm-evaluation-harness asks a server and needs no torch. Its version is in pyproject.toml; those of what it needs are the
+# newest that fit.
+setup_lm_eval() {
+    .venv-lm-eval/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m venv --clear .venv-lm-eval
+    .venv/bin/uv pip install --no-config --quiet --python .venv-lm-eval/bin/python --group lm-eval
+    echo "setup-lm-eval: .venv-lm-eval is up to date; with make serve in another terminal: make lm-eval TASKS=facts"
+}
+
 # What pyproject.toml's overrides leave out must be absent, and nothing else may be missing or of a wrong version.
 check_venv() {
     local left_out wrong
@@ -197,6 +206,7 @@ case "${1:-}" in
     setup) setup "$2" ;;
     setup-neuron) setup_neuron ;;
     setup-xla) setup_xla ;;
+    setup-lm-eval) setup_lm_eval ;;
     lock) lock ;;
-    *) echo "usage: tools/environment.sh setup STAMP | setup-neuron | setup-xla | lock" >&2; exit 2 ;;
+    *) echo "usage: tools/environment.sh setup STAMP | setup-neuron | setup-xla | setup-lm-eval | lock" >&2; exit 2 ;;
 esac

@@ -17,6 +17,8 @@ from pydantic import JsonValue
 from trnlora import paths
 from trnlora.data.examples import Answer
 from trnlora.errors import UserError
+from trnlora.evaluation.harness import RESULTS as HARNESS
+from trnlora.evaluation.harness import HarnessResults
 from trnlora.metrics import metrics_file, stages, timing_file
 from trnlora.readers import check_writable, checked, parse_json, parse_jsonl_as, parse_yaml
 from trnlora.recorded import (
@@ -35,6 +37,7 @@ from trnlora.recorded import (
 CURVES = ("train/loss", "validation/loss", "train/lr", "train/grad_norm", "train/tokens_per_second")
 WORKSPACE = "workspace"
 RERUN = ": `make repro` writes it again"
+RERUN_HARNESS = ": `make lm-eval` writes it again"
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,19 @@ class Results:
     name: str  # WORKSPACE, or the revision as the user wrote it
     metrics: dict[str, dict[str, Any]]  # by file; keys of nested values are joined with dots, as DVC does
     params: dict[str, Any]  # that the stages read when they ran, by `section.key`
+    adapter: str | None  # md5 of artifacts/adapter, as dvc.lock recorded it
     curves: dict[str, list[tuple[int, float]]]  # (optimizer step, value)
     answers: list[Answer] | None
+    harness: HarnessResults | None
     changes: Changes  # since the run: in the working tree, or in the revision's own files
 
     @property
     def notes(self) -> list[str]:
         """A line for each way in which these are not the results of the project's present params, code and data."""
-        return self.changes.lines("" if self.name == WORKSPACE else self.name)
+        lines = self.changes.lines("" if self.name == WORKSPACE else self.name)
+        if self.harness and self.adapter and self.harness.adapter != self.adapter:
+            lines.append(f"stale: {self.where(str(HARNESS))} is of another adapter; `make lm-eval` writes it again")
+        return lines
 
     def find(self, stage: str, key: str) -> tuple[str, Any]:
         """The file and the value of a stage's metric. The value is None if there is none."""
@@ -110,7 +118,7 @@ def load_results(revision: str | None = None) -> Results:
     metrics = {file: _metrics(text, where(file)) for file in files if (text := read(file)) is not None}
     if not metrics:
         raise UserError("there are no metrics yet: run `make repro`" if revision is None else f"{name} has no metrics")
-    lock, answers, curves = read(LOCK), read(str(paths.ANSWERS)), {}
+    lock, answers, harness, curves = read(LOCK), read(str(paths.ANSWERS)), read(str(HARNESS)), {}
     for curve in CURVES:
         file = f"{paths.PLOTS}/training/plots/metrics/{curve}.tsv"
         curves[curve] = _curve(read(file) or "", where(file))
@@ -122,6 +130,8 @@ def load_results(revision: str | None = None) -> Results:
         if runs
         else _values(read(str(paths.PARAMS)) or "", where("params.yaml")),
         curves=curves,
+        adapter=runs["flatten_adapter"].outs.get(str(paths.ADAPTER)) if "flatten_adapter" in runs else None,
+        harness=_harness(harness, where(str(HARNESS))) if harness else None,
         answers=parse_jsonl_as(answers, where(str(paths.ANSWERS)), Answer, RERUN) if answers else None,
         changes=workspace_changes() if revision is None else _changes_of(repo, lock, runs),
     )
@@ -168,6 +178,10 @@ def _metrics(text: str, where: str) -> dict[str, Any]:
     values = dict(flat(checked(parse_json(text, where, RERUN), dict[str, JsonValue], where, RERUN)))
     check_writable(values, where, RERUN)
     return values
+
+
+def _harness(text: str, where: str) -> HarnessResults:
+    return checked(parse_json(text, where, RERUN_HARNESS), HarnessResults, where, RERUN_HARNESS)
 
 
 def _values(text: str, where: str) -> dict[str, Any]:

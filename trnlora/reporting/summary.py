@@ -20,6 +20,7 @@ def summary(
     """
     notes = [line for note in notes_of(now, *others) for line in (f"> {note}", ">")]
     lines = [f"### {run['Profile']}", "", *notes, "", *score_table(now, others), "", *_measured(now)]
+    lines += _harness(now)
     lines += _differing_params(now, others)
     samples = [row for row in rows if (row.others if others else row.outcome == OUTCOMES[False, True])]
     for row in samples[:MAX_SAMPLES]:
@@ -72,6 +73,19 @@ def _measured(now: Results) -> list[str]:
         seconds = formatted(now, "finetune_lora", "seconds", "seconds")
         lines.append(f"Training: {FORMS['rate'](speed)} tokens/s, {seconds}.")
     return lines
+
+
+def _harness(now: Results) -> list[str]:
+    """A table of what lm-evaluation-harness measured; nothing if it did not run."""
+    if now.harness is None:
+        return []
+    rows = [
+        f"| {table_cell(score.task)} {table_cell(score.metric)} | {FORMS['score'](score.base)} | "
+        f"{FORMS['score'](score.tuned)} | {score.samples} |"
+        for score in now.harness.scores()
+    ]
+    head = f"| lm-evaluation-harness {table_cell(now.harness.harness)} | base | tuned | samples |"
+    return ["", head, "|---|---:|---:|---:|", *rows]
 
 
 def _differing_params(now: Results, others: Sequence[Results]) -> list[str]:
