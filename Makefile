@@ -54,6 +54,7 @@ setup-lm-eval: $(READY) ## .venv-lm-eval, with lm-evaluation-harness: for `make 
 
 repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to date do not run again
 	@python tools/doctor.py --repro
+	@python tools/repro_plan.py
 	@dvc repro
 	@python tools/show_metrics.py
 	@python tools/report.py

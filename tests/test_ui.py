@@ -83,6 +83,28 @@ def test_a_question_is_answered_side_by_side_and_errors_are_sentences(ui: Ui, br
         assert len(picture.getcolors(1 << 20)) > 20  # text, not an empty box
     assert browser.console() == []
 
+    # Each answer but the first has marks, which can be switched off. The texts stay the same.
+    assert {box.get_attribute("data-model") for box in browser.find_all(".answer:has(mark)")} == {*NAMES[1:]}
+    browser.find("#differences").click()
+    assert not browser.find_all("mark")
+    # The browser remembers the questions of both visits, with their answers, also as a file to share.
+    browser.driver.get(f"http://127.0.0.1:{ui.port}/")
+    wait(lambda: browser.find("#ask").is_enabled())
+    assert [one.text for one in browser.find_all("#earlier button")] == 2 * ["Which city? · Rosa lives in Nairobi."]
+    browser.find("#earlier button").click()
+    assert browser.find("#instruction").get_property("value") == "Which city?"
+    kept = {box.get_attribute("data-model"): box.find_element("css selector", "pre").text
+            for box in browser.find_all(".answer")}  # fmt: skip
+    assert kept == answers
+    transcript = browser.driver.execute_script("return transcript(earlier())")
+    assert transcript.count("## 2") == 2
+    assert all(f"**{name}** (" in transcript for name in NAMES)
+    assert all(" ".join(text.split()) in " ".join(transcript.split()) for text in answers.values())
+    assert browser.outside("#history, #earlier button, .bar") == []
+    browser.find("#forget").click()
+    assert not browser.find("#history").is_displayed()
+    assert browser.console() == []
+
     browser.find("#max_tokens").clear()
     browser.find("#max_tokens").send_keys("99999")
     browser.find("#ask").click()
