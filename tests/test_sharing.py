@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from support.project import Project
 from support.stages import metrics
 
 from trnlora.errors import UserError
-from trnlora.files import write_sums
-from trnlora.params import load_params
 from trnlora.weights.adapter_source import ADAPTER_FILES, open_bundle, write_bundle
 
 MAKE = ("make", "--old-file=.venv/.ready")

@@ -23,7 +23,11 @@ from trnlora.reporting.results import load_results, notes_of
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument(
-        "--compare", action="append", default=[], metavar="REV", help="a commit or experiment to compare with; repeatable"
+        "--compare",
+        action="append",
+        default=[],
+        metavar="REV",
+        help="a commit or experiment to compare with; repeatable",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("reports"), metavar="DIR", help="output folder (default: %(default)s)"

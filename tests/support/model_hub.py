@@ -51,7 +51,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         repo = self.path.removeprefix("/api/models/").partition("?")[0].partition("/revision/")[0]
         if repo in self.server.hub.repositories:  # type: ignore[attr-defined]
             files = self.server.hub.repositories[repo].items()  # type: ignore[attr-defined]
-            self.answer({"id": repo, "sha": "a" * 40, "siblings": [described(name, content) for name, content in files]})
+            self.answer(
+                {"id": repo, "sha": "a" * 40, "siblings": [described(name, content) for name, content in files]}
+            )
         else:
             self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
 
@@ -104,7 +106,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for name, text in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":

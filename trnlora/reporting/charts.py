@@ -102,7 +102,9 @@ def _draw_points(points: list[tuple[str, str, float, float]], axes: Any) -> None
     """points: (name, color, x, y) of each run."""
     for name, color, loss, score in points:
         axes.plot(loss, 100 * score, "o", color=color, markersize=8, alpha=0.8)
-        axes.annotate(_plain(name), (loss, 100 * score), xytext=(7, 5), textcoords="offset points", annotation_clip=False)
+        axes.annotate(
+            _plain(name), (loss, 100 * score), xytext=(7, 5), textcoords="offset points", annotation_clip=False
+        )
     axes.margins(x=0.25, y=0.2)
     axes.set_xlabel("validation loss")
     axes.set_ylabel("%")
