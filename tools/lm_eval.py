@@ -2,7 +2,7 @@
 
     python tools/lm_eval.py [--params FILE] [--host HOST] [--port PORT] [--limit N] TASK …     (make lm-eval TASKS="…")
 
-TASK is one of the harness's (`.venv-lm-eval/bin/lm_eval ls tasks`), or of lm_eval_tasks; `facts` there needs no network.
+TASK is one of the harness's (`.venv-lm-eval/bin/lm_eval ls tasks`), or of lm_eval_tasks: `facts` needs no network.
 `make setup-lm-eval` makes the environment. The server must have the pipeline's adapter, as `make serve` starts it.
 
 Reads   dvc.lock, artifacts/model (tokenizer); the server's answers

@@ -7,8 +7,8 @@ may be given several times.
 
 The params are those of the run, which dvc.lock recorded. At the top of both are lines that name what changed since.
 
-Reads   dvc.lock and the files that it names, metrics/, profiles/, plots/training, artifacts/answers.jsonl; those of each
-        REV from Git and DVC's cache
+Reads   dvc.lock and the files that it names, metrics/, profiles/, plots/training, artifacts/answers.jsonl; those of
+        each REV from Git and DVC's cache
 Writes  reports/report.html, reports/summary.md
 """
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness on the base model and on the adapter of a running server: what else the adapter has changed.
 
-The harness (github.com/EleutherAI/lm-evaluation-harness) has an environment of its own, .venv-lm-eval. It asks the server
-for completions, with the log-probabilities of prompts.
+The harness (github.com/EleutherAI/lm-evaluation-harness) has an environment of its own, .venv-lm-eval. It asks the
+server for completions, with the log-probabilities of prompts.
 """
 
 import math
@@ -26,7 +26,7 @@ CONCURRENT = 8  # requests at a time
 
 
 class TaskResults(StrictModel):
-    """A task's results for both models, by name of the metric, e.g. acc; with …_stderr where the harness estimates it."""
+    """A task's results for both models, by name of the metric, e.g. acc; with …_stderr where the harness has one."""
 
     samples: int
     base: dict[str, float]

@@ -37,7 +37,7 @@ def changes_on_hub(folder: Path, repo: str) -> tuple[bool, list[str]]:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Create the repository if it is not there, and add the files of `folder` to it in one commit, whose URL it returns.
+    """Create the repository if it is not there, add the files of `folder` to it in one commit, and return its URL.
 
     Raises UserError without HF_TOKEN, and for what the hub refuses; then no file of the repository has changed.
     """

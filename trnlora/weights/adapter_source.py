@@ -24,14 +24,17 @@ MAX_BYTES = 64 * 2**30  # rank 512 on every linear layer of a 70B model has 26 G
 def write_bundle(folder: Path, archive: Path) -> None:
     """Write all files below `folder` to `archive`, with their digests, which are left in `folder` too."""
     write_sums(folder)
-    with atomic_file(archive) as partial, partial.open("wb") as out:
-        # mtime=0 and no file name in gzip's header
-        with gzip.GzipFile("", "wb", 6, out, mtime=0) as packed, tarfile.open(fileobj=packed, mode="w|") as tar:
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                member = tarfile.TarInfo(path.relative_to(folder).as_posix())
-                member.size = path.stat().st_size
-                with path.open("rb") as file:
-                    tar.addfile(member, file)
+    with (
+        atomic_file(archive) as partial,
+        partial.open("wb") as out,
+        gzip.GzipFile("", "wb", 6, out, mtime=0) as packed,  # no time and no file name in gzip's header
+        tarfile.open(fileobj=packed, mode="w|") as tar,
+    ):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            member.size = path.stat().st_size
+            with path.open("rb") as file:
+                tar.addfile(member, file)
 
 
 def open_bundle(archive: Path) -> Path:
