@@ -9,7 +9,6 @@ Reads   dvc.lock, artifacts/model (tokenizer); the server's answers
 Writes  metrics/lm_eval.json, which the report shows beside the other scores
 """
 
-import tempfile
 from pathlib import Path
 
 from trnlora import paths
@@ -19,9 +18,9 @@ from trnlora.evaluation.harness import PYTHON, RESULTS, HarnessResults, run_harn
 from trnlora.files import write_json
 from trnlora.params import load_params
 from trnlora.readers import read_text
-from trnlora.recorded import FIX, LOCK, parse_lock
+from trnlora.recorded import FIX, LOCK, parse_lock, workspace_changes
 from trnlora.serving.adapters import TUNED
-from trnlora.serving.client import base_url, served_folders
+from trnlora.serving.client import base_url, max_model_len, served_folders, started_at
 
 
 def main() -> None:
@@ -36,18 +35,35 @@ def main() -> None:
         raise UserError('name the tasks: TASKS="facts" needs no network')
     if not PYTHON.is_file():
         raise UserError("lm-evaluation-harness is not installed: run `make setup-lm-eval`")
+    adapter = recorded_adapter()
     url = base_url(*server_address(args, params))
-    served = served_folders(url).get(TUNED)
-    if served is None or served.resolve() != paths.ADAPTER.resolve():
-        raise UserError(f"the server at {url} does not serve {paths.ADAPTER} as {TUNED}: start it with `make serve`")
-    recorded = parse_lock(read_text(Path(LOCK), FIX))["flatten_adapter"].outs[str(paths.ADAPTER)]
-    with tempfile.TemporaryDirectory(prefix="lm-eval-") as scratch:
-        version, tasks = run_harness(url, args.tasks, params.serve.max_model_len, args.limit, Path(scratch))
-    results = HarnessResults(harness=version, adapter=recorded, limit=args.limit, tasks=tasks)
+    check_served(url)
+    version, tasks = run_harness(url, args.tasks, max_model_len(url), args.limit)
+    results = HarnessResults(harness=version, adapter=adapter, limit=args.limit, tasks=tasks)
     write_json(RESULTS, results.model_dump())
     for score in results.scores():
         print(f"{score.task} {score.metric}: base {score.base:.4f}, tuned {score.tuned:.4f} ({score.samples} samples)")
     print(f"written to {RESULTS}; `make report` shows it")
+
+
+def recorded_adapter() -> str:
+    """md5 of artifacts/adapter in dvc.lock. Raises UserError if artifacts/adapter is not what a run wrote."""
+    runs = parse_lock(read_text(Path(LOCK), FIX))
+    digest = runs["flatten_adapter"].outs.get(str(paths.ADAPTER)) if "flatten_adapter" in runs else None
+    found = workspace_changes("flatten_adapter")
+    if not digest or found.unknown or str(paths.ADAPTER) in found.modified:
+        raise UserError(f"{paths.ADAPTER} is not that of the run in {LOCK}: run `make repro`, then start the server")
+    return digest
+
+
+def check_served(url: str) -> None:
+    """Raise UserError unless the server's `tuned` is artifacts/adapter as it is now."""
+    served = served_folders(url).get(TUNED)
+    if served is None or served.resolve() != paths.ADAPTER.resolve():
+        raise UserError(f"the server at {url} does not serve {paths.ADAPTER} as {TUNED}: start it with `make serve`")
+    written = max(path.stat().st_mtime for path in paths.ADAPTER.iterdir())
+    if (started := started_at(url)) and started < written:
+        raise UserError(f"{paths.ADAPTER} is newer than the server at {url}: restart it with `make serve`")
 
 
 if __name__ == "__main__":

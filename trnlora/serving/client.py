@@ -101,6 +101,23 @@ def served_folders(url: str) -> dict[str, Path]:
         raise UserError(not_vllm(url)) from None
 
 
+def max_model_len(url: str) -> int:
+    """Tokens of a prompt and its answer at the most. Raises as `served_models` does."""
+    try:
+        return next(int(model["max_model_len"]) for model in request(url, "/v1/models")["data"] if not model["parent"])
+    except (KeyError, TypeError, ValueError, StopIteration):
+        raise UserError(not_vllm(url)) from None
+
+
+def started_at(url: str) -> float | None:
+    """When the server's process started, in seconds since 1970; None for several processes, which do not tell.
+
+    Raises as `request` does.
+    """
+    found = re.search(r"^process_start_time_seconds (\S+)$", str(request(url, "/metrics")), re.MULTILINE)
+    return float(found[1]) if found else None
+
+
 class ChatReply(NamedTuple):
     """The answer to a conversation, and the prompt that the server made of it, in token ids (None: it does not say)."""
 
