@@ -127,7 +127,7 @@ class Image:
     def run(
         self, command: list[str], env: dict[str, str] | None = None, volumes: dict[Path, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as `docker run` would, and print what it prints. `volumes`: folders here, and their places there.
+        """Run a command as `docker run` would, and print its output. `volumes`: folders, and where they are there.
 
         Raises subprocess.CalledProcessError, with the output, when it fails.
         """
@@ -173,22 +173,24 @@ class Image:
         return re.sub(r"\$\{?(\w+)\}?", lambda match: values.get(match[1], ""), text)
 
     def _copy(self, instruction: Instruction) -> None:
-        """Missing folders become root's, and existing ones stay whose they are, as with Docker's older builder."""
+        """A folder above the target that is missing becomes root's, as with Docker's older builder."""
         if set(instruction.options) - {"chown"}:
             raise ValueError(f"COPY with {', '.join(instruction.options)} is not something that this can run")
         owner = self._passwd(instruction.options["chown"].split(":")[0])[:2] if instruction.options else (0, 0)
-        *sources, target = instruction.words
-        ignored = Ignored((self.context / ".dockerignore").read_text("utf-8"))
-        files = context_files(self.context, ignored)
+        *sources, to = instruction.words
+        target = self._inside(str(Path(self.workdir) / to))
+        files = context_files(self.context, Ignored((self.context / ".dockerignore").read_text("utf-8")))
         for source in sources:
-            source = source.removeprefix("./")
-            inside = [file for file in files if source == "." or file == source or file.startswith(f"{source}/")]
+            inside = [file for file in files if source in (".", file) or file.startswith(f"{source}/")]
             if not inside:
                 raise FileNotFoundError(f"COPY {source}: the context has no such file")
+            top = Path(source).parent if inside == [source] else Path(source)
+            target.mkdir(parents=True, exist_ok=True)
             for file in inside:
-                name = file if source == "." else os.path.relpath(file, source if file != source else Path(file).parent)
-                copy = self._inside(str(Path(self.workdir) / target / name))
-                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy = target / Path(file).relative_to(top)
+                for folder in [folder for folder in reversed(copy.parents) if not folder.exists()]:
+                    folder.mkdir()
+                    os.chown(folder, *owner)
                 shutil.copy2(self.context / file, copy, follow_symlinks=False)
                 os.chown(copy, *owner, follow_symlinks=False)
 
