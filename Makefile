@@ -58,6 +58,7 @@ repro: $(READY) ## the whole pipeline with params.yaml; stages that are up to da
 	@dvc repro
 	@python tools/show_metrics.py
 	@python tools/report.py
+	@echo 'next: open reports/report.html; make ui asks base model and adapter side by side, make serve starts their API'
 
 report: $(READY) ## write reports/report.html and summary.md of the current results; COMPARE="REV …" adds commits or experiments
 	@words=($${COMPARE-}); python tools/report.py "$${words[@]/#/--compare=}"

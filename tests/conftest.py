@@ -22,6 +22,7 @@ from support.runs import Runs, prepare
 from support.server import Server
 from support.stages import set_params
 
+from trnlora.evaluation.harness import RESULTS as HARNESS
 from trnlora.files import write_jsonl, write_sums
 from trnlora.training.launch import rank_environment
 
@@ -140,7 +141,7 @@ def recorded_project(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path)
     import pyarrow.parquet as pq
 
     project = make_project(tmp_path_factory.mktemp("recorded") / "project", tiny_llama)
-    for source in [*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")]:
+    for source in {*(ROOT / "metrics").rglob("*.json"), *(ROOT / "plots").rglob("*.*")} - {ROOT / HARNESS}:
         target = project.root / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())

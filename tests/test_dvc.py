@@ -1,5 +1,6 @@
 """The pipeline in DVC: its dependency lists, and all six stages run end to end on a tiny random Llama."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,23 @@ def test_nothing_runs_again_until_something_changes(finished_copy: Project) -> N
     again = project.dvc("repro")
     assert ran(again) == []
     assert "up to date" in again
+    assert plan(project) == "every stage is up to date"
 
     eval_py = project.root / "stages" / "eval_vllm.py"
     eval_py.write_text(eval_py.read_text("utf-8") + "# a comment\n", "utf-8")
     assert ran(project.dvc("repro", "--dry")) == ["eval_vllm"]
+    assert re.fullmatch(r"to run, in at most about \d+ s by the last run's times: eval_vllm \(\d+ s\)", plan(project))
+
+    (project.root / "metrics/timing/eval_vllm.json").unlink()
+    (project.root / "artifacts/prepared/test.jsonl").unlink()
+    names = ["prepare_data", "finetune_lora", "flatten_adapter", "eval_vllm"]
+    assert re.findall("[a-z]+_[a-z]+", plan(project)) == names
+    assert plan(project).endswith(", eval_vllm")  # its time is not known
+
+
+def plan(project: Project) -> str:
+    """What `make repro` says that it will run."""
+    return project.run(".venv/bin/python", "tools/repro_plan.py").strip()
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from PIL import Image
 from support.browser import Browser
 from support.project import Project
 
+from trnlora.evaluation.harness import RESULTS as HARNESS
+from trnlora.recorded import parse_lock
 from trnlora.reporting.card import card
 from trnlora.reporting.charts import CHARTS, COLORS, SCATTER
 from trnlora.reporting.results import flat, load_results
@@ -116,7 +118,7 @@ def test_several_runs_beside_each_other(run_project: Project, browser: Browser, 
         project.run("git", "tag", name)
     report(project, "--compare", "first", "--compare", "HEAD~2", "--compare", "first")
     summary = (project.root / "reports/summary.md").read_text("utf-8")
-    assert "| param | first | HEAD~2 | workspace |\n|---|---|---|---|\n| lora.r | 4 | 16 | 8 |\n" in summary
+    assert "| param | workspace | first | HEAD~2 |\n|---|---|---|---|\n| lora.r | 8 | 4 | 16 |\n" in summary
     assert "| tuned, first | tuned, HEAD~2 |\n" in summary
     browser.console()
     for width in (1280, 390):
@@ -128,9 +130,30 @@ def test_several_runs_beside_each_other(run_project: Project, browser: Browser, 
         assert browser.find_all("figure")[-1].text == SCATTER
         assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
         table = browser.find("#run table").text
-        assert re.search(r"^param first HEAD~2 workspace$", table, re.M)
-        assert re.search(r"^train\.lr 0\.001 0\.01 0\.002$", table, re.M)
+        assert re.search(r"^param workspace first HEAD~2$", table, re.M)
+        assert re.search(r"^train\.lr 0\.002 0\.001 0\.01$", table, re.M)
     assert browser.console() == []
+
+
+def test_what_the_harness_measured(run_project: Project, browser: Browser) -> None:
+    """Base and tuned beside each other on the page and in the summary, and a note if they are of another adapter."""
+    recorded = parse_lock((run_project.root / "dvc.lock").read_text("utf-8"))["flatten_adapter"].outs
+    values = {"base": {"acc": 0.7917, "acc_stderr": 0.0592}, "tuned": {"acc": 0.6458, "acc_stderr": 0.0698}}
+    path = run_project.root / HARNESS
+    for adapter in (recorded["artifacts/adapter"], "0" * 32 + ".dir"):
+        found = {"harness": "0.4.13", "adapter": adapter, "limit": 48, "tasks": {"facts": {"samples": 48} | values}}
+        path.write_text(json.dumps(found), "utf-8")
+        printed = report(run_project, "--compare", "HEAD")
+        note = "stale: metrics/lm_eval.json is of another adapter; `make lm-eval` writes it again"
+        assert (note in printed) == (adapter != recorded["artifacts/adapter"])
+    assert "| facts acc | 0.792 | 0.646 | 48 |" in (run_project.root / "reports/summary.md").read_text("utf-8")
+    for width in (1280, 390):
+        open_report(run_project, browser, width)
+        assert browser.find("#notes p").text == note
+        head, row = browser.find("#harness").text.splitlines()
+        assert head == "task base tuned change"
+        assert row == "facts acc of 48 0.792 ± 0.059 0.646 ± 0.070 -0.146"
+        assert browser.outside("#harness") == []
 
 
 def test_numbers_are_those_of_dvc(run_project: Project, browser: Browser) -> None:
@@ -195,7 +218,7 @@ def test_summary_lists_changes(run_project: Project) -> None:
     run_project.dvc("commit", "--force", "--quiet")
     report(run_project, "--compare", "before")
     text = (run_project.root / "reports/summary.md").read_text("utf-8")
-    assert "| train.lr | 0.01 | 0.005 |" in text
+    assert "| train.lr | 0.005 | 0.01 |" in text
     assert re.search(r"^\| exact match \| [\d.]+% \| ([\d.]+%) \| \1 \| ±0.0 pt \|$", text, re.M)
     assert re.search(r"^\| · closed_qa \| [\d.]+% \| ([\d.]+%) \| \1 \| ±0.0 pt \|$", text, re.M)
     report(run_project)

@@ -2,7 +2,7 @@
 
     python tools/repro_plan.py        (in make repro)
 
-Where DVC's run cache has a stage's results, they are copied in place of a run.
+A stage does not run after all if what it depends on comes out the same, or if DVC's run cache has its results.
 
 Reads   what `dvc status` reads, metrics/timing/*.json
 """
@@ -22,26 +22,25 @@ def main() -> None:
     seconds = {name: last_seconds(name) for name in names}
     shown = [f"{name} ({duration(of)})" if of is not None else name for name, of in seconds.items()]
     known = [of for of in seconds.values() if of is not None]
-    total = f": about {duration(sum(known))} by the last run's times" if known else ""
+    total = f", in at most about {duration(sum(known))} by the last run's times" if known else ""
     print(f"to run{total}: {', '.join(shown)}")
 
 
 def stages_to_run() -> list[str]:
     """The stages that have changed, and those that depend on them, in the order in which they run."""
-    import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.repo.reproduce import plan_repro
 
     try:
         with Repo() as repo:
-            changed = set(repo.status())
+            changed = repo.status()
             graph = repo.index.graph  # an edge from each stage to those that it depends on
-            order = networkx.dfs_postorder_nodes(graph)
-            return [
-                stage.addressing
-                for stage in order
-                if changed & {each.addressing for each in (stage, *networkx.descendants(graph, stage))}
-            ]
+            found: list[str] = []
+            for stage in plan_repro(graph):
+                if stage.addressing in changed or any(needed.addressing in found for needed in graph.successors(stage)):
+                    found.append(stage.addressing)
+            return found
     except DvcException as error:
         raise UserError(" ".join(str(error).split())) from None
 

@@ -28,7 +28,7 @@ def main() -> None:
         console.print(scores)
     for note in now.notes:
         print(note)
-    print(f"adapter in {paths.ADAPTER}, answers in {paths.ANSWERS}; next: make serve, dvc metrics diff, dvc plots show")
+    print(f"adapter in {paths.ADAPTER}, answers in {paths.ANSWERS}; make compare shows what changed")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def check_publishable(params: Params, now: Results) -> None:
         raise UserError(
             f"{paths.ANSWERS}, of which the card shows a prompt, is not here: run `dvc pull` or `make repro`"
         )
-    if now.notes:  # others will read the card as a description of the adapter, without this project beside it
-        raise UserError(f"the card would not describe what was trained: {'; '.join(now.notes)}")
+    # Others will read the card as a description of the adapter, without this project beside it.
+    if changed := now.changes.lines():
+        raise UserError(f"the card would not describe what was trained: {'; '.join(changed)}")
     check_own_adapter(paths.ADAPTER, paths.MODEL, params.lora, "tuned")
 
 

@@ -3,6 +3,7 @@
 import base64
 import functools
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ STYLE: Any = {
 def charts(runs: Sequence[Results]) -> list[tuple[str, str]]:
     """(title, SVG as a data URI) of each chart; empty without training curves. The first run is the present one.
 
-    With several runs, each has a color, and a last chart has their scores over their losses.
+    With several runs, each has a color, that of `legend`, and a last chart has their scores over their losses.
     """
     drawn = []
     if runs[0].curves["train/loss"]:
@@ -47,14 +48,19 @@ def charts(runs: Sequence[Results]) -> list[tuple[str, str]]:
             title = chart.title + (dashed if len(chart.curves) > 1 else "")
             drawn.append((title, _svg(functools.partial(_draw_curves, chart, runs))))
     points = [
-        (run.name, COLORS[number % len(COLORS)], loss, score)
-        for number, run in enumerate(runs)
+        (color, loss, score)
+        for run, (_, color) in zip(runs, legend(runs), strict=True)
         if (loss := run.number("finetune_lora", "validation_loss")) is not None
         and (score := run.number("eval_vllm", f"tuned.{SCORES[0].key}")) is not None
     ]
     if len(points) > 1:
         drawn.append((SCATTER, _svg(functools.partial(_draw_points, points))))
     return drawn
+
+
+def legend(runs: Sequence[Results]) -> list[tuple[str, str]]:
+    """(name, color) of each run, where there are several."""
+    return [(run.name, COLORS[number % len(COLORS)]) for number, run in enumerate(runs)]
 
 
 def _svg(draw: Callable[[Any], None]) -> str:
@@ -75,16 +81,12 @@ def _svg(draw: Callable[[Any], None]) -> str:
 
 def _draw_curves(chart: Chart, runs: Sequence[Results], axes: Any) -> None:
     several = len(runs) > 1
-    for place, run in reversed([*enumerate(runs)]):  # the present run is on top
-        for number, curve in enumerate(chart.curves):
+    for run, (_, of_run) in reversed([*zip(runs, legend(runs), strict=True)]):  # the present run is on top
+        for curve, of_curve in zip(chart.curves, COLORS, strict=False):
             split = curve.split("/")[0]
-            color = COLORS[(place if several else number) % len(COLORS)]
-            style: dict[str, Any] = {"color": color, "linewidth": 1.6, "label": split}
+            style: dict[str, Any] = {"color": of_run if several else of_curve, "linewidth": 1.6, "label": split}
             if split == "validation":
-                style |= {"marker": "o", "markersize": 5}
-            if several:
-                style["label"] = None if number else _plain(run.name)
-                style["linestyle"] = "--" if split == "validation" else "-"
+                style |= {"marker": "o", "markersize": 5, "linestyle": "--" if several else "-"}
             if run.curves[curve]:
                 axes.plot(*zip(*run.curves[curve], strict=True), **style)
     if chart.logarithmic:
@@ -94,22 +96,15 @@ def _draw_curves(chart: Chart, runs: Sequence[Results], axes: Any) -> None:
     else:
         axes.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step")
-    if len(axes.lines) > 1:
-        axes.legend(frameon=False, reverse=several)
+    if len(axes.lines) > 1 and not several:
+        axes.legend(frameon=False)
 
 
-def _draw_points(points: list[tuple[str, str, float, float]], axes: Any) -> None:
-    """points: (name, color, x, y) of each run."""
-    for name, color, loss, score in points:
-        axes.plot(loss, 100 * score, "o", color=color, markersize=8, alpha=0.8)
-        axes.annotate(
-            _plain(name), (loss, 100 * score), xytext=(7, 5), textcoords="offset points", annotation_clip=False
-        )
-    axes.margins(x=0.25, y=0.2)
+def _draw_points(points: list[tuple[str, float, float]], axes: Any) -> None:
+    """points: (color, x, y) of each run."""
+    for (color, loss, score), marker in zip(points, itertools.cycle("os^Dv*"), strict=False):
+        # Not filled, so that runs with the same values are all seen.
+        axes.plot(loss, 100 * score, marker, color=color, markersize=9, markerfacecolor="none", markeredgewidth=2)
+    axes.margins(0.2)
     axes.set_xlabel("validation loss")
     axes.set_ylabel("%")
-
-
-def _plain(name: str) -> str:
-    """A run's name, in which matplotlib finds no formula. A name that begins with _ would be left out of legends."""
-    return name.replace("$", r"\$").removeprefix("_")

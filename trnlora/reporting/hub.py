@@ -9,9 +9,11 @@ from trnlora.errors import UserError
 from trnlora.files import sha256
 from trnlora.sources import HUB_TIMEOUT, Source, hub_error_line
 
+NEW, CHANGED, SAME = "new", "changed", "same"
 
-def changes_on_hub(folder: Path, repo: str) -> tuple[bool, list[str]]:
-    """Whether the repository exists, and a line for each file that an upload of `folder` would add, change or keep.
+
+def states_on_hub(folder: Path, repo: str) -> dict[str, str] | None:
+    """NEW, CHANGED or SAME for each file of `folder`; None if there is no such repository that HF_TOKEN may see.
 
     Sends nothing. Raises UserError if the hub cannot be reached or refuses HF_TOKEN.
     """
@@ -19,25 +21,22 @@ def changes_on_hub(folder: Path, repo: str) -> tuple[bool, list[str]]:
 
     try:
         info = _api().repo_info(repo, files_metadata=True, timeout=HUB_TIMEOUT)
-        there = {file.rfilename: _digest(file) for file in info.siblings or []}
-        exists = True
     except RepositoryNotFoundError:
-        there, exists = {}, False
+        return None
     except Exception as error:
         raise _explained(error, repo) from None
-    lines = []
-    for path in sorted(folder.iterdir()):
-        size = f"{path.stat().st_size / 1024:,.0f} KiB"
+    there = {file.rfilename: _digest(file) for file in info.siblings or []}
+
+    def state(path: Path) -> str:
         if path.name not in there:
-            lines.append(f"new      {path.name} ({size})")
-        else:
-            same = there[path.name] in (sha256(path), git_digest(path))
-            lines.append(f"{'same   ' if same else 'changed'}  {path.name} ({size})")
-    return exists, lines
+            return NEW
+        return SAME if there[path.name] in (sha256(path), git_digest(path)) else CHANGED
+
+    return {path.name: state(path) for path in sorted(folder.iterdir())}
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Create the repository if it is not there, add the files of `folder` to it in one commit, and return its URL.
+def upload(folder: Path, names: list[str], repo: str) -> str:
+    """Commit these files of `folder`, and return the commit's URL. Creates a private repository if there is none.
 
     Raises UserError without HF_TOKEN, and for what the hub refuses; then no file of the repository has changed.
     """
@@ -46,9 +45,12 @@ def upload(folder: Path, repo: str) -> str:
     try:
         api = _api()
         api.create_repo(repo, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Adapter and card").commit_url)
+        made = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message="Adapter and card"
+        )
     except Exception as error:
         raise _explained(error, repo) from None
+    return str(made.commit_url)
 
 
 def git_digest(path: Path) -> str:
@@ -69,5 +71,13 @@ def _api() -> Any:
 
 
 def _explained(error: Exception, repo: str) -> Exception:
-    line = hub_error_line(error, Source(f"hf://{repo}@main", "hf", repo, "main"))
-    return UserError(line) if line else error
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 403:
+        return UserError(f"your HF_TOKEN may not write to {repo}: take a token with write access to it")
+    if line := hub_error_line(error, Source(f"hf://{repo}@main", "hf", repo, "main")):
+        return UserError(line)
+    # What hf_xet, which sends large files, raises of Python's own, without a number and over several lines.
+    if isinstance(error, OSError | RuntimeError) and not getattr(error, "errno", None):
+        return UserError(f"the upload to {repo} failed, and it is unchanged: try again ({error})")
+    return error

@@ -7,7 +7,7 @@ from trnlora.files import atomic_outputs, partial_path
 from trnlora.metrics import stages
 from trnlora.recorded import FEW
 from trnlora.reporting.answers import AnswerRow, answer_rows, count_tags
-from trnlora.reporting.charts import charts
+from trnlora.reporting.charts import charts, legend
 from trnlora.reporting.provenance import what_was_run, where_shown
 from trnlora.reporting.results import Results, notes_of, params_that_differ
 from trnlora.reporting.summary import summary
@@ -48,11 +48,12 @@ def page(
             "losses": LOSSES,
             "categories": categories(now),
             "charts": charts([now, *others]),
+            "legend": legend([now, *others]),
             "stages": stage_seconds(now),
             "answers": answers,
             "answer_filters": count_tags(answers),
             "total_answers": len(now.answers or []),
-            "params_differ": params_that_differ(*others, now),
+            "params_differ": params_that_differ(now, *others),
             "cell": cell,
             "change": change,
             "forms": FORMS,

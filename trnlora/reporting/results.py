@@ -118,7 +118,9 @@ def load_results(revision: str | None = None) -> Results:
     metrics = {file: _metrics(text, where(file)) for file in files if (text := read(file)) is not None}
     if not metrics:
         raise UserError("there are no metrics yet: run `make repro`" if revision is None else f"{name} has no metrics")
-    lock, answers, harness, curves = read(LOCK), read(str(paths.ANSWERS)), read(str(HARNESS)), {}
+    if harness := read(str(HARNESS)):
+        metrics[str(HARNESS)] = _metrics(harness, where(str(HARNESS)))
+    lock, answers, curves = read(LOCK), read(str(paths.ANSWERS)), {}
     for curve in CURVES:
         file = f"{paths.PLOTS}/training/plots/metrics/{curve}.tsv"
         curves[curve] = _curve(read(file) or "", where(file))
@@ -164,7 +166,7 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, 
 
 def params_that_differ(*runs: Results) -> list[tuple[str, list[Any]]]:
     """(param, its value in each run; None where a run has no such param) of those that are not the same in all."""
-    keys = dict.fromkeys(key for run in runs for key in run.params)
+    keys = sorted({key for run in runs for key in run.params})
     values = [(key, [run.params.get(key) for run in runs]) for key in keys]
     return [(key, of_runs) for key, of_runs in values if any(value != of_runs[0] for value in of_runs)]
 

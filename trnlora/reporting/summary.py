@@ -90,8 +90,11 @@ def _harness(now: Results) -> list[str]:
 
 def _differing_params(now: Results, others: Sequence[Results]) -> list[str]:
     """A table of the params that differ; nothing if they are the same."""
-    runs = [*others, now]
-    rows = [f"| {key} | {' | '.join(map(table_cell, values))} |" for key, values in params_that_differ(*runs)]
+    runs = [now, *others]
+    rows = [
+        f"| {key} | {' | '.join('–' if value is None else table_cell(value) for value in values)} |"
+        for key, values in params_that_differ(*runs)
+    ]
     names = " | ".join(table_cell(run.name) for run in runs)
     return ["", f"| param | {names} |", "|---|" + "---|" * len(runs), *rows] if rows else []
 
