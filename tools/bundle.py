@@ -3,7 +3,7 @@
     python tools/bundle.py [--base ORG/NAME] [--out FILE]        (make bundle BASE=ORG/NAME)
     make serve BUNDLE=FILE                                       (there: it is checked, and served as `tuned`)
 
-eval.adapter and lora.init_adapter take it too, as path://FILE. The base model is not in it; trnlora.json in it has the
+eval.adapter and lora.init_adapter take it too, as path://FILE. The base model is not in it: trnlora.json in it has the
 digests of the model that it belongs to, and another one is refused. Refused as `make card` is.
 
 Reads   what tools/card.py reads
@@ -14,18 +14,21 @@ Writes  reports/adapter (as `make card`), reports/bundle.tar.gz: adapter, README
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from trnlora import paths
 from trnlora.cli import script_parser
 from trnlora.errors import run
-from trnlora.files import sha256
+from trnlora.evaluation.harness import RESULTS as HARNESS
+from trnlora.files import sha256, write_json
 from trnlora.metrics import metrics_file, stages
 from trnlora.params import load_params
+from trnlora.readers import read_json
 from trnlora.reporting.card import FOLDER, write_card_folder
 from trnlora.reporting.results import load_results, nested
-from trnlora.weights.adapter_source import SUFFIX, write_bundle
+from trnlora.sources import without_machine_path
+from trnlora.weights.adapter_source import PARAMS, SUFFIX, write_bundle
 
 
 def main() -> None:
@@ -38,15 +41,25 @@ def main() -> None:
     now = load_results()
     write_card_folder(load_params(), now, args.base)
     with tempfile.TemporaryDirectory() as made:
-        shutil.copytree(FOLDER, made, dirs_exist_ok=True)
-        (Path(made) / paths.METRICS).mkdir()
-        for stage in stages():
-            if metrics_file(stage).exists():
-                shutil.copy(metrics_file(stage), Path(made) / metrics_file(stage))
-        Path(made, "params.yaml").write_text(yaml.safe_dump(nested(now.params), sort_keys=False), "utf-8")
-        write_bundle(Path(made), args.out)
+        folder = Path(made)
+        shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+        of_adapter = [HARNESS] if now.harness and now.harness.adapter == now.adapter else []
+        for file in [*map(metrics_file, stages()), *of_adapter]:
+            if file.exists():
+                write_json(folder / file, for_others(read_json(file)))
+        (folder / PARAMS).write_text(yaml.safe_dump(for_others(nested(now.params)), sort_keys=False), "utf-8")
+        write_bundle(folder, args.out)
     size = args.out.stat().st_size / 2**20
     print(f"{args.out}: {size:.1f} MiB, sha256 {sha256(args.out)}; there: make serve BUNDLE={args.out.name}")
+
+
+def for_others(value: Any) -> Any:
+    """Params or metrics, without the folders of this machine."""
+    if isinstance(value, dict):
+        return {key: for_others(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [for_others(each) for each in value]
+    return without_machine_path(value) if isinstance(value, str) else value
 
 
 if __name__ == "__main__":

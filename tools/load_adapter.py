@@ -16,25 +16,27 @@ from trnlora.serving import client
 from trnlora.serving.adapters import BASE, Adapter, check_adapter, parse_adapters
 from trnlora.serving.prompts import check_template_of_server
 from trnlora.serving.vllm_args import max_lora_rank
+from trnlora.weights.adapter_source import adapter_folder
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     add_params(parser)
     add_server(parser)
-    parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER")
+    parser.add_argument("adapters", nargs="+", metavar="NAME=FOLDER", help="PEFT folders, or bundles")
     args = parser.parse_args()
 
     params = load_params(args.params)
     if not params.serve.runtime_adapters:
         raise UserError("serve.runtime_adapters is false: set it to true and restart the server, or use ADAPTERS=")
     url = client.base_url(*server_address(args, params))
-    for name, folder in parse_adapters(args.adapters).items():
+    for name, path in parse_adapters(args.adapters).items():
+        folder = adapter_folder(path)
         adapter = check_adapter(folder, paths.MODEL, name)
         check_room(adapter, [model for model in client.served_models(url) if model != BASE], params)
         check_template_of_server(adapter, url, params)
         client.request(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
-        print(f"{name} is served from {folder}")
+        print(f"{name} is served from {path}")
 
 
 def check_room(adapter: Adapter, served: list[str], params: Params) -> None:

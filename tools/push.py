@@ -2,18 +2,21 @@
 
     HF_TOKEN=… python tools/push.py [--base ORG/NAME] [--upload] ORG/NAME        (make push REPO=ORG/NAME UPLOAD=1)
 
-A repository that is not there is created as a private one. One commit holds all files; those that the hub already has
-are not sent again. The token comes from the environment only. Refused as `make card` is.
+A repository that is not there is created as a private one. One commit holds all that is sent: the files that the hub
+does not have yet. Other files of the repository stay. The token comes from the environment only. Refused as `make card`
+is.
 
 Reads   what tools/card.py reads
 Writes  reports/adapter (as `make card`); with --upload, the repository
 """
 
+import os
+
 from trnlora.cli import script_parser
 from trnlora.errors import UserError, run
 from trnlora.params import load_params
 from trnlora.reporting.card import FOLDER, check_hub_name, write_card_folder
-from trnlora.reporting.hub import changes_on_hub, upload
+from trnlora.reporting.hub import NEW, SAME, states_on_hub, upload
 from trnlora.reporting.results import load_results
 
 
@@ -29,12 +32,21 @@ def main() -> None:
     base = write_card_folder(load_params(), load_results(), args.base)
     if not base:
         print("the card names no base model because model.source is not on the hub: name it with BASE=ORG/NAME")
-    exists, changes = changes_on_hub(FOLDER, args.repo)
-    print(f"{args.repo}: {'a repository of the hub' if exists else 'would be created, as a private repository'}")
-    for change in changes:
-        print(f"  {change}")
-    if args.upload:
-        print(f"uploaded: {upload(FOLDER, args.repo)}")
+    found = states_on_hub(FOLDER, args.repo)
+    if found is None:
+        print(f"{args.repo}: would be created, as a private repository")
+        if not os.environ.get("HF_TOKEN"):
+            print("  unless there is a private one already: HF_TOKEN is not set")
+    else:
+        print(f"{args.repo}: a repository of the hub")
+    states = found or dict.fromkeys(sorted(path.name for path in FOLDER.iterdir()), NEW)
+    for name, state in states.items():
+        print(f"  {state:8} {name} ({(FOLDER / name).stat().st_size / 1024:,.0f} KiB)")
+    names = [name for name, state in states.items() if state != SAME]
+    if not names:
+        print("the hub has all of it: nothing to upload")
+    elif args.upload:
+        print(f"uploaded: {upload(FOLDER, names, args.repo)}")
     else:
         print("nothing was uploaded: UPLOAD=1 uploads")
 

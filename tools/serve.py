@@ -95,6 +95,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--container", metavar="IMAGE", help="on Trainium: run the server in this image of AWS")
     args = parser.parse_args()
     if args.bundle:
+        if not Path(args.bundle).is_file():
+            raise UserError(f"there is no file {args.bundle}: name one that `make bundle` has written")
         args.adapters = [*(args.adapters or []), f"{TUNED}={args.bundle}"]
     return args
 
@@ -117,7 +119,7 @@ def launch_on_neuron(
     if args.replicas > 1:
         raise UserError("on Trainium there is one replica per address: start several, behind launch/nginx.conf")
     if args.adapters:
-        raise UserError("on Trainium only the pipeline's adapter is served: omit ADAPTERS=")
+        raise UserError("on Trainium only the pipeline's adapter is served: omit ADAPTERS= and BUNDLE=")
     server = neuron_launch(params, adapters[0], host, port, template, in_container=args.container is not None)
     env = server.env | server_environment(runtime_adapters=False)
     if args.container:

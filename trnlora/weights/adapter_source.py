@@ -2,12 +2,16 @@
 
 A bundle is one archive that holds an adapter with its card, metrics and params, checked when it is opened.
 It is a tar file, compressed with gzip. The same run gives the same bytes: members are sorted and have neither times nor
-owners. SHA256SUMS in it has the digest of every other member.
+owners. SHA256SUMS in it has the digest of every other member. A bundle may come from anyone, so that only the names
+that `make bundle` writes are unpacked.
 """
 
 import gzip
+import io
+import re
 import tarfile
-from pathlib import Path, PurePosixPath
+import zlib
+from pathlib import Path
 
 from trnlora.errors import UserError
 from trnlora.files import SUMS, atomic_dir, atomic_file, check_sums, read_sums, sha256, write_sums
@@ -17,8 +21,10 @@ from trnlora.weights.peft_folder import CONFIG, RECORD, WEIGHTS
 SUFFIX = ".tar.gz"
 OPENED = Path(".scratch/bundles")  # each in a folder with the digest of its archive
 ADAPTER_FILES = (CONFIG, WEIGHTS, RECORD)
+CARD, PARAMS = "README.md", "params.yaml"
+MEMBER = re.compile("|".join([*map(re.escape, (*ADAPTER_FILES, CARD, PARAMS, SUMS)), r"metrics/\w[\w-]*\.json"]))
 MAX_FILES = 100
-MAX_BYTES = 64 * 2**30  # rank 512 on every linear layer of a 70B model has 26 GiB in float32
+MAX_RATIO = 100  # of the unpacked size to that of the archive; trained weights shrink by a tenth
 
 
 def write_bundle(folder: Path, archive: Path) -> None:
@@ -40,47 +46,67 @@ def write_bundle(folder: Path, archive: Path) -> None:
 def open_bundle(archive: Path) -> Path:
     """The folder of a bundle's files, which is a PEFT folder with more in it. Unpacks it if that was not done before.
 
-    Raises UserError for anything but a whole bundle. Nothing of another archive is written anywhere.
+    Raises UserError for anything but a whole bundle. Nothing of another archive is left anywhere.
     """
-    try:
-        folder = OPENED / sha256(archive)
-    except OSError as error:
-        raise UserError(f"cannot read the bundle {archive} ({error.strerror}): name a file of `make bundle`") from None
-    if not folder.is_dir():
+    folder = OPENED / sha256(archive)
+    if not folder.is_dir() or _problem(folder):
         with atomic_dir(folder) as partial:
             _unpack(archive, partial)
-            _check(archive, partial)
+            if problem := _problem(partial):
+                raise _refused(archive, problem)
     return folder
 
 
+class _Limited(io.RawIOBase):
+    """A stream that refuses to give more than `left` bytes, whatever a member's header promises."""
+
+    def __init__(self, stream: gzip.GzipFile, left: int) -> None:
+        self.stream = stream
+        self.left = left
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.stream.read(min(size, self.left + 1) if size >= 0 else self.left + 1)
+        self.left -= len(content)
+        if self.left < 0:
+            raise ValueError("it unpacks to too much")
+        return content
+
+
 def _unpack(archive: Path, folder: Path) -> None:
-    total = 0
+    found: set[str] = set()
     try:
-        with tarfile.open(archive, "r|gz") as tar:
-            for number, member in enumerate(tar):
-                name = PurePosixPath(member.name)
-                total += member.size
-                if not member.isreg() or name.is_absolute() or ".." in name.parts or len(name.parts) > 2:
-                    raise _refused(archive, f"{member.name!r} in it is not a plain file of a bundle")
-                if number == MAX_FILES or total > MAX_BYTES:
-                    raise _refused(archive, "it holds too much")
-                tar.extract(member, folder, set_attrs=False, filter="data")
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        raise _refused(archive, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        with gzip.open(archive) as packed:
+            stream = _Limited(packed, MAX_RATIO * archive.stat().st_size + 2**20)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    if not member.isreg() or member.issparse() or not MEMBER.fullmatch(member.name):
+                        raise ValueError(f"{member.name!r} in it is not a file of a bundle")
+                    if member.name in found or len(found) == MAX_FILES:
+                        raise ValueError(f"it has {member.name} twice, or too many files")
+                    found.add(member.name)
+                    tar.extract(member, folder, set_attrs=False, filter="data")
+            while stream.read(2**20):  # to the end, where gzip's checksum is
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+        raise _refused(archive, str(error)) from None
 
 
-def _check(archive: Path, folder: Path) -> None:
-    missing = [name for name in (*ADAPTER_FILES, SUMS) if not (folder / name).is_file()]
-    if missing:
-        raise _refused(archive, f"it has no {' and no '.join(missing)}")
-    listed = read_sums(folder / SUMS, "flatten_adapter").keys()
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
-    if listed != found:
-        raise _refused(archive, f"{min(listed ^ found)} is not in both it and its {SUMS}")
+def _problem(folder: Path) -> str | None:
+    """What is wrong with an unpacked bundle; None if it is whole."""
+    if missing := [name for name in (*ADAPTER_FILES, SUMS) if not (folder / name).is_file()]:
+        return f"it has no {' and no '.join(missing)}"
     try:
+        listed = read_sums(folder / SUMS, "flatten_adapter").keys()
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
+        if listed != found:
+            return f"{min(listed ^ found)!r} is not in both it and its {SUMS}"
         check_sums(folder, "flatten_adapter")
     except UserError:
-        raise _refused(archive, f"its files are not those of its {SUMS}") from None
+        return f"its files are not those of its {SUMS}"
+    return None
 
 
 def _refused(archive: Path, why: str) -> UserError:
