@@ -8,10 +8,11 @@
 FROM debian:12.15-slim
 
 # hadolint: versions of Debian's packages are not pinned, since Debian keeps only the newest of a release.
-# python3-dev and g++ compile what torch.compile writes for vLLM.
+# vLLM's kernels load libnuma1; python3-dev and g++ compile what torch.compile writes.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates g++ gcc git make python3 python3-dev python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates g++ gcc git libnuma1 make python3 python3-dev \
+       python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Build it with your own number, --build-arg UID="$(id -u)", to mount a folder of yours.
@@ -26,15 +27,15 @@ WORKDIR /home/trnlora/trnlora
 # The environment is outside of the volume: it is that of the image, also after a new build, and is not copied.
 # An index or a mirror that has torch's wheel.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# README.md and LICENSE are named by pyproject.toml and not read from the installed package, so that empty ones do: a
-# change of their text does not install everything again.
+# The layer is made again when one of the copied files changes. pyproject.toml names README.md and LICENSE too, for which
+# empty ones do. Bytecode: each new container would compile what it imports, 10 s for vLLM's server.
 COPY --chown=trnlora:trnlora pyproject.toml requirements.lock Makefile ./
 COPY --chown=trnlora:trnlora tools/environment.sh tools/
 COPY --chown=trnlora:trnlora trnlora/__init__.py trnlora/
 RUN python3 -m venv /opt/trnlora \
     && ln -s /opt/trnlora .venv \
     && touch README.md LICENSE \
-    && make setup \
+    && UV_COMPILE_BYTECODE=1 make setup \
     && rm -rf ~/.cache
 
 COPY --chown=trnlora:trnlora . .
