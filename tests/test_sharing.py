@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.evaluation import EvalWorker
 from support.model_hub import COMMIT, READ_TOKEN, TOKEN, ModelHub
 from support.project import Project
+from support.server import Server, script
+from support.stages import metrics, set_params
 
 from trnlora.errors import UserError
 from trnlora.params import load_params
@@ -127,6 +130,31 @@ def test_a_bundle_stands_for_the_adapter_elsewhere(finished_copy: Project, tmp_p
     shutil.rmtree(project.root / "artifacts")
     refused = project.run(*dry, elsewhere, check=False)
     assert refused == "error: artifacts/model/config.json is missing: run `dvc repro -f fetch_model`\n"
+
+
+@pytest.mark.slow
+def test_vllm_answers_with_a_bundle_as_with_its_adapter(
+    server: Server, eval_worker: EvalWorker, evaluated: Path, tmp_path: Path
+) -> None:
+    """On a running server, and in an evaluation."""
+    workdir = Path(shutil.copytree(evaluated, tmp_path / "workdir", symlinks=True))
+    write_bundle(Path(shutil.copytree(workdir / "artifacts/adapter", tmp_path / "made")), workdir / "a.tar.gz")
+    load = ("tools/load_adapter.py", "--port", str(server.port), "bundled=a.tar.gz")
+    assert script(*load, cwd=workdir).stdout.endswith("bundled is served from a.tar.gz\n")
+    try:
+        prompt = "### Instruction:\nName a river.\n\n### Response:\n"
+        answer = server.complete("bundled", prompt, 24)
+        assert answer == server.complete("tuned", prompt, 24)
+        assert answer != server.complete("base", prompt, 24)
+    finally:
+        server.unload("bundled")
+
+    assert eval_worker.evaluate(workdir).returncode == 0
+    own = metrics(workdir, "eval_vllm")
+    set_params(workdir, eval={"adapter": "path://a.tar.gz"})
+    shutil.rmtree(workdir / "artifacts/adapter")
+    assert eval_worker.evaluate(workdir).returncode == 0
+    assert metrics(workdir, "eval_vllm")["tuned"] == own["tuned"]
 
 
 # What the stages do with the adapter before vLLM or the ranks start.
