@@ -1,7 +1,7 @@
-"""The Dockerfiles, without Docker: hadolint, what they name, and the steps of the CPU's image in a fresh Debian.
+"""The Dockerfiles, without Docker: hadolint, what they name, and their steps in a fresh Debian.
 
-The last one is part of `make test-long`. It needs root, debootstrap, a mirror of Debian (DEBIAN_MIRROR; as a default
-Debian's own) and 8 GB of disk.
+The latter are part of `make test-long`. They need root, debootstrap, a mirror of Debian (DEBIAN_MIRROR; by default
+Debian's own) and 9 GB of disk.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT
-from support.dockerfile import Ignored, Image, context_files, parse
+from support.dockerfile import Ignored, Image, context_files, parse, stage_of
+from support.server import free_port
 from support.stages import digests
 
 CPU, NEURON = "Dockerfile", "launch/Dockerfile.neuron"
@@ -122,24 +123,6 @@ def test_the_server_finds_its_modules_in_awss_image() -> None:
     assert {"trnlora", "tools/serve.py"} <= copied
 
 
-@pytest.fixture
-def debian(tmp_path: Path) -> Iterator[Path]:
-    """A fresh root of the release that the CPU's image is based on, with the sources of packages that the image has."""
-    debootstrap = shutil.which("debootstrap", path="/usr/sbin:/usr/bin")
-    if os.geteuid() != 0 or not debootstrap:
-        pytest.skip("needs root and debootstrap: apt-get install debootstrap")
-    version = STEPS[CPU][0].words[0].removeprefix("debian:").split(".")[0]
-    release = {"12": "bookworm", "13": "trixie"}[version]
-    mirror = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
-    root = tmp_path / "root"
-    subprocess.run([debootstrap, "--variant=minbase", release, root, mirror], check=True, stdout=subprocess.DEVNULL)
-    suites = [(mirror, release), (mirror, f"{release}-updates"), (f"{mirror}-security", f"{release}-security")]
-    sources = "".join(f"deb {server} {suite} main\n" for server, suite in suites)
-    (root / "etc/apt/sources.list").write_text(sources, "utf-8")
-    yield root
-    shutil.rmtree(root)
-
-
 def this_machines_network() -> tuple[dict[Path, str], dict[str, str]]:
     """Files and folders, and environment variables, by which pip and uv reach their packages here."""
     files = [Path(path) for path in ("/etc/resolv.conf", "/etc/hosts", "/etc/pip.conf", "/etc/xdg/pip")]
@@ -154,37 +137,105 @@ def this_machines_network() -> tuple[dict[Path, str], dict[str, str]]:
     return mounts, env
 
 
-@pytest.mark.long
-@pytest.mark.timeout(5400)
-def test_the_cpus_image_in_a_fresh_debian(debian: Path, tmp_path: Path) -> None:
-    """Its steps as they are written, then the whole default run as its user, on a volume, twice."""
-    context = tmp_path / "clone"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Some GB, which do not stay."""
+    made = tmp_path_factory.mktemp("containers")
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture(scope="module")
+def image(folder: Path) -> Image:
+    """The CPU's image: its steps in a fresh root of the Debian that it names, with Docker's sources of packages."""
+    debootstrap = shutil.which("debootstrap", path="/usr/sbin:/usr/bin")
+    if os.geteuid() != 0 or not debootstrap:
+        pytest.skip("needs root and debootstrap: apt-get install debootstrap")
+    version = STEPS[CPU][0].words[0].removeprefix("debian:").split(".")[0]
+    release = {"12": "bookworm", "13": "trixie"}[version]
+    mirror = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+    root, context = folder / "root", folder / "clone"
+    subprocess.run([debootstrap, "--variant=minbase", release, root, mirror], check=True, stdout=subprocess.DEVNULL)
+    suites = [(mirror, release), (mirror, f"{release}-updates"), (f"{mirror}-security", f"{release}-security")]
+    sources = "".join(f"deb {server} {suite} main\n" for server, suite in suites)
+    (root / "etc/apt/sources.list").write_text(sources, "utf-8")
     subprocess.run(["git", "clone", "--quiet", f"file://{ROOT}", context], check=True)
-    for name in (".dockerignore", *tracked()):  # what is not committed yet
+    for name in tracked():  # what is not committed yet
         if (ROOT / name).is_file():
             (context / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, context / name)
     mounts, env = this_machines_network()
-    image = Image(debian, context, mounts, env)
+    built = Image(root, context, mounts, env)
     started = time.monotonic()
-    image.build((ROOT / CPU).read_text("utf-8"))
+    built.build(STEPS[CPU])
     print(f"built in {time.monotonic() - started:.0f} s")
-    assert not (debian / "home/trnlora/.cache").exists(), "it would be in the layer"
+    return built
+
+
+@pytest.fixture(scope="module")
+def volume(image: Image, folder: Path) -> Path:
+    """The home directory, as Docker fills an empty volume, after `make repro`."""
+    path = folder / "volume"
+    subprocess.run(["cp", "-a", image.root / "home/trnlora", path], check=True)
+    started = time.monotonic()
+    image.run(["make", "repro"], image.build_env, {path: "/home/trnlora"})
+    print(f"make repro: {time.monotonic() - started:.0f} s")
+    return path
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_the_cpus_image_is_the_users_and_has_no_downloads(image: Image) -> None:
+    assert not (image.root / "home/trnlora/.cache").exists(), "it would be in the layer"
     assert image.run(["id", "-u"]).stdout.split() == ["1000"]
     foreign = image.run(["find", "/home/trnlora", "/opt/trnlora", "!", "-user", "trnlora"])
     assert not foreign.stdout, "the user cannot write these"
+    assert "make repro" in image.run(image.command).stdout
 
-    volume = tmp_path / "volume"
-    subprocess.run(["cp", "-a", debian / "home/trnlora", volume], check=True)  # as Docker fills an empty volume
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_the_default_run_in_a_container_and_a_second_one_runs_nothing(image: Image, volume: Path) -> None:
     volumes = {volume: "/home/trnlora"}
-    assert "make repro" in image.run(image.command, env, volumes).stdout
-    started = time.monotonic()
-    image.run(["make", "repro"], env, volumes)
-    print(f"make repro: {time.monotonic() - started:.0f} s")
-    image.run(["make", "check-metrics"], env, volumes)
     adapter = digests(volume / "trnlora/artifacts/adapter")
     print(adapter)
+    image.run(["make", "check-metrics"], volumes=volumes)
     started = time.monotonic()
-    assert "Running stage" not in image.run(["make", "repro"], env, volumes).stdout
+    assert "Running stage" not in image.run(["make", "repro"], volumes=volumes).stdout
     print(f"make repro again: {time.monotonic() - started:.0f} s")
     assert digests(volume / "trnlora/artifacts/adapter") == adapter
+
+
+@pytest.mark.long
+@pytest.mark.timeout(5400)
+def test_the_servers_image_on_a_stand_in_for_awss(image: Image, volume: Path, folder: Path) -> None:
+    """AWS's image is replaced by one whose Python has vLLM's CPU build and what that requires, and not this project's.
+
+    The server starts with results and params that it cannot write, and answers requests that have the key.
+    """
+    root = folder / "stand-in"
+    subprocess.run(["cp", "-al", image.root, root], check=True)
+    packages = "/opt/aws/lib/python3.11/site-packages"
+    Image(root, image.context).run(
+        ["sh", "-euc", f"""mv /opt/trnlora /opt/aws
+        rm -r {packages}/ruamel* {packages}/__editable__*trnlora*
+        echo {packages} >/usr/local/lib/python3.11/dist-packages/aws.pth
+        ln -s python3 /usr/bin/python
+        ! python -c 'import ruamel.yaml' 2>/dev/null
+        userdel --remove trnlora 2>/dev/null
+        useradd --create-home --uid 1000 ubuntu"""]
+    )  # fmt: skip
+    server = Image(root, image.context, dict(image.mounts), image.build_env)
+    server.build(stage_of(STEPS[NEURON], "serve"))
+    for name in ("artifacts", "params.yaml"):
+        server.mounts[volume / "trnlora" / name] = f"{server.workdir}/{name}"
+    port = free_port()
+    ask = f"""
+    "$@" --port {port} &
+    until curl --fail --silent http://127.0.0.1:{port}/health; do sleep 1; kill -0 $!; done
+    curl --silent http://127.0.0.1:{port}/v1/models -H 'Authorization: Bearer k'
+    curl --silent http://127.0.0.1:{port}/v1/models
+    kill $!"""
+    answers = server.run(["bash", "-euc", ask, "bash", *server.entry, *server.command], {"VLLM_API_KEY": "k"}).stdout
+    assert '"id":"tuned"' in answers
+    assert "the API key is missing or wrong" in answers

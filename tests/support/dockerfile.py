@@ -48,6 +48,15 @@ def parse(text: str) -> list[Instruction]:
     return found
 
 
+def stage_of(steps: list[Instruction], target: str) -> list[Instruction]:
+    """The instructions of one stage of several, after those of the stages that it is based on."""
+    start = next(number for number, step in enumerate(steps) if step.words[1:] == ["AS", target])
+    ends = (number for number, step in enumerate(steps) if number > start and step.name == "FROM")
+    base = steps[start].words[0]
+    named = {step.words[2] for step in steps if step.name == "FROM" and len(step.words) == 3}
+    return [*(stage_of(steps, base) if base in named else []), *steps[start : next(ends, len(steps))]]
+
+
 class Ignored:
     """What a .dockerignore leaves out: the last pattern that matches a path or a folder that it is in decides."""
 
@@ -95,15 +104,16 @@ class Image:
     env: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
     user: str = "root"
     workdir: str = "/"
+    entry: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
 
-    def build(self, dockerfile: str) -> None:
+    def build(self, steps: list[Instruction]) -> None:
         """Raises subprocess.CalledProcessError when a step fails."""
         arguments: dict[str, str] = {}
-        for instruction in parse(dockerfile):
+        for instruction in steps:
             name, rest = instruction.name, self._expand(instruction.text, arguments)
             match name:
-                case "FROM" | "EXPOSE":
+                case "FROM" | "EXPOSE" | "HEALTHCHECK":
                     pass
                 case "ARG":
                     key, _, default = rest.partition("=")
@@ -119,6 +129,8 @@ class Image:
                     self._copy(instruction)
                 case "CMD":
                     self.command = instruction.words
+                case "ENTRYPOINT":
+                    self.entry = instruction.words
                 case "RUN":
                     self.run(["/bin/sh", "-c", instruction.text], env=arguments | self.build_env)
                 case _:
