@@ -27,7 +27,7 @@ export VLLM_NO_USAGE_STATS := 1
 override READY := .venv/.ready
 # The options of tools that talk to the server, or start it.
 override SERVER := $${HOST:+--host="$$HOST"} $${PORT:+--port="$$PORT"}
-override SERVED := $(SERVER) "$${words[@]/\#/--adapters=}"
+override SERVED := $(SERVER) "$${words[@]/\#/--adapters=}" $${BUNDLE:+--bundle="$$BUNDLE"}
 # pytest with these options. Of two that contradict each other the last one counts: that of ARGS.
 override pytest = PYTEST_ADDOPTS="$${PYTEST_ADDOPTS-} $(1) $${ARGS-}" pytest
 override BENCHMARKS := python bench/convert.py; python bench/data.py; python bench/train.py; python bench/train.py --memory
@@ -103,7 +103,7 @@ deps: $(READY) ## write the code that each stage depends on into dvc.yaml, from 
 	@python tools/write_deps.py
 
 serve: $(READY) ## base model and adapter behind vLLM's OpenAI-compatible server; HOST= PORT= REPLICAS= ADAPTERS="name=path …" BUNDLE=
-	@words=($${ADAPTERS-}); python tools/serve.py $(SERVED) $${REPLICAS:+--replicas="$$REPLICAS"} $${BUNDLE:+--bundle="$$BUNDLE"}
+	@words=($${ADAPTERS-}); python tools/serve.py $(SERVED) $${REPLICAS:+--replicas="$$REPLICAS"}
 
 load: $(READY) ## ADAPTERS="other=path": add adapters to the running server, where serve.runtime_adapters allows it
 	@words=($${ADAPTERS-}); python tools/load_adapter.py $(SERVER) -- "$${words[@]}"

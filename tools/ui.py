@@ -1,10 +1,10 @@
 """Base and adapters side by side in the browser: one prompt, every answer streaming, until Ctrl-C.
 
-    python tools/ui.py [--params FILE] [--host HOST] [--port PORT] [--ui-port PORT] [--adapters …]     (make ui)
+    python tools/ui.py [--params FILE] [--host HOST] [--port PORT] [--ui-port PORT] [--adapters …] [--bundle FILE]
 
-HOST and PORT are those of the running server; if none answers there, tools/serve.py is started with --adapters. The
-page is only on 127.0.0.1, because it adds the API key (VLLM_API_KEY) to requests. To open it from another machine, use
-`ssh -L 7860:127.0.0.1:7860`.
+(make ui). HOST and PORT are those of the running server; if none answers there, tools/serve.py is started with the
+--adapters and the --bundle. The page is only on 127.0.0.1, because it adds the API key (VLLM_API_KEY) to requests. To
+open it from another machine, use `ssh -L 7860:127.0.0.1:7860`.
 """
 
 import sys
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--adapters", nargs="+", action="extend", metavar="NAME=FOLDER", help="for tools/serve.py, if it is started"
     )
+    parser.add_argument("--bundle", metavar="FILE", help="the same")
     args = parser.parse_args()
     params = load_params(args.params)
     host, port = server_address(args, params)
@@ -40,6 +41,7 @@ def main() -> None:
 
     command = [sys.executable, str(Path(__file__).with_name("serve.py")), "--params", str(args.params)]
     command += ["--host", host, "--port", str(port), *(["--adapters", *args.adapters] if args.adapters else [])]
+    command += ["--bundle", args.bundle] if args.bundle else []
     with running_server(url, command):
         app = application(params, url)
         print(f"open http://127.0.0.1:{args.ui_port} · Ctrl-C stops it", flush=True)
