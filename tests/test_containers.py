@@ -34,7 +34,7 @@ def tracked() -> list[str]:
     return listed.stdout.splitlines()
 
 
-@pytest.mark.parametrize("dockerfile", STEPS)
+@pytest.mark.parametrize("dockerfile", [*STEPS, ".devcontainer/Dockerfile"])
 def test_hadolint_finds_no_problem(dockerfile: str) -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([hadolint, "--no-color", ROOT / dockerfile], capture_output=True, text=True, check=False)
