@@ -143,6 +143,7 @@ def test_eks_fits_the_instance_and_the_profile() -> None:
     assert params.backend == "neuron"
     nodes = JOB["completions"]
     assert JOB["parallelism"] == nodes
+    assert f"PET_NNODES={nodes} " in TRAIN["args"][0]
     ranks = processes_per_node(nodes, params.convert.tp_size, params.train.dp_size)
     assert ranks == instance.logical_cores(params)
     cores_of_a_chip = instance.logical_cores(params) // instance.chips
