@@ -24,6 +24,7 @@ from trnlora.preflight.doctor import (
     check_port,
     check_repository,
     check_vllm,
+    check_vllm_on_cpu,
     checks,
 )
 from trnlora.profiles import load_profile
@@ -213,6 +214,23 @@ def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recorded["source"] = "another"
     Path("metrics/fetch_model.json").write_text(json.dumps(recorded), "utf-8")
     assert "known once it is fetched" in check_memory(params)
+
+
+def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine it is there; a bare one is told all that it lacks, in one line, before anything runs."""
+    assert check_vllm_on_cpu in checks(profile("smollm2-135m-cpu"), repro=True)
+    assert check_vllm_on_cpu().startswith("libnuma")
+
+    def not_found(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", not_found)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx sse4_2\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"needs libnuma\.so\.1 .*libnuma1\), g\+\+ .*, Python's headers .*, AVX2"):
+        check_vllm_on_cpu()
 
 
 def test_port_in_use() -> None:

@@ -4,6 +4,7 @@ A check returns a line on what it found, a Caution if that is something to know 
 wrong and how to fix it. Nothing here imports torch or vLLM, except for the check of a GPU.
 """
 
+import ctypes
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import distributions
@@ -35,6 +37,8 @@ from trnlora.training.loggers import check_installed
 
 Check = Callable[[], str]
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     """The checks for these params; `repro`: only those of what a run of the pipeline needs."""
@@ -50,6 +54,8 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
         yield partial(check_backend, params)
     if params.train.loggers and not (params.on_trainium and params.neuron.python):  # which is another Python
         yield partial(check_loggers, params)
+    if params.eval.engine == "host":
+        yield check_vllm_on_cpu
     if params.on_trainium and not (repro and params.eval.engine == "host"):
         yield partial(check_vllm, params)
     yield partial(check_what_is_read, params)
@@ -168,6 +174,24 @@ def check_loggers(params: Params) -> str:
 def training_processes(params: Params) -> int:
     """Number of ranks."""
     return params.convert.tp_size * params.train.dp_size
+
+
+def check_vllm_on_cpu() -> str:
+    """What vLLM's CPU build needs besides its packages: its kernels, and a compiler for what torch.compile writes."""
+    missing = []
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        missing.append("libnuma.so.1 (Debian and Ubuntu: apt-get install libnuma1)")
+    if not shutil.which("g++"):
+        missing.append("g++ (apt-get install g++)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python's headers (apt-get install python3-dev)")
+    if " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
+        missing.append("AVX2 in this processor, or in what emulates it")
+    if missing:
+        raise UserError(f"vLLM's CPU build needs {', '.join(missing)}")
+    return "libnuma, g++ and Python's headers for vLLM's CPU build"
 
 
 def check_vllm(params: Params) -> str:
