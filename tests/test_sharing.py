@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.evaluation import EvalWorker
 from support.model_hub import COMMIT, READ_TOKEN, TOKEN, ModelHub
 from support.project import Project
 from support.server import Server, script
-from support.stages import metrics, set_params
 
 from trnlora.errors import UserError
 from trnlora.params import load_params
@@ -133,11 +131,8 @@ def test_a_bundle_stands_for_the_adapter_elsewhere(finished_copy: Project, tmp_p
 
 
 @pytest.mark.slow
-def test_vllm_answers_with_a_bundle_as_with_its_adapter(
-    server: Server, eval_worker: EvalWorker, evaluated: Path, tmp_path: Path
-) -> None:
-    """On a running server, and in an evaluation."""
-    workdir = Path(shutil.copytree(evaluated, tmp_path / "workdir", symlinks=True))
+def test_vllm_answers_with_a_bundle_as_with_its_adapter(server: Server, workdir: Path, tmp_path: Path) -> None:
+    workdir = Path(shutil.copytree(workdir, tmp_path / "workdir", symlinks=True))
     write_bundle(Path(shutil.copytree(workdir / "artifacts/adapter", tmp_path / "made")), workdir / "a.tar.gz")
     load = ("tools/load_adapter.py", "--port", str(server.port), "bundled=a.tar.gz")
     assert script(*load, cwd=workdir).stdout.endswith("bundled is served from a.tar.gz\n")
@@ -148,13 +143,6 @@ def test_vllm_answers_with_a_bundle_as_with_its_adapter(
         assert answer != server.complete("base", prompt, 24)
     finally:
         server.unload("bundled")
-
-    assert eval_worker.evaluate(workdir).returncode == 0
-    own = metrics(workdir, "eval_vllm")
-    set_params(workdir, eval={"adapter": "path://a.tar.gz"})
-    shutil.rmtree(workdir / "artifacts/adapter")
-    assert eval_worker.evaluate(workdir).returncode == 0
-    assert metrics(workdir, "eval_vllm")["tuned"] == own["tuned"]
 
 
 # What the stages do with the adapter before vLLM or the ranks start.
