@@ -226,6 +226,7 @@ def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ctypes.CDLL", not_found)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx sse4_2\n")
     monkeypatch.setenv("PATH", str(tmp_path))

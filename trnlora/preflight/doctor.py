@@ -8,6 +8,7 @@ import ctypes
 import errno
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -187,7 +188,7 @@ def check_vllm_on_cpu() -> str:
         missing.append("g++ (apt-get install g++)")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("Python's headers (apt-get install python3-dev)")
-    if " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
+    if platform.machine() == "x86_64" and " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
         missing.append("AVX2 in this processor, or in what emulates it")
     if missing:
         raise UserError(f"vLLM's CPU build needs {', '.join(missing)}")
