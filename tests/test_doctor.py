@@ -218,19 +218,33 @@ def test_memory_that_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine it is there; a bare one is told all that it lacks, in one line, before anything runs."""
-    assert check_vllm_on_cpu in checks(profile("smollm2-135m-cpu"), repro=True)
-    assert check_vllm_on_cpu().startswith("libnuma")
+    params = profile("smollm2-135m-cpu")
+    assert check_vllm_on_cpu in [getattr(check, "func", check) for check in checks(params, repro=True)]
+    assert check_vllm_on_cpu(params).startswith("libnuma")
 
     def not_found(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr("ctypes.CDLL", not_found)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx sse4_2\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs libnuma\.so\.1 .*libnuma1\), g\+\+ .*, Python's headers .*, AVX2"):
-        check_vllm_on_cpu()
+        check_vllm_on_cpu(params)
+
+
+def test_an_arm_processor_without_bfloat16_serves_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's M1 is one. There vLLM would end with an illegal instruction, after the training."""
+    bf16 = profile("smollm2-135m-cpu", model={"dtype": "bfloat16"})
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("trnlora.preflight.doctor.has_bf16", lambda: False)
+    with pytest.raises(UserError, match=r"bfloat16 instructions .* set model\.dtype: float32"):
+        check_vllm_on_cpu(bf16)
+    assert check_vllm_on_cpu(profile("smollm2-135m-cpu"))
+    monkeypatch.setattr("trnlora.preflight.doctor.has_bf16", lambda: True)
+    assert check_vllm_on_cpu(bf16)
 
 
 def test_port_in_use() -> None:

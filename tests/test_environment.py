@@ -66,12 +66,15 @@ def test_the_lock_pins_every_requirement_with_a_hash() -> None:
     assert not re.search(r"^(nvidia-cu|torchvision|torchaudio|torchcodec)", lock, re.M)
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
-def test_the_lock_is_complete_for_every_python(python: str) -> None:
+def test_the_lock_is_complete_for_every_python(python: str, machine: str) -> None:
     """By what the installed packages say they require there. `make lock` asks the index whether each has a wheel."""
     assert requirements.pythons().contains(python)
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
-    locked = requirements.locked(python)
+    environment = {
+        "python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine, "extra": ""
+    }  # fmt: skip
+    locked = requirements.locked(python, machine)
     for found in distributions():
         name = requirements.normalized(found.name)
         if name in locked:

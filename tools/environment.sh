@@ -177,27 +177,28 @@ setup() {
     touch "$stamp"
 }
 
-# Exact versions with hashes, for Linux on x86_64 and every Python that pyproject.toml allows. Versions that
+# Exact versions with hashes, for Linux on x86_64 and aarch64 and every Python that pyproject.toml allows. Versions that
 # requirements.lock has already stay as they are where they still fit. torch's CPU build stays out, and need not be found:
 # PyPI's build of that version stands in for it, with the requirements that pyproject.toml gives it, without CUDA's.
 lock() {
-    local environment clause version
+    local both version machine
     .venv/bin/uv pip compile --group dev --quiet --universal --python-version "${pythons[0]}" \
         --overrides <(echo "${torch%+cpu}") --no-emit-package torch --generate-hashes --no-annotate --no-header \
         --output-file requirements.lock
-    # uv puts the platform into every line. What is left of a marker then is about the version of Python.
-    environment=$(sed -n 's/^environments = \["\(.*\)"\].*/\1/p' pyproject.toml)
-    while read -r clause; do
-        sed -i "s/ and $clause//; s/$clause and //; s/ ; $clause / /" requirements.lock
-    done <<<"${environment// and /$'\n'}"
+    # uv puts both systems into every line.
+    both="((platform_machine == 'aarch64' and sys_platform == 'linux') or (platform_machine == 'x86_64' and sys_platform == 'linux'))"
+    sed -i "s/ ; implementation_name == 'cpython' and $both / /" requirements.lock
     # Two packages have no wheel at all; they are pure Python.
     for version in "${pythons[@]}"; do
-        .venv/bin/uv pip install --no-config --quiet --dry-run --no-deps --require-hashes -r requirements.lock \
-            --target .venv --python-version "$version" --python-platform x86_64-manylinux_2_35 \
-            --only-binary :all: --no-binary antlr4-python3-runtime --no-binary rouge-score || {
-            echo "error: a package above has no wheel for Python $version: choose a version that has one" >&2
-            exit 1
-        }
+        for machine in x86_64 aarch64; do
+            .venv/bin/uv pip install --no-config --quiet --dry-run --no-deps --require-hashes -r requirements.lock \
+                --target .venv --python-version "$version" --python-platform "$machine-manylinux_2_35" \
+                --only-binary :all: --no-binary antlr4-python3-runtime --no-binary rouge-score || {
+                echo "error: a package above has no wheel for Python $version on $machine: choose a version that has" \
+                    "one" >&2
+                exit 1
+            }
+        done
     done
     echo "requirements.lock: $(grep -c '==' requirements.lock) packages for Python ${pythons[*]}; 'make setup' installs them"
 }

@@ -47,12 +47,14 @@ def left_out() -> list[str]:
     return [_split(override)[0] for override in _pyproject()["tool"]["uv"]["override-dependencies"]]
 
 
-def locked(python: str | None = None) -> dict[str, str]:
+def locked(python: str | None = None, machine: str | None = None) -> dict[str, str]:
     """Name → version of all that `make setup` installs: requirements.lock, and torch, which is installed on its own.
 
-    python is the version that is meant, as in 3.12; None is this one.
+    python is the version that is meant, as in 3.12, and machine the processor, as in aarch64; None is this one.
     """
-    environment = {"python_version": python, "python_full_version": f"{python}.0"} if python else None
+    environment = {"python_version": python, "python_full_version": f"{python}.0"} if python else {}
+    if machine:
+        environment["platform_machine"] = machine
     pins = {"torch": group("pipeline")["torch"].lstrip("=")}
     for line in re.findall(r"^\w[^\\\n]*", Path("requirements.lock").read_text("utf-8"), re.MULTILINE):
         pin = Requirement(line)

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import json
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -55,7 +56,7 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     if params.train.loggers and not (params.on_trainium and params.neuron.python):  # which is another Python
         yield partial(check_loggers, params)
     if params.eval.engine == "host":
-        yield check_vllm_on_cpu
+        yield partial(check_vllm_on_cpu, params)
     if params.on_trainium and not (repro and params.eval.engine == "host"):
         yield partial(check_vllm, params)
     yield partial(check_what_is_read, params)
@@ -176,7 +177,7 @@ def training_processes(params: Params) -> int:
     return params.convert.tp_size * params.train.dp_size
 
 
-def check_vllm_on_cpu() -> str:
+def check_vllm_on_cpu(params: Params) -> str:
     """What vLLM's CPU build needs besides its packages: its kernels, and a compiler for what torch.compile writes."""
     missing = []
     try:
@@ -187,11 +188,25 @@ def check_vllm_on_cpu() -> str:
         missing.append("g++ (apt-get install g++)")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("Python's headers (apt-get install python3-dev)")
-    if " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
+    if platform.machine() == "x86_64" and " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
         missing.append("AVX2 in this processor, or in what emulates it")
+    if params.model.dtype == "bfloat16" and platform.machine() == "aarch64" and not has_bf16():
+        missing.append("a processor with bfloat16 instructions for model.dtype bfloat16; set model.dtype: float32")
     if missing:
         raise UserError(f"vLLM's CPU build needs {', '.join(missing)}")
     return "libnuma, g++ and Python's headers for vLLM's CPU build"
+
+
+def has_bf16() -> bool:
+    """Whether this ARM processor has FEAT_BF16, by the kernel's hardware capabilities.
+
+    vLLM's kernels for aarch64 are compiled with it (-march=armv8.2-a+bf16+…) and use it where tensors are bfloat16.
+    Source of the numbers: Linux, include/uapi/linux/auxvec.h and arch/arm64/include/uapi/asm/hwcap.h.
+    """
+    at_hwcap2, hwcap2_bf16 = 26, 1 << 14
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return bool(getauxval(at_hwcap2) & hwcap2_bf16)
 
 
 def check_vllm(params: Params) -> str:
