@@ -66,7 +66,7 @@ def test_a_dockerfile_pins_its_image_runs_as_a_user_and_names_what_exists(docker
 
 @pytest.mark.parametrize("dockerfile", STEPS)
 def test_the_locked_packages_are_a_layer_of_what_make_setup_reads(dockerfile: str) -> None:
-    """It is made anew when `make` would make .venv anew, and not for other changes of the code."""
+    """It is made again when `make` would make .venv again, and not for other changes of the code."""
     rule = re.search(r"^\$\(READY\): (.+)$", MAKEFILE, re.MULTILINE)
     assert rule
     steps = STEPS[dockerfile]

@@ -9,7 +9,6 @@ Reads   dvc.lock, artifacts/model (tokenizer); the server's answers
 Writes  metrics/lm_eval.json, which the report shows beside the other scores
 """
 
-from pathlib import Path
 
 from trnlora import paths
 from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
@@ -17,8 +16,8 @@ from trnlora.errors import UserError, run
 from trnlora.evaluation.harness import PYTHON, RESULTS, HarnessResults, run_harness
 from trnlora.files import write_json
 from trnlora.params import load_params
-from trnlora.readers import read_text
-from trnlora.recorded import FIX, LOCK, parse_lock, workspace_changes
+from trnlora.recorded import LOCK
+from trnlora.reporting.results import load_results
 from trnlora.serving.adapters import TUNED
 from trnlora.serving.client import base_url, max_model_len, served_folders, started_at
 
@@ -48,12 +47,10 @@ def main() -> None:
 
 def recorded_adapter() -> str:
     """md5 of artifacts/adapter in dvc.lock. Raises UserError if artifacts/adapter is not what a run wrote."""
-    runs = parse_lock(read_text(Path(LOCK), FIX))
-    digest = runs["flatten_adapter"].outs.get(str(paths.ADAPTER)) if "flatten_adapter" in runs else None
-    found = workspace_changes("flatten_adapter")
-    if not digest or found.unknown or str(paths.ADAPTER) in found.modified:
+    now = load_results()
+    if not now.adapter or now.changes.unknown or str(paths.ADAPTER) in now.changes.modified:
         raise UserError(f"{paths.ADAPTER} is not that of the run in {LOCK}: run `make repro`, then start the server")
-    return digest
+    return now.adapter
 
 
 def check_served(url: str) -> None:

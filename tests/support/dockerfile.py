@@ -144,17 +144,15 @@ class Image:
         Raises subprocess.CalledProcessError, with the output, when it fails.
         """
         home, ids = self._user()
-        binds = [f"--ro-bind {shlex.quote(str(source))} {target}" for source, target in self.mounts.items()]
-        binds += [f"--bind {shlex.quote(str(source))} {target}" for source, target in (volumes or {}).items()]
+        binds = [("ro", str(source), target) for source, target in self.mounts.items()]
+        binds += [("rw", str(source), target) for source, target in (volumes or {}).items()]
         entered = [
             *("env", "-i", f"HOME={home}", *(f"{k}={v}" for k, v in (self.env | (env or {})).items())),
             *("setpriv", *ids, "--no-new-privs", "--"),
             *("/bin/sh", "-c", f'cd {shlex.quote(self.workdir)} && exec "$@"', "sh", *command),
         ]
         script = [f"root={shlex.quote(str(self.root))}", _MOUNTS]
-        for bind in binds:
-            kind, source, target = shlex.split(bind)
-            script.append(f"bind {kind} {shlex.quote(source)} {shlex.quote(target)}")
+        script += [shlex.join(["bind", *bind]) for bind in binds]
         script.append('exec chroot "$root" ' + shlex.join(entered))
         done = subprocess.run(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", "\n".join(script)],
@@ -223,5 +221,5 @@ ln -s fd/2 "$root/dev/stderr"
 bind() {{
     if [ -d "$2" ]; then mkdir -p "$root$3"; else mkdir -p "$(dirname "$root$3")"; touch "$root$3"; fi
     mount --bind "$2" "$root$3"
-    if [ "$1" = --ro-bind ]; then mount -o remount,bind,ro "$root$3"; fi
+    if [ "$1" = ro ]; then mount -o remount,bind,ro "$root$3"; fi
 }}"""

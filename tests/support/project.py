@@ -90,8 +90,6 @@ def make_project(root: Path, model: Path) -> Project:
     )
     (copy.root / ".venv").symlink_to(sys.prefix)
     copy.run("git", "init", "-q")
-    with (copy.root / ".git" / "info" / "exclude").open("a") as exclude:
-        exclude.write("/.venv\n")  # .gitignore's /.venv/ matches a folder, not a link
     copy.commit("The project")
     return copy
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from trnlora import paths
 from trnlora.errors import UserError
@@ -54,7 +54,7 @@ class HarnessResults(StrictModel):
 
     harness: str  # its version
     adapter: str  # md5 of artifacts/adapter in dvc.lock
-    limit: int | None = Field(default=None)  # samples of each task; None: all
+    limit: int | None = None  # samples of each task; None: all
     tasks: dict[str, TaskResults]
 
     def scores(self) -> list[HarnessScore]:

@@ -1,6 +1,5 @@
 """A folder and a repository of the Hugging Face hub: what differs, and the upload."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ NEW, CHANGED, SAME = "new", "changed", "same"
 
 
 def states_on_hub(folder: Path, repo: str) -> dict[str, str] | None:
-    """NEW, CHANGED or SAME for each file of `folder`; None if there is no such repository that HF_TOKEN may see.
+    """NEW, CHANGED or SAME for each file of `folder`; None if the hub shows HF_TOKEN no such repository.
 
     Sends nothing. Raises UserError if the hub cannot be reached or refuses HF_TOKEN.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils.sha import git_hash
 
     try:
         info = _api().repo_info(repo, files_metadata=True, timeout=HUB_TIMEOUT)
@@ -30,7 +30,7 @@ def states_on_hub(folder: Path, repo: str) -> dict[str, str] | None:
     def state(path: Path) -> str:
         if path.name not in there:
             return NEW
-        return SAME if there[path.name] in (sha256(path), git_digest(path)) else CHANGED
+        return SAME if there[path.name] in (sha256(path), git_hash(path.read_bytes())) else CHANGED
 
     return {path.name: state(path) for path in sorted(folder.iterdir())}
 
@@ -51,12 +51,6 @@ def upload(folder: Path, names: list[str], repo: str) -> str:
     except Exception as error:
         raise _explained(error, repo) from None
     return str(made.commit_url)
-
-
-def git_digest(path: Path) -> str:
-    """The sha1 by which Git, and so the hub for small files, names a file's content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _digest(file: Any) -> str:

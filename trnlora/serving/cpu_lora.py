@@ -1,8 +1,8 @@
 """vLLM's LoRA kernels on a CPU: one product per adapter in place of one per token. Imported by vLLM's workers alone.
 
 For each token, vLLM 0.32's kernels (vllm/lora/ops/torch_ops/lora_ops.py) copy the weights of its adapter, and multiply
-them by that one token: answers with an adapter come at a sixth of the base model's speed. Here the tokens of an adapter
-are multiplied at once by its weights, which are not copied.
+them by that one token: answers with an adapter come at a sixth of the base model's speed. Here all tokens of an
+adapter are multiplied by its weights at once.
 
 Those kernels also read the index of "no adapter", -1, as the last slot: the base model's requests are answered with the
 adapter that is there (vllm issue 48421). An adapter that was unloaded stays in its slot, so the last one can be taken
@@ -68,8 +68,8 @@ def _add_products(outputs: Tensor, inputs: Tensor, weights: Tensor, slots: Tenso
             outputs.index_add_(0, tokens, inputs[tokens].to(outputs.dtype) @ weight.T, alpha=factor)
 
 
-for module in (lora_ops, punica_cpu):
-    module.bgmv_shrink, module.bgmv_expand_slice = bgmv_shrink, bgmv_expand_slice
+lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = bgmv_shrink
+lora_ops.bgmv_expand_slice = punica_cpu.bgmv_expand_slice = bgmv_expand_slice
 
 
 class WorkerExtension:
