@@ -9,7 +9,6 @@ Reads   dvc.lock, artifacts/model (tokenizer); the server's answers
 Writes  metrics/lm_eval.json, which the report shows beside the other scores
 """
 
-
 from trnlora import paths
 from trnlora.cli import add_params, add_server, script_parser, server_address, whole_number
 from trnlora.errors import UserError, run
