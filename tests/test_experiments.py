@@ -61,7 +61,7 @@ def test_document_matches_what_is_printed(finished_copy: Project) -> None:
     ]
     assert re.search(rf"finetune_lora validation_loss +│ +{losses[0]:.5g} │ +{losses[1]:.5g} │", comparison)
 
-    assert "next: hf upload" in make(project, "card", "BASE=org/tiny")
+    assert forms(make(project, "card", "BASE=org/tiny")) == documented("make card BASE=org/tiny")
     check_card(project)
     project.set_params(train={"lr": 2.0e-2})
     refused = make(project, "card", check=False)
