@@ -72,6 +72,7 @@ class NxdBackend:
     """`trnlora.model.parallel.Backend` over NxD's groups, which `trnlora.backends.nxd_training.NxdStrategy` creates."""
 
     ops = fused_ops
+    fuses_lora = False
     static_shapes = True
     id_dtype = torch.int64
 
@@ -112,7 +113,7 @@ class NxdBackend:
     def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda y: y  # NxD's layers complete theirs themselves
 
-    def prepare_attention(self, document_ids: Tensor) -> Tensor:
+    def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Tensor:
         """The mask (B, 1, T, T): tokens attend to earlier tokens of the same document, padding to padding."""
         tokens = document_ids.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()

@@ -5,7 +5,7 @@ modules/qkv_linear.py). Weights are created empty and filled from shard files.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,9 +13,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trnlora.backends.document_attention import Documents, attention_within_documents
+from trnlora.backends.frozen_linear import FrozenWeights, frozen_linear, lora_linear
 from trnlora.backends.mkl import settle_vector_math
+from trnlora.backends.shared_memory import SharedMemory, connect
 from trnlora.model import fused_ops
 from trnlora.model.config import LOSS_CHUNK
+from trnlora.model.needed_tokens import document_runs
 
 T = TypeVar("T")
 Function = Callable[..., Any]
@@ -33,10 +37,11 @@ class Group(Protocol):
 
 
 class ProcessGroup:
-    """Ranks as processes."""
+    """Ranks as processes. shared: their memory, if they are on one machine and its processor computes."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, shared: SharedMemory | None = None):
         self.group = group
+        self.shared = shared
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
@@ -44,6 +49,9 @@ class ProcessGroup:
         if self.size == 1:
             return x
         x = x.contiguous()
+        if self.shared:
+            self.shared.all_reduce(x, op)
+            return x
         dist.all_reduce(x, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=self.group)
         return x
 
@@ -124,7 +132,9 @@ def thread_backends(
 def process_backend(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> "TorchBackend":
     """The backend of this process. Every process must call it: see `own_kv_group`."""
     settle_vector_math()
-    return TorchBackend(ProcessGroup(tp_group), ProcessGroup(own_kv_group(tp_group, kv_groups, dp_size)))
+    on_cpu = dist.get_backend(tp_group) == "gloo"
+    groups = (tp_group, own_kv_group(tp_group, kv_groups, dp_size))
+    return TorchBackend(*(ProcessGroup(group, connect(group) if on_cpu else None) for group in groups))
 
 
 def own_kv_group(tp_group: dist.ProcessGroup, kv_groups: list[list[int]], dp_size: int) -> dist.ProcessGroup:
@@ -173,14 +183,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Group) -> Tensor:
-        # hidden (N, H), weight (V/tp, H), labels (N,)
-        part = weight.shape[0]
+    def forward(ctx: Any, hidden: Tensor, weights: FrozenWeights, part: int, labels: Tensor, group: Group) -> Tensor:
+        # hidden (N, H), weights of part = V/tp outputs, labels (N,)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
-            logits = F.linear(hidden[rows], weight).float()
+            logits = weights.multiply(hidden[rows]).float()
             local = labels[rows] - group.rank * part
             here = (local >= 0) & (local < part)  # the label is in this rank's part
             local = local.clamp(0, part - 1)[:, None]
@@ -192,15 +201,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dhidden is not None:
                 softmax = exp.div_(exp_sum[:, None])
                 softmax.scatter_add_(-1, local, -here[:, None].to(softmax.dtype))
-                torch.mm(softmax.to(weight.dtype), weight, out=dhidden[rows])
+                dhidden[rows] = weights.multiply_transposed(softmax.to(hidden.dtype))
         if dhidden is not None:
             ctx.save_for_backward(group.all_reduce(dhidden))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * grad, None, None, None
+        return dhidden * grad, None, None, None, None
 
 
 class ParallelEmbedding(nn.Module):
@@ -221,7 +230,23 @@ class ParallelEmbedding(nn.Module):
         return _ReduceFromRegion.apply(vectors, self.group)
 
 
-class ColumnParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module):
+    """packed: the weights, if `pack_frozen_weights` has replaced the parameters."""
+
+    packed: FrozenWeights | None = None
+
+    def frozen(self) -> FrozenWeights:
+        return self.packed or FrozenWeights([self.get_parameter("weight")])
+
+    def with_lora(self, x: Tensor, sizes: Sequence[int], scale: float, a: Tensor, b: Sequence[Tensor | None]) -> Tensor:
+        """All outputs of the frozen weights with LoRA's added, where an input is shared and an output too.
+
+        See `lora_linear`.
+        """
+        return lora_linear(x, self.frozen(), sizes, scale, a, b)
+
+
+class ColumnParallelLinear(_ParallelLinear):
     """Outputs split over ranks; weight (output/tp, input)."""
 
     input_is_shared = False  # by `TorchBackend.share_input`
@@ -229,17 +254,19 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
         self.group = group
-        self.weight = nn.Parameter(torch.empty(output_size // group.size, input_size))
+        self.output_size = output_size // group.size
+        self.weight = nn.Parameter(torch.empty(self.output_size, input_size))
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
         """x: the input, or a tuple with a shared input for each of as many equal blocks of this rank's outputs."""
         if isinstance(x, tuple):
             blocks = zip(x, self.weight.chunk(len(x)), strict=True)
             return torch.cat([F.linear(part, rows) for part, rows in blocks], dim=-1)
-        return F.linear(x if self.input_is_shared else _CopyToRegion.apply(x, self.group), self.weight)
+        x = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
+        return frozen_linear(x, self.packed) if self.packed else F.linear(x, self.weight)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_ParallelLinear):
     """Inputs split over ranks, partial outputs added up; weight (output, input/tp)."""
 
     output_is_shared = False  # by `TorchBackend.share_output`
@@ -250,11 +277,11 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(output_size, input_size // group.size))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = frozen_linear(x, self.packed) if self.packed else F.linear(x, self.weight)
         return y if self.output_is_shared else _ReduceFromRegion.apply(y, self.group)
 
 
-class GQAQKVColumnParallelLinear(nn.Module):
+class GQAQKVColumnParallelLinear(_ParallelLinear):
     """q, k and v in one layer, KV heads repeated kv_size_multiplier times over the ranks.
 
     Each rank that holds a copy of a KV head sees only its own queries' gradient of it. The gradients of weight_k and
@@ -279,6 +306,7 @@ class GQAQKVColumnParallelLinear(nn.Module):
         self.output_sizes = tuple(output_sizes)
         self.kv_size_multiplier = kv_size_multiplier
         q_size, kv_size = output_sizes[0] // group.size, output_sizes[1] * kv_size_multiplier // group.size
+        self.rank_sizes = [q_size, kv_size, kv_size]
         self.weight_q = nn.Parameter(torch.empty(q_size, input_size))
         self.weight_k = nn.Parameter(torch.empty(kv_size, input_size))
         self.weight_v = nn.Parameter(torch.empty(kv_size, input_size))
@@ -295,17 +323,43 @@ class GQAQKVColumnParallelLinear(nn.Module):
             x_q, x_k, x_v = x
         else:
             x_q = x_k = x_v = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
+            if self.packed:
+                q, k, v = frozen_linear(x_q, self.packed).split(self.rank_sizes, dim=-1)
+                return q, k, v
         return (
             F.linear(x_q, self.weight_q, self.bias_q),
             F.linear(x_k, self.weight_k, self.bias_k),
             F.linear(x_v, self.weight_v, self.bias_v),
         )
 
+    def frozen(self) -> FrozenWeights:
+        if self.packed:
+            return self.packed
+        biases = [bias for bias in (self.bias_q, self.bias_k, self.bias_v) if bias is not None]
+        return FrozenWeights([self.weight_q, self.weight_k, self.weight_v], biases)
+
+
+def pack_frozen_weights(model: nn.Module, read_shard: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Replace the parameters of the model's parallel linear layers by packed weights, on a CPU, before LoRA is added.
+
+    read_shard: maps the shard's tensors into memory. It is called for each layer, because what has been read through a
+    mapping counts as memory of this process until the mapping is dropped; the model's own one keeps the embeddings.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, _ParallelLinear):
+            shard = read_shard()
+            values = {part: shard[f"{name}.{part}"] for part, _ in layer.named_parameters()}  # in the order of outputs
+            weights = [value for value in values.values() if value.dim() == 2]
+            layer.packed = FrozenWeights(weights, [v for v in values.values() if v.dim() == 1], pack=True)
+            for part in values:
+                delattr(layer, part)
+
 
 class TorchBackend:
     """`trnlora.model.parallel.Backend` over a tensor-parallel group and the group of ranks with the same KV heads."""
 
     ops = fused_ops
+    fuses_lora = True
     static_shapes = False
     id_dtype = torch.int64
 
@@ -341,25 +395,18 @@ class TorchBackend:
             layer.output_is_shared = True  # type: ignore[assignment]
         return lambda y: _ReduceFromRegion.apply(y, self.tp_group)
 
-    def prepare_attention(self, document_ids: Tensor) -> Any:
-        """The lengths of each row's documents. Padding counts as a document."""
-        return [row.unique_consecutive(return_counts=True)[1].tolist() for row in document_ids]
+    def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Documents:
+        """Padding counts as a document."""
+        if documents is None:
+            documents = [list(range(start, stop)) for start, stop, _ in document_runs(document_ids)]
+        return Documents(documents, document_ids.device)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> Tensor:
-        # One call per document: no mask, and no work across documents, which in a packed row is most of the square.
-        gqa = q.shape[1] != k.shape[1]
-        rows = []
-        for row, lengths in enumerate(plan):
-            parts = zip(*(x[row : row + 1].split(lengths, dim=2) for x in (q, k, v)), strict=True)
-            attended = [
-                F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa, scale=scale)  # type: ignore[misc]
-                for qkv in parts
-            ]
-            rows.append(torch.cat(attended, dim=2))
-        return torch.cat(rows)
+        return attention_within_documents(q, k, v, plan, scale)
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
-        return _LinearCrossEntropy.apply(hidden, lm_head.weight, targets, self.tp_group)
+        assert isinstance(lm_head, ColumnParallelLinear)
+        return _LinearCrossEntropy.apply(hidden, lm_head.frozen(), lm_head.output_size, targets, self.tp_group)
 
     def mark_step(self) -> None:
         """Every operation has been computed."""

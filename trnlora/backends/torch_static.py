@@ -49,6 +49,7 @@ class StaticTorchBackend(TorchBackend):
     """
 
     ops = plain_ops
+    fuses_lora = False
     static_shapes = True
     id_dtype = torch.int32  # Trainium has no int64
 
@@ -67,7 +68,7 @@ class StaticTorchBackend(TorchBackend):
         compiled: Function = torch.compile(function, backend=self.compiler, fullgraph=True, dynamic=False)
         return compiled
 
-    def prepare_attention(self, document_ids: Tensor) -> Any:
+    def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Any:
         """As it is: what a layer makes of it is part of the layer's graph."""
         return document_ids
 

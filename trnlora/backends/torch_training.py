@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from trnlora.backends.torch import process_backend
+from trnlora.backends.frozen_linear import products_on_cpu
+from trnlora.backends.torch import pack_frozen_weights, process_backend
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import adapter_state, add_lora
@@ -27,10 +28,13 @@ def trainer_placement(params: Params) -> dict[str, Any]:
 
 def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv_groups: list[list[int]]) -> DecoderLM:
     backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, params.train.dp_size)
-    shard = load_rank(rank_file(shards, PRETRAINED_TAG, backend.tp_rank))
-    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, shard)
+    file = rank_file(shards, PRETRAINED_TAG, backend.tp_rank)
+    model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, load_rank(file))
+    if params.backend == "cpu" and params.model.dtype == "float32" and products_on_cpu() == "oneDNN":
+        pack_frozen_weights(model, lambda: load_rank(file))
     add_lora(model, params.lora)
     model.recompute_layers = params.train.activation_checkpointing
+    model.only_needed_tokens = params.lora.lora_dropout == 0
     return model
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
+from trnlora.model.needed_tokens import needed_tokens
 from trnlora.model.parallel import Backend
 from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
@@ -129,6 +130,8 @@ class DecoderLM(nn.Module):
         self.kv_size_multiplier = kv_size_multiplier
         # Recompute each layer in the backward pass and keep only its inputs: less memory, more time.
         self.recompute_layers = False
+        # Compute only `needed_tokens` in `loss`. Not with dropout, whose masks differ for tokens that would be equal.
+        self.only_needed_tokens = False
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
         self._frequencies: Tensor | None = None
@@ -168,20 +171,25 @@ class DecoderLM(nn.Module):
         return model.requires_grad_(False)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, keep: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        keep: Tensor | None = None,
+        documents: list[list[int]] | None = None,
     ) -> Tensor:
         """What the LM head takes, (B, T, H), from three (B, T) tensors: the hidden states after the final norm.
 
         They are divided by logits_scaling here, so that nothing has to divide the logits.
 
         keep (B, T), bool: the positions that are wanted. The last layer then computes only these, and (N, H) is
-        returned.
+        returned. documents: of `NeededTokens`, if the others are (1, K) tensors of these tokens.
         """
         x = self.model.embed_tokens(input_ids)
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
         cos, sin = rotary_tables(self._rotary_frequencies(x.device), position_ids, x.dtype)
-        attention_plan = self.backend.prepare_attention(document_ids)
+        attention_plan = self.backend.prepare_attention(document_ids, documents)
         last = self.model.layers[-1]
         for layer in self.model.layers:
             inputs = (x, cos, sin, attention_plan, keep if layer is last else None)
@@ -219,6 +227,9 @@ class DecoderLM(nn.Module):
         labelled = targets != IGNORED
         if self.backend.static_shapes:
             hidden = self(input_ids, position_ids, document_ids)
+        elif self.only_needed_tokens and (needed := needed_tokens(input_ids, position_ids, document_ids, labelled)):
+            rows = (x.flatten()[needed.places][None] for x in (input_ids, position_ids, document_ids, labelled))
+            hidden, targets = self(*rows, needed.documents), targets[labelled]
         else:
             hidden, targets = self(input_ids, position_ids, document_ids, labelled), targets[labelled]
         return self.backend.cross_entropy(hidden, self.lm_head, targets), labelled.sum()

@@ -34,6 +34,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
+    fuses_lora: bool  # whether its layers have `with_lora`, which adds LoRA's products to theirs
     static_shapes: bool  # whether every new shape would need another compilation
     id_dtype: torch.dtype  # of the ids of tokens and documents, of positions and labels
 
@@ -68,8 +69,11 @@ class Backend(Protocol):
         """Let row-parallel layers give outputs that the returned function completes, once for a sum of them."""
         ...
 
-    def prepare_attention(self, document_ids: Tensor) -> Any:
-        """What `attention` needs to know about document_ids (B, T), computed once for all layers."""
+    def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Any:
+        """What `attention` needs to know about document_ids (B, T), computed once for all layers.
+
+        documents: the tokens of each, as indices of T, if B is 1 and they may share tokens. Never with static_shapes.
+        """
         ...
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, scale: float) -> Tensor:

@@ -1,0 +1,165 @@
+"""Linear layers whose weights are frozen: packed weights where they are faster, and LoRA's products on top in one pass.
+
+MKL chooses its kernels by the processor's maker. On AMD processors with AVX-512 oneDNN's products are faster; torch has
+them for weights whose layout was changed beforehand ("packed"), which inductor uses for frozen models. Source of the
+operators: pytorch, aten/src/ATen/native/mkldnn/Linear.cpp. bench/train.py measures both.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def products_on_cpu() -> str:
+    """The library that multiplies by frozen float32 weights on this processor: oneDNN, or torch's own choice, MKL.
+
+    A rule and not a measurement, so that the same machine always computes the same bits.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "oneDNN" if has_avx512 and _maker() == "AuthenticAMD" and torch.backends.mkldnn.is_available() else "MKL"
+
+
+def _maker() -> str:
+    try:
+        found = re.search(r"^vendor_id\s*: (.+)$", CPU_INFO.read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        return ""
+    return found[1] if found else ""
+
+
+class PackedWeight:
+    """A frozen weight (outputs, inputs), packed once for products with it and once for those with its transpose."""
+
+    def __init__(self, weight: Tensor):
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self.shape = weight.shape
+        self._weight = pack(weight.detach())
+        self._transpose = pack(weight.detach().t().contiguous())
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (rows, inputs) @ weightᵀ + bias."""
+        return _product(x, self._weight, bias, self.shape[0])
+
+    def multiply_transposed(self, y: Tensor) -> Tensor:
+        """y (rows, outputs) @ weight."""
+        return _product(y, self._transpose, None, self.shape[1])
+
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    if not len(x):  # oneDNN needs rows
+        return x.new_empty((0, outputs))
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+class FrozenWeights:
+    """The frozen weights (outputs, inputs) of a layer's outputs, one below the other, and their biases, if any.
+
+    pack: make one packed weight of them. Otherwise they are used as they are, and nothing is copied.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), *, pack: bool = False):
+        self._sizes = [len(weight) for weight in weights]
+        self._bias = torch.cat(list(biases)) if biases else None
+        self._packed = PackedWeight(torch.cat(list(weights)) if len(weights) > 1 else weights[0]) if pack else None
+        self._plain = () if pack else tuple(weights)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (rows, inputs) to (rows, all outputs)."""
+        if self._packed:
+            return self._packed.multiply(x, self._bias)
+        if len(self._plain) == 1:
+            return F.linear(x, self._plain[0], self._bias)
+        y = x.new_empty((len(x), sum(self._sizes)))
+        for part, weight in zip(y.split(self._sizes, dim=1), self._plain, strict=True):
+            torch.mm(x, weight.t(), out=part)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def multiply_transposed(self, y: Tensor) -> Tensor:
+        """y (rows, all outputs) to (rows, inputs)."""
+        if self._packed:
+            return self._packed.multiply_transposed(y)
+        (part, weight), *others = zip(y.split(self._sizes, dim=1), self._plain, strict=True)
+        x = part @ weight
+        for part, weight in others:
+            x.addmm_(part, weight)
+        return x
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: FrozenWeights) -> Tensor:
+        ctx.weights = weights
+        return weights.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.weights.multiply_transposed(grad.flatten(0, -2)).unflatten(0, grad.shape[:-1]), None
+
+
+def frozen_linear(x: Tensor, weights: FrozenWeights) -> Tensor:
+    """x (…, inputs) to (…, all outputs)."""
+    return _FrozenLinear.apply(x, weights)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """LoRA's products add to those of the frozen weights in place, so that nothing of their size is made twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: FrozenWeights, sizes: Sequence[int], scale: float, a: Tensor, *b: Tensor | None
+    ) -> Tensor:
+        rows = x.flatten(0, -2)
+        y = weights.multiply(rows)
+        low = (rows @ a.t()).mul_(scale)
+        for part, low_part, matrix in _parts(y, low, sizes, b):
+            part.addmm_(low_part, matrix.t())
+        ctx.weights, ctx.sizes, ctx.scale = weights, sizes, scale
+        ctx.save_for_backward(rows, low, a, *b)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, *b = ctx.saved_tensors
+        dy = grad.flatten(0, -2)
+        dlow = torch.zeros_like(low)
+        db = []
+        for (part, low_part, matrix), (_, dlow_part, _) in zip(
+            _parts(dy, low, ctx.sizes, b), _parts(dy, dlow, ctx.sizes, b), strict=True
+        ):
+            dlow_part.addmm_(part, matrix)
+            db.append((low_part.t() @ part).t())  # twice as fast as partᵀ @ low_part
+        dlow.mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.weights.multiply_transposed(dy).addmm_(dlow, a).unflatten(0, grad.shape[:-1])
+        found = iter(db)
+        return dx, None, None, None, dlow.t() @ x, *(None if matrix is None else next(found) for matrix in b)
+
+
+def _parts(
+    y: Tensor, low: Tensor, sizes: Sequence[int], b: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each output that is trained: its columns of y, its columns of low (which all may share), and its B."""
+    parts = [(part, matrix) for part, matrix in zip(y.split(list(sizes), dim=1), b, strict=True) if matrix is not None]
+    rank = parts[0][1].shape[1]
+    lows = low.split(rank, dim=1) if low.shape[1] > rank else [low] * len(parts)
+    return [(part, low_part, matrix) for (part, matrix), low_part in zip(parts, lows, strict=True)]
+
+
+def lora_linear(
+    x: Tensor, weights: FrozenWeights, sizes: Sequence[int], scale: float, a: Tensor, b: Sequence[Tensor | None]
+) -> Tensor:
+    """x (…, inputs) to (…, all outputs): the frozen weights' plus scale · B(A(x)).
+
+    sizes: of the outputs. a (r, inputs) or, if the trained ones do not share it, (r · their number, inputs). b: for
+    each output (its size, r), or None if it is not trained.
+    """
+    return _LoraLinear.apply(x, weights, sizes, scale, a, *b)

@@ -1,0 +1,65 @@
+"""The tokens of a batch that its loss depends on, and of those with the same hidden states one.
+
+A token's hidden states depend only on its position and on the tokens before it in its document. So documents that begin
+with the same tokens, such as a prompt template's first lines, have the same hidden states there: they are computed
+once, and the gradients of all add up. And nothing depends on the tokens after a document's last labelled one, such as
+the end of an answer.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class NeededTokens:
+    """The K different tokens that the loss of a batch (B, T) depends on.
+
+    places (K,): theirs in the flattened batch, ascending. documents: for each document with a labelled token, which of
+    the K its needed tokens are, in its order.
+    """
+
+    places: Tensor
+    documents: list[list[int]]
+
+
+def needed_tokens(
+    input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, labelled: Tensor
+) -> NeededTokens | None:
+    """Find them in a batch of four (B, T) tensors, of which document 0 is padding. None if no token is needed.
+
+    labelled: bool, whether a position predicts a token that is trained on. From a document's first such position on,
+    tokens are not compared, so that each labelled position is among the K.
+    """
+    columns = [column.flatten().tolist() for column in (input_ids, position_ids, labelled)]
+    known: dict[tuple[int, int, int], int] = {}  # the token before (−1: none), id, position → which of the K
+    places: list[int] = []
+    documents: list[list[int]] = []
+    for start, stop, document in document_runs(document_ids):
+        ids, positions, marks = (column[start:stop] for column in columns)
+        if document == 0 or True not in marks:
+            continue
+        tokens: list[int] = []
+        first_label = marks.index(True)
+        before = -1
+        for offset in range(len(marks) - marks[::-1].index(True)):
+            new = len(places)
+            key = (before, ids[offset], positions[offset])
+            before = known.setdefault(key, new) if offset < first_label else new
+            if before == new:
+                places.append(start + offset)
+            tokens.append(before)
+        documents.append(tokens)
+    return NeededTokens(torch.tensor(places, device=input_ids.device), documents) if places else None
+
+
+def document_runs(document_ids: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Where each document of a batch (B, T) starts and stops in the flattened batch, and its id."""
+    row_length = document_ids.shape[1]
+    places = enumerate(document_ids.flatten().tolist())
+    for (_, document), run in groupby(places, lambda item: (item[0] // row_length, item[1])):
+        start, *others = (place for place, _ in run)
+        yield start, start + 1 + len(others), document
