@@ -152,6 +152,7 @@ def one_document(prepared: Path, length: int) -> None:
     """Write a prepared folder: a training row of one document of `length` random tokens, and short validation rows."""
     import torch
 
+    from trnlora.data.examples import SOURCES
     from trnlora.data.packing import write_parquet
     from trnlora.files import write_sums
     from trnlora.model.config import ModelConfig
@@ -163,6 +164,7 @@ def one_document(prepared: Path, length: int) -> None:
         ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
         row = {"input_ids": ids, "labels": ids, "position_ids": list(range(tokens)), "document_ids": [1] * tokens}
         write_parquet(prepared / f"{split}.parquet", [{**row, "row_ids": [1]}])
+    shutil.copy(ROOT / "artifacts" / "prepared" / SOURCES, prepared)  # which the stage names in errors
     write_sums(prepared)
 
 

@@ -46,18 +46,18 @@ class _Expand(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """(…, R, D) to (…, K, D). Where documents share a token, its values are equal."""
+    """(R, …) to (K, …). Where documents share a token, its values are equal."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, documents: Documents) -> Tensor:
         ctx.documents = documents
-        return x.index_select(-2, documents.first)
+        return x.index_select(0, documents.first)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         documents: Documents = ctx.documents
-        dx = grad.new_zeros((*grad.shape[:-2], len(documents.token), grad.shape[-1]))
-        return dx.index_copy_(-2, documents.first, grad), None
+        dx = grad.new_zeros((len(documents.token), *grad.shape[1:]))
+        return dx.index_copy_(0, documents.first, grad), None
 
 
 def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
@@ -68,10 +68,10 @@ def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Docum
     if is_shared:
         q, k, v = (_Expand.apply(x, documents) for x in (q, k, v))
     attended = [
-        F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa, scale=scale)  # type: ignore[misc]
+        F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=gqa, scale=scale).transpose(1, 2)[0]  # type: ignore[misc]
         for qkv in zip(*(x.split(documents.lengths, dim=2) for x in (q, k, v)), strict=True)
     ]
-    y = torch.cat(attended, dim=2)
+    y = torch.cat(attended) if len(attended) > 1 else attended[0]  # (R, heads, D), as the layer's next product needs it
     if is_shared:
         y = _Collect.apply(y, documents)
-    return y[0].unflatten(1, (batch, -1)).transpose(0, 1)
+    return y.unflatten(0, (batch, -1)).transpose(1, 2)

@@ -324,13 +324,17 @@ class GQAQKVColumnParallelLinear(_ParallelLinear):
         else:
             x_q = x_k = x_v = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
             if self.packed:
-                q, k, v = frozen_linear(x_q, self.packed).split(self.rank_sizes, dim=-1)
-                return q, k, v
+                return self.split(frozen_linear(x_q, self.packed))
         return (
             F.linear(x_q, self.weight_q, self.bias_q),
             F.linear(x_k, self.weight_k, self.bias_k),
             F.linear(x_v, self.weight_v, self.bias_v),
         )
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of all outputs. v is a copy, because attention keeps it, and as a part of y it would keep all."""
+        q, k, v = y.split(self.rank_sizes, dim=-1)
+        return q, k, v.contiguous()
 
     def frozen(self) -> FrozenWeights:
         if self.packed:
@@ -359,7 +363,7 @@ class TorchBackend:
     """`trnlora.model.parallel.Backend` over a tensor-parallel group and the group of ranks with the same KV heads."""
 
     ops = fused_ops
-    fuses_lora = True
+    fuses_lora = recomputes = True
     static_shapes = False
     id_dtype = torch.int64
 

@@ -17,6 +17,7 @@ from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
 from trnlora.model.needed_tokens import needed_tokens
 from trnlora.model.parallel import Backend
+from trnlora.model.recompute import not_kept
 from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
 IGNORED = -100  # the label of a position that is not trained on, as in HF
@@ -88,8 +89,11 @@ class MLP(nn.Module):
         self.gate_up_proj = backend.column_parallel_linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.backend.ops.swiglu(self.gate_up_proj(x)))  # each rank holds [gate_r, up_r]
+    def forward(self, x: Tensor, keep_less: bool = False) -> Tensor:
+        gate_up = self.gate_up_proj(x)  # each rank holds [gate_r, up_r]
+        y = self.backend.ops.swiglu(gate_up)
+        with not_kept(y, self.backend.ops.swiglu, gate_up, when=keep_less):
+            return self.down_proj(y)
 
 
 class DecoderLayer(nn.Module):
@@ -101,10 +105,23 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.mlp = MLP(config, backend)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention_plan: Any, keep: Tensor | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention_plan, keep)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_plan: Any,
+        keep: Tensor | None = None,
+        keep_less: bool = False,
+    ) -> Tensor:
+        """keep: as in `DecoderLM.forward`. keep_less: for the backward pass, recompute norms and SwiGLU there."""
+        normed = self.input_layernorm(x)
+        with not_kept(normed, self.input_layernorm, x, when=keep_less):
+            attended = self.self_attn(normed, cos, sin, attention_plan, keep)
         x = self._add(x if keep is None else x[keep], attended)
-        return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+        normed = self.post_attention_layernorm(x)
+        with not_kept(normed, self.post_attention_layernorm, x, when=keep_less):
+            return self._add(x, self.mlp(normed, keep_less))
 
     def _add(self, residual: Tensor, x: Tensor) -> Tensor:
         return residual + x if self.residual_multiplier == 1 else residual + x * self.residual_multiplier
@@ -196,7 +213,7 @@ class DecoderLM(nn.Module):
             if self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # see `draw_dropout`
             else:
-                x = layer(*inputs)
+                x = layer(*inputs, keep_less=self.backend.recomputes)
         x = self.model.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 

@@ -110,7 +110,8 @@ class LoraGQAQKVParallelLinear(_LoraFusedLinear):
         if self.is_fused(x):
             weights = (self.lora_B.get_parameter(f"weight_{letter}") for letter in "qkv")
             b = [weight if is_trained else None for weight, is_trained in zip(weights, self.trained, strict=True)]
-            return self.fused(x, b).split(list(self.sizes), dim=-1)
+            base_layer: Any = self.base_layer
+            return base_layer.split(self.fused(x, b))
         low = self.low(x)
         inputs: Tensor | tuple[Tensor, ...] = low
         if not self.shared:

@@ -157,8 +157,11 @@ def layer_bytes(params: Params, config: ModelConfig, tokens: int, score: int) ->
         "gate_up_proj": outside * config.hidden_size,
         "down_proj": tokens * config.intermediate_size / tp,
     }
+    as_made = params.lora.lora_dropout or params.train.activation_checkpointing
+    if not params.on_trainium and dtype == 4 and not as_made:
+        inputs = {"o_proj": inputs["o_proj"]}  # the others are computed again in the backward pass
     item = 4 + (params.lora.lora_dropout > 0)  # float32, and the dropout's mask
-    lora = sum(inputs[layer] for layer in fused_layers(modules)) * item
+    lora = sum(inputs.get(layer, 0) for layer in fused_layers(modules)) * item
     low = len(fused_layers(modules) if params.lora.share_a else modules) * params.lora.r  # the inputs of lora_B
     lora += tokens * low * 4
     mlp = tokens * 2 * config.intermediate_size / tp * dtype
