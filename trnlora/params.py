@@ -248,6 +248,7 @@ class Train(Section):
     global_batch_size: PositiveInt
     activation_checkpointing: bool
     threads: Annotated[int, Field(ge=1, le=1024)] | None
+    matmul_precision: Literal["highest", "bf16"]
     validate_every_steps: PositiveInt | None
     keep: Literal["last", "best"]
     early_stopping_patience: PositiveInt | None
@@ -334,6 +335,8 @@ class Params(Section):
             )
         if self.eval.engine == "device" and self.backend != "nxd":
             raise ValueError(f"eval.engine: device is for backend nxd; with backend {self.backend}, write host")
+        if self.train.matmul_precision == "bf16" and (self.backend, self.model.dtype) != ("cpu", "float32"):
+            raise ValueError("train.matmul_precision: bf16 is for backend cpu with model.dtype float32; write highest")
         if self.backend == "nxd":
             self._check_nxd()
         if self.backend == "neuron" and self.convert.hw_backend == "trn1":

@@ -1,12 +1,13 @@
 """The decoder on ranks that are threads: its shards, and the loss and gradients of a packed row."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
+from trnlora.backends.torch import TorchBackend, pack_frozen_weights, run_as_threads, thread_backends
 from trnlora.backends.torch_static import StaticTorchBackend, compile_model
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
@@ -66,9 +67,12 @@ def sharded_gradients(
     row: dict[str, torch.Tensor],
     recompute: bool = False,
     make: Callable[..., TorchBackend] = TorchBackend,
+    pack: torch.dtype | None = None,
+    only_needed: bool = False,
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """The loss of one packed row, and every rank's adapter and gradients.
 
+    pack: in which dtype to pack the frozen weights, if at all. only_needed: compute only the tokens that are needed.
     make: of a backend, given the group of all ranks and that of the ranks with the same KV heads.
     B is random, otherwise A has no gradient. Both are small: a large adapter saturates attention, and then the
     gradients are mostly rounding errors.
@@ -83,8 +87,10 @@ def sharded_gradients(
     models = []
     for backend in backends:
         model = DecoderLM.from_shard(config, backend, convert.kv_size_multiplier, shards[backend.tp_rank])
+        pack_frozen_weights(model, functools.partial(shards.__getitem__, backend.tp_rank), lambda name: pack)
         add_lora(model, lora)
         model.recompute_layers = recompute
+        model.only_needed_tokens = only_needed
         set_adapter(model, values, convert)
         if isinstance(backend, StaticTorchBackend):
             compile_model(model)

@@ -14,16 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trnlora.errors import UserError
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def products_on_cpu() -> str:
-    """The library that multiplies by frozen float32 weights on this processor: oneDNN, or torch's own choice, MKL.
+def library_of_products() -> str:
+    """What multiplies by frozen float32 weights on this processor: oneDNN with packed weights, or MKL, torch's choice.
 
     A rule and not a measurement, so that the same machine always computes the same bits.
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "oneDNN" if has_avx512 and _maker() == "AuthenticAMD" and torch.backends.mkldnn.is_available() else "MKL"
+
+
+def packed_dtype(matmul_precision: str) -> torch.dtype | None:
+    """The dtype in which to pack float32 weights on this processor; None: not at all.
+
+    matmul_precision: of train in params.yaml. Raises UserError if the processor has no fast products in bfloat16.
+    """
+    if matmul_precision == "highest":
+        return torch.float32 if library_of_products() == "oneDNN" else None
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        raise UserError("train.matmul_precision: bf16 needs a processor with AVX512-BF16 or AMX: write highest")
+    return torch.bfloat16
 
 
 def _maker() -> str:
@@ -35,13 +49,17 @@ def _maker() -> str:
 
 
 class PackedWeight:
-    """A frozen weight (outputs, inputs), packed once for products with it and once for those with its transpose."""
+    """A frozen weight (outputs, inputs), packed once for products with it and once for those with its transpose.
 
-    def __init__(self, weight: Tensor):
+    dtype: in which to multiply. The results have that of the other factor.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
         pack = torch.ops.mkldnn._reorder_linear_weight
+        weight = weight.detach().to(dtype)
         self.shape = weight.shape
-        self._weight = pack(weight.detach())
-        self._transpose = pack(weight.detach().t().contiguous())
+        self._weight = pack(weight)
+        self._transpose = pack(weight.t().contiguous())
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (rows, inputs) @ weightᵀ + bias."""
@@ -55,21 +73,23 @@ class PackedWeight:
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     if not len(x):  # oneDNN needs rows
         return x.new_empty((0, outputs))
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+    bias = None if bias is None else bias.to(packed.dtype)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(packed.dtype), packed, bias, "none", [], "")
+    return y.to(x.dtype)
 
 
 class FrozenWeights:
     """The frozen weights (outputs, inputs) of a layer's outputs, one below the other, and their biases, if any.
 
-    pack: make one packed weight of them. Otherwise they are used as they are, and nothing is copied.
+    dtype: in which to pack them as one weight. None: they are used as they are, and nothing is copied.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), *, pack: bool = False):
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), dtype: torch.dtype | None = None):
         self._sizes = [len(weight) for weight in weights]
         self._bias = torch.cat(list(biases)) if biases else None
-        self._packed = PackedWeight(torch.cat(list(weights)) if len(weights) > 1 else weights[0]) if pack else None
-        self._plain = () if pack else tuple(weights)
+        whole = torch.cat(list(weights)) if dtype and len(weights) > 1 else weights[0]
+        self._packed = PackedWeight(whole, dtype) if dtype else None
+        self._plain = () if dtype else tuple(weights)
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (rows, inputs) to (rows, all outputs)."""

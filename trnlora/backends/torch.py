@@ -21,6 +21,8 @@ from trnlora.model import fused_ops
 from trnlora.model.config import LOSS_CHUNK
 from trnlora.model.needed_tokens import document_runs
 
+MAPPED_BYTES = 2**26  # of a shard, that packing its weights reads before it maps the file again
+
 T = TypeVar("T")
 Function = Callable[..., Any]
 
@@ -343,20 +345,27 @@ class GQAQKVColumnParallelLinear(_ParallelLinear):
         return FrozenWeights([self.weight_q, self.weight_k, self.weight_v], biases)
 
 
-def pack_frozen_weights(model: nn.Module, read_shard: Callable[[], Mapping[str, Tensor]]) -> None:
+def pack_frozen_weights(
+    model: nn.Module, read_shard: Callable[[], Mapping[str, Tensor]], dtypes: Callable[[str], torch.dtype | None]
+) -> None:
     """Replace the parameters of the model's parallel linear layers by packed weights, on a CPU, before LoRA is added.
 
-    read_shard: maps the shard's tensors into memory. It is called for each layer, because what has been read through a
-    mapping counts as memory of this process until the mapping is dropped; the model's own one keeps the embeddings.
+    dtypes: in which to pack the layer of that name, or None to leave it. read_shard: maps the shard's tensors into
+    memory. It is called again and again, because what has been read through a mapping counts as memory of this process
+    until the mapping is dropped; the model's own one keeps the embeddings.
     """
+    shard, read_bytes = read_shard(), 0
     for name, layer in model.named_modules():
-        if isinstance(layer, _ParallelLinear):
-            shard = read_shard()
-            values = {part: shard[f"{name}.{part}"] for part, _ in layer.named_parameters()}  # in the order of outputs
-            weights = [value for value in values.values() if value.dim() == 2]
-            layer.packed = FrozenWeights(weights, [v for v in values.values() if v.dim() == 1], pack=True)
-            for part in values:
+        if isinstance(layer, _ParallelLinear) and (dtype := dtypes(name)):
+            values = [(part, shard[f"{name}.{part}"]) for part, _ in layer.named_parameters()]  # in the outputs' order
+            weights, biases = ([value for _, value in values if value.dim() == dims] for dims in (2, 1))
+            layer.packed = FrozenWeights(weights, biases, dtype)
+            for part, value in values:
                 delattr(layer, part)
+                read_bytes += value.nbytes
+            if read_bytes > MAPPED_BYTES:
+                del values, weights, biases
+                shard, read_bytes = read_shard(), 0
 
 
 class TorchBackend:

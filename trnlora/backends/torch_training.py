@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from trnlora.backends.frozen_linear import products_on_cpu
+from trnlora.backends.frozen_linear import packed_dtype
 from trnlora.backends.torch import pack_frozen_weights, process_backend
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
@@ -30,12 +30,25 @@ def build_model(mesh: Any, params: Params, config: ModelConfig, shards: Path, kv
     backend = process_backend(mesh["tensor_parallel"].get_group(), kv_groups, params.train.dp_size)
     file = rank_file(shards, PRETRAINED_TAG, backend.tp_rank)
     model = DecoderLM.from_shard(config, backend, params.convert.kv_size_multiplier, load_rank(file))
-    if params.backend == "cpu" and params.model.dtype == "float32" and products_on_cpu() == "oneDNN":
-        pack_frozen_weights(model, lambda: load_rank(file))
+    if params.backend == "cpu" and params.model.dtype == "float32":
+        pack(model, file, params.train.matmul_precision)
     add_lora(model, params.lora)
     model.recompute_layers = params.train.activation_checkpointing
     model.only_needed_tokens = params.lora.lora_dropout == 0
     return model
+
+
+def pack(model: DecoderLM, file: Path, matmul_precision: str) -> None:
+    """Pack the frozen weights as this processor multiplies fastest. file: this rank's shard.
+
+    The head is always float32: its products are logits, in which rounding is seen most. Raises UserError as
+    `packed_dtype` does.
+    """
+    dtype, head = packed_dtype(matmul_precision), packed_dtype("highest")
+    pack_frozen_weights(model, lambda: load_rank(file), lambda name: head if name == "lm_head" else dtype)
+    if dist.get_rank() == 0:
+        how = f"oneDNN, weights packed in {str(dtype).removeprefix('torch.')}" if dtype else "MKL"
+        print(f"matrix products: {how}", flush=True)
 
 
 def save_adapter(folder: Path, model: DecoderLM) -> None:

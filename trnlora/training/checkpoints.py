@@ -30,6 +30,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 
+from trnlora.backends.frozen_linear import library_of_products
 from trnlora.errors import UserError
 from trnlora.files import atomic_dir, atomic_file, check_sums, partial_path, write_json, write_sums
 from trnlora.readers import read_json
@@ -56,7 +57,7 @@ def run_folder(identity: dict[str, Any], code: dict[str, str]) -> Path:
 
 @functools.cache  # what this process has imported, even if a file is edited during the run
 def numeric_code(backend: str) -> dict[str, str]:
-    """Identifies what computes a run's numbers: backend, imported modules, torch's version, instruction set.
+    """Identifies what computes a run's numbers: backend, imported modules, torch's version, instruction set, products.
 
     A module's digest covers its statements, not its comments, docstrings and line breaks. The instruction set counts
     because the last bits of sums depend on it, and a resumed run must end with the same bytes. (They also depend on
@@ -68,6 +69,7 @@ def numeric_code(backend: str) -> dict[str, str]:
         "backend": backend,
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "products": library_of_products() if backend == "cpu" else backend,
     }
 
 
