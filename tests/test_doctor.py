@@ -18,6 +18,7 @@ from support import ROOT
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.doctor import (
+    check_bf16_products,
     check_disk,
     check_loggers,
     check_memory,
@@ -233,6 +234,17 @@ def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs libnuma\.so\.1 .*libnuma1\), g\+\+ .*, Python's headers .*, AVX2"):
         check_vllm_on_cpu(params)
+
+
+def test_products_in_bf16_need_their_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512_bf16 avx512vbmi\n")
+    assert check_bf16_products()
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512vbmi\n")
+    with pytest.raises(UserError, match=r"bf16 needs a processor with AVX512-BF16 or AMX: write highest"):
+        check_bf16_products()
+    assert check_bf16_products not in checks(profile("smollm2-135m-cpu"))
+    assert check_bf16_products in checks(profile("smollm2-135m-cpu", train={"matmul_precision": "bf16"}))
 
 
 def test_an_arm_processor_without_bfloat16_serves_float32(monkeypatch: pytest.MonkeyPatch) -> None:

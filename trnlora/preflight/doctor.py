@@ -53,6 +53,8 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
         yield from neuron_checks(params)
     else:
         yield partial(check_backend, params)
+    if params.train.matmul_precision == "bf16":
+        yield check_bf16_products
     if params.train.loggers and not (params.on_trainium and params.neuron.python):  # which is another Python
         yield partial(check_loggers, params)
     if params.eval.engine == "host":
@@ -195,6 +197,13 @@ def check_vllm_on_cpu(params: Params) -> str:
     if missing:
         raise UserError(f"vLLM's CPU build needs {', '.join(missing)}")
     return "libnuma, g++ and Python's headers for vLLM's CPU build"
+
+
+def check_bf16_products() -> str:
+    """What train.matmul_precision: bf16 needs of the processor, as `packed_dtype` asks of torch."""
+    if not {"avx512_bf16", "amx_tile"} & set(CPU_INFO.read_text("utf-8").split()):
+        raise UserError("train.matmul_precision: bf16 needs a processor with AVX512-BF16 or AMX: write highest")
+    return "AVX512-BF16 or AMX for train.matmul_precision: bf16"
 
 
 def has_bf16() -> bool:
