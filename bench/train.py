@@ -1,22 +1,26 @@
 """Speed and memory of finetune_lora at tp 1, compared with HF's Trainer + PEFT on the same rows.
 
-    python bench/train.py [--pairs N] [--steps N] [--targets …] [--memory] [--dir DIR]
+    python bench/train.py [--pairs N] [--steps N] [--targets …] [--unshared] [--memory] [--dir DIR]
 
 Reads artifacts/model, artifacts/prepared.
 
 Trains on the packed rows that finetune_lora reads, one row per step, in the same order and from the same lora_A. The
 ways below take turns. Prints the median of N runs and the loss of the last step, which must agree:
 
-ours       the stage itself at tp 1: a packed row, attention within each document
-hf         HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
-hf-packed  HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents concatenated, no padding
+ours               the stage itself at tp 1: a packed row, attention within each document
+hf                 HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
+hf-packed          HF Trainer + PEFT with DataCollatorWithFlattening: the row's documents concatenated, no padding
+hf-oneDNN, hf-packed-oneDNN
+                   the same two with ours' packed weights in place of their frozen linear layers, which the libraries
+                   themselves do not offer; only where ours uses them
 
-HF's lora_A's are shared as in NxD (lora.share_a in params.yaml). Dropout is 0, so that all three compute the
-same. Padding does not count as tokens. The seconds are those of the optimizer steps. Also measures the processor's
-peak, which is float32 matrix products of the model's shapes in isolation, and prints which share of it a step of ours
-reaches, counting only the products that LoRA needs for real tokens.
+HF's lora_A's are shared as in NxD (lora.share_a in params.yaml). Dropout is 0, so that all compute the same. Padding
+does not count as tokens. The seconds are those of the optimizer steps. Also measures the processor's peak, which is
+float32 matrix products of the model's shapes in isolation, each by the faster of MKL and oneDNN, and prints which share
+of it a step of ours reaches, counting only the products that LoRA needs for the tokens that the loss depends on.
 
---memory   instead: peak resident memory of ours and hf for one document of 256 … 4096 tokens, all of them labelled
+--unshared  give each document a first token of its own, so that no two begin in the same way
+--memory    instead: peak resident memory of ours and hf for one document of 256 … 4096 tokens, all of them labelled
 """
 
 import argparse
@@ -37,7 +41,8 @@ from trnlora import paths
 from trnlora.params import Params, Train, load_params
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = ["ours", "hf", "hf-packed"]
+ONEDNN = "-oneDNN"  # ends the name of a way with packed weights
+WAYS = ["ours", "hf", "hf-packed", "hf" + ONEDNN, "hf-packed" + ONEDNN]
 LENGTHS = [256, 512, 1024, 2048, 4096]
 
 
@@ -46,6 +51,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="runs of each way (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a run (default: %(default)s)")
     parser.add_argument("--targets", default="all-linear", help="with commas (default: %(default)s)")
+    parser.add_argument("--unshared", action="store_true", help="no two documents begin in the same way")
     parser.add_argument("--memory", action="store_true", help="measure memory by sequence length instead")
     parser.add_argument("--dir", type=Path, help="where the runs write (default: the temporary folder)")
     parser.add_argument("--run", nargs=2, metavar=("WAY", "DIR"), help=argparse.SUPPRESS)
@@ -53,7 +59,7 @@ def main() -> None:
     if args.run:
         way, folder = args.run
         os.chdir(folder)
-        result = {"ours": run_ours, "peak": gemm_peak}.get(way, lambda: run_hf(packed=way == "hf-packed"))()
+        result = run_ours() if way == "ours" else gemm_peak() if way == "peak" else run_hf(way)
         print(json.dumps(result))
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # the same for all ways
@@ -64,7 +70,11 @@ def main() -> None:
         if args.memory:
             memory(folder, args.targets)
         else:
-            (folder / "artifacts" / "prepared").symlink_to(ROOT / "artifacts" / "prepared")
+            prepared = folder / "artifacts" / "prepared"
+            if args.unshared:
+                unshare(ROOT / "artifacts" / "prepared", prepared)
+            else:
+                prepared.symlink_to(ROOT / "artifacts" / "prepared")
             speed(folder, args.targets, args.pairs, args.steps)
 
 
@@ -92,13 +102,18 @@ def set_up(folder: Path, targets: str, **train: Any) -> None:
 
 
 def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
+    from trnlora.backends.frozen_linear import library_of_products
+    from trnlora.reporting.provenance import processor
+
     set_up(folder, targets, max_steps=steps)
-    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in (*WAYS, "peak")}
+    packs = library_of_products() == "oneDNN"
+    ways = [way for way in WAYS if packs or not way.endswith(ONEDNN)]
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in (*ways, "peak")}
     for number in range(pairs):
         for way, results in runs.items():
             results.append(run(way, folder))
             if way == "peak":
-                print(f"run {number + 1}: peak {results[-1]['flops'] / 1e9:.0f} GFLOP/s", flush=True)
+                print(f"run {number + 1}: peak {rates(results[-1])} GFLOP/s", flush=True)
             else:
                 r = results[-1]
                 print(
@@ -112,7 +127,7 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
     table = Table(title=f"{steps} steps of one packed row, {os.environ['OMP_NUM_THREADS']} threads, float32")
     for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "last loss"):
         table.add_column(column, justify="right" if column else "left")
-    for way in WAYS:
+    for way in ways:
         speeds = [run["tokens"] / run["seconds"] for run in runs[way]]
         # per run, since a machine's speed drifts
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs[way], strict=True)]
@@ -124,9 +139,38 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
     shares = [
         run["flops"] / run["seconds"] / peak["flops"] for run, peak in zip(runs["ours"], runs["peak"], strict=True)
     ]
-    peak = statistics.median(run["flops"] for run in runs["peak"])
     share = f"{statistics.median(shares):.0%}"
-    print(f"matrix products in isolation: {peak / 1e9:.0f} GFLOP/s; a step of ours reaches {share} of that")
+    print(
+        f"{processor()}; matrix products in isolation, median run: {rates(runs['peak'][len(runs['peak']) // 2])} GFLOP/s"
+    )
+    ours = runs["ours"][-1]
+    print(f"a step of ours reaches {share} of the best; it computes {ours['needed']} of {ours['tokens']} tokens")
+
+
+def rates(peak: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {peak[name] / 1e9:.0f}" for name in ("MKL", "oneDNN", "flops")).replace("flops", "best")
+
+
+def unshare(prepared: Path, target: Path) -> None:
+    """Copy a prepared folder, with a first token of its own for each document of a row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from trnlora.files import write_sums
+
+    shutil.copytree(prepared, target)
+    for split in ("train", "validation"):
+        table = pq.read_table(target / f"{split}.parquet")
+        ids, positions = table["input_ids"].to_pylist(), table["position_ids"].to_pylist()
+        documents = table["document_ids"].to_pylist()
+        for row in range(len(ids)):
+            for place, position in enumerate(positions[row]):
+                if position == 0:
+                    ids[row][place] = 1000 + documents[row][place]
+        place = table.schema.get_field_index("input_ids")
+        table = table.set_column(place, "input_ids", pa.array(ids, table.schema.field("input_ids").type))
+        pq.write_table(table, target / f"{split}.parquet")
+    write_sums(target)
 
 
 def memory(folder: Path, targets: str) -> None:
@@ -181,12 +225,29 @@ def run_ours() -> dict[str, Any]:
         "seconds": tokens / timing["tokens_per_second"],
         "loss": metrics["train_loss"],
         "rss_gib": timing["peak_rss_gib_per_rank"],
-        "flops": sum(2 * m * k * n * times for m, k, n, times in products(documents())),
+        "flops": sum(2 * m * k * n * times for m, k, n, times in products(needed())),
+        "needed": sum(tokens for tokens, _ in needed()),
     }
 
 
-def documents() -> list[list[dict[str, list[int]]]]:
-    """The documents (input_ids, labels) of each packed row, in the order of training."""
+def needed() -> list[tuple[int, int]]:
+    """For each packed row, in the order of training: the tokens that its loss depends on, and the labelled ones."""
+    import torch
+
+    from trnlora.model.decoder import IGNORED, next_tokens
+    from trnlora.model.needed_tokens import needed_tokens
+
+    counts = []
+    for row in packed_rows():
+        tensors = {name: torch.as_tensor(column)[None] for name, column in row.items()}
+        labelled = next_tokens(tensors["labels"]) != IGNORED
+        found = needed_tokens(tensors["input_ids"], tensors["position_ids"], tensors["document_ids"], labelled)
+        counts.append((len(found.places) if found else 0, int(labelled.sum())))
+    return counts
+
+
+def packed_rows() -> list[dict[str, Any]]:
+    """The packed rows in the order of training."""
     from trnlora.training.batches import epoch_order, read_packed_rows
 
     train = load_params().train
@@ -194,24 +255,26 @@ def documents() -> list[list[dict[str, list[int]]]]:
     rows = read_packed_rows(paths.PREPARED / "train.parquet")
     count = len(rows["labels"])
     order = [row for epoch in range(train.epochs) for row in epoch_order(count, epoch, train.seed).tolist()]
-    steps = []
-    for row in order[: train.max_steps]:
-        ids = rows["document_ids"][row]
-        steps.append(
-            [
-                {name: rows[name][row][ids == document].tolist() for name in ("input_ids", "labels")}
-                for document in range(1, int(ids.max()) + 1)
-            ]
-        )
-    return steps
+    return [{name: column[row] for name, column in rows.items()} for row in order[: train.max_steps]]
 
 
-def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, int, int]]:
-    """(m, k, n, count) of the matrix products that LoRA needs for these steps' real tokens.
+def documents() -> list[list[dict[str, list[int]]]]:
+    """The documents (input_ids, labels) of each packed row, in the order of training."""
+    return [
+        [
+            {name: row[name][row["document_ids"] == document].tolist() for name in ("input_ids", "labels")}
+            for document in range(1, int(row["document_ids"].max()) + 1)
+        ]
+        for row in packed_rows()
+    ]
+
+
+def products(steps: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    """(m, k, n, count) of the matrix products that LoRA needs for steps of so many (tokens, labelled tokens).
 
     For each frozen weight: the forward product and the gradient of its input. The lowest layer's q, k and v need no
-    such gradient, since no adapter is below them. Also A, B and their gradients. The head only at labelled tokens.
-    Without attention.
+    such gradient, since no adapter is below them. Also A, B and their gradients. The head, and what follows the
+    attention of the last layer, only at labelled tokens. Without attention.
     """
     from trnlora.model.config import ModelConfig
     from trnlora.model.targets import adapter_tensors
@@ -220,36 +283,66 @@ def products(steps: list[list[dict[str, list[int]]]]) -> list[tuple[int, int, in
     config, layers = ModelConfig.from_folder(paths.MODEL), ModelConfig.from_folder(paths.MODEL).num_hidden_layers
     first = [tensor for tensor in adapter_tensors(config, load_params().lora) if ".layers.0." in tensor.nxd_key]
     found = []
-    for step in steps:
-        tokens = sum(len(document["input_ids"]) for document in step)
-        labelled = sum(label != -100 for document in step for label in document["labels"][1:])
+    for tokens, labelled in steps:
         for name, (k, n) in linear_sizes(config).items():
-            below = layers - 1 if name in ("q_proj", "k_proj", "v_proj") else layers  # layers that need x's gradient
-            found += [(tokens, k, n, layers), (tokens, n, k, below)]
+            if name in ("q_proj", "k_proj", "v_proj"):
+                found += [(tokens, k, n, layers), (tokens, n, k, layers - 1)]
+            else:
+                found += [
+                    (m, *size, count) for m, count in ((tokens, layers - 1), (labelled, 1)) for size in ((k, n), (n, k))
+                ]
         for tensor in first:
             n, k = tensor.shape
-            below = layers - 1 if ".qkv_proj.lora_A." in tensor.nxd_key else layers
-            found += [(tokens, k, n, layers), (n, tokens, k, layers), (tokens, n, k, below)]
+            if ".qkv_proj." in tensor.nxd_key:
+                below = layers - 1 if ".lora_A." in tensor.nxd_key else layers
+                found += [(tokens, k, n, layers), (n, tokens, k, layers), (tokens, n, k, below)]
+            else:
+                for m, count in ((tokens, layers - 1), (labelled, 1)):
+                    found += [(m, k, n, count), (n, m, k, count), (m, n, k, count)]
         found += [(labelled, config.hidden_size, config.vocab_size, 1)]
         found += [(labelled, config.vocab_size, config.hidden_size, 1)]
     return found
 
 
 def gemm_peak() -> dict[str, Any]:
-    """FLOP/s of the model's matrix products with nothing between them; the best of several runs for each."""
+    """FLOP/s of the model's matrix products with nothing between them: by MKL, by oneDNN, and by the faster one of each.
+
+    The best of several runs for each product.
+    """
     import torch
 
-    flops = seconds = 0.0
-    for m, k, n, times in products(documents()[:1]):
+    from trnlora.backends.frozen_linear import FrozenWeights
+
+    flops = 0.0
+    seconds = dict.fromkeys(("MKL", "oneDNN", "flops"), 0.0)
+    for m, k, n, times in products(needed()[:1]):
         x, weight = torch.randn(m, k), torch.randn(n, k)
-        best = math.inf
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            best = min(best, time.perf_counter() - started)
+        best = {}
+        for name, weights in (("MKL", FrozenWeights([weight])), ("oneDNN", FrozenWeights([weight], (), torch.float32))):
+            best[name] = math.inf
+            for _ in range(5):
+                started = time.perf_counter()
+                weights.multiply(x)
+                best[name] = min(best[name], time.perf_counter() - started)
+        best["flops"] = min(best.values())
         flops += 2 * m * k * n * times
-        seconds += best * times
-    return {"flops": flops / seconds}
+        for name, each in best.items():
+            seconds[name] += each * times
+    return {name: flops / each for name, each in seconds.items()}
+
+
+def use_packed_weights(model: Any) -> None:
+    """Let the frozen linear layers of a model multiply by packed weights."""
+    from functools import partial
+
+    import torch
+
+    from trnlora.backends.frozen_linear import FrozenWeights, frozen_linear
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            biases = [] if module.bias is None else [module.bias]
+            module.forward = partial(frozen_linear, weights=FrozenWeights([module.weight], biases, torch.float32))
 
 
 def hf_model(params: Params) -> Any:
@@ -277,8 +370,8 @@ def hf_model(params: Params) -> Any:
     return model
 
 
-def run_hf(packed: bool) -> dict[str, Any]:
-    """Run HF Trainer + PEFT on the rows in the current folder."""
+def run_hf(way: str) -> dict[str, Any]:
+    """Run HF Trainer + PEFT on the rows in the current folder, in one of WAYS."""
     from torch.utils.data import SequentialSampler
     from transformers import (
         AutoTokenizer,
@@ -294,9 +387,11 @@ def run_hf(packed: bool) -> dict[str, Any]:
     params = load_params()
     steps = documents()
     model = hf_model(params)
+    if way.endswith(ONEDNN):
+        use_packed_weights(model)
     tokenizer = AutoTokenizer.from_pretrained(paths.MODEL)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    collate = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer)
+    collate = DataCollatorWithFlattening() if "packed" in way else DataCollatorForSeq2Seq(tokenizer)
     losses: list[float] = []
     seconds = 0.0
 
