@@ -172,10 +172,11 @@ def assert_bfloat16_run(
     assert {str(tensor.dtype) for shard in adapter(found) for tensor in shard.values()} == {"torch.float32"}
 
 
-def assert_same_run(found: Path, expected: Path, steps: int, tolerance: float = 1e-4) -> None:
+def assert_same_run(found: Path, expected: Path, steps: int, tolerance: float = 2e-4) -> None:
     """Both runs have the same logits, adapter and, for every step, loss, gradients, gradient norm and learning rate.
 
-    tolerance: of logits, which reach 15, and of gradients relative to the largest in their tensor.
+    tolerance: of logits, which reach 15, and of gradients relative to the largest in their tensor. oneDNN, which may
+    compute the CPU's products, adds up a row in one go, and rounds twice as much as MKL, which does so in parts.
     """
     print()
     worst = {"logits": 0.0, "weights": 0.0, "lora_A": 0.0, "lora_B": 0.0}
