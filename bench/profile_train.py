@@ -18,9 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# aten operators by kind. All others are element-wise operations, copies or sums.
+# Operators by kind. All other ones of aten are element-wise operations, copies or sums.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"),
     "attention": (
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -94,7 +94,7 @@ def report(profiler: Any, seconds: float, steps: int) -> None:
     for event in profiler.key_averages():
         if event.key in ("communication", "data"):
             found[event.key] += event.cpu_time_total  # includes what it calls and waits for
-        elif event.key.startswith("aten::"):
+        elif event.key.startswith(("aten::", "mkldnn::")):
             kind = next((kind for kind, keys in KINDS.items() if event.key in keys), "element-wise, copies, sums")
             found[kind] += event.self_cpu_time_total
     found = {kind: microseconds / 1e6 for kind, microseconds in found.items()}
