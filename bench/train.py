@@ -5,7 +5,7 @@
 Reads artifacts/model, artifacts/prepared.
 
 Trains on the packed rows that finetune_lora reads, one row per step, in the same order and from the same lora_A. The
-ways below take turns. Prints the median of N runs and the loss of the last step, which must agree:
+ways below take turns. Prints the median of N runs, and how far the loss of any step is from that of hf:
 
 ours               the stage itself at tp 1: a packed row, attention within each document
 hf                 HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
@@ -117,7 +117,7 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
             else:
                 r = results[-1]
                 print(
-                    f"run {number + 1}: {way} {r['tokens'] / r['seconds']:.0f} tokens/s, loss {r['loss']:.5f}",
+                    f"run {number + 1}: {way} {r['tokens'] / r['seconds']:.0f} tokens/s, loss {r['losses'][-1]:.5f}",
                     flush=True,
                 )
 
@@ -125,7 +125,7 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"{steps} steps of one packed row, {os.environ['OMP_NUM_THREADS']} threads, float32")
-    for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "last loss"):
+    for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "loss, last step", "furthest from hf"):
         table.add_column(column, justify="right" if column else "left")
     for way in ways:
         speeds = [run["tokens"] / run["seconds"] for run in runs[way]]
@@ -133,7 +133,8 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(runs["ours"], runs[way], strict=True)]
         table.add_row(
             way, f"{statistics.median(speeds):.0f}", f"{statistics.median(ratios):.2f}",
-            f"{max(run['rss_gib'] for run in runs[way]):.2f}", f"{runs[way][-1]['loss']:.5f}",
+            f"{max(run['rss_gib'] for run in runs[way]):.2f}", f"{runs[way][-1]['losses'][-1]:.5f}",
+            f"{max(abs(a - b) for a, b in zip(runs[way][-1]['losses'], runs['hf'][-1]['losses'], strict=True)):.0e}",
         )  # fmt: skip
     Console().print(table)
     shares = [
@@ -218,11 +219,12 @@ def run_ours() -> dict[str, Any]:
     subprocess.run([sys.executable, ROOT / "stages" / "finetune_lora.py"], stdout=subprocess.DEVNULL, check=True)
     metrics = read_json(paths.METRICS / "finetune_lora.json")
     timing = read_json(paths.METRICS / "timing" / "finetune_lora.json")
+    curve = paths.CURVES / "plots" / "metrics" / "train" / "loss.tsv"
     tokens = metrics["train_tokens"]
     return {
         "tokens": tokens,
         "seconds": tokens / timing["tokens_per_second"],
-        "loss": metrics["train_loss"],
+        "losses": [float(line.split("\t")[1]) for line in curve.read_text("utf-8").splitlines()[1:]],
         "rss_gib": timing["peak_rss_gib_per_rank"],
         "flops": sum(2 * m * k * n * times for m, k, n, times in products(needed())),
         "needed": sum(tokens for tokens, _ in needed()),
@@ -423,7 +425,7 @@ def run_hf(way: str) -> dict[str, Any]:
     return {
         "tokens": sum(len(document["input_ids"]) for step in steps for document in step),
         "seconds": seconds,
-        "loss": losses[-1],
+        "losses": losses,
         "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
     }
 
