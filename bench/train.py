@@ -5,7 +5,7 @@
 Reads artifacts/model, artifacts/prepared.
 
 Trains on the packed rows that finetune_lora reads, one row per step, in the same order and from the same lora_A. The
-ways below take turns. Prints the median of N runs, and how far the loss of any step is from that of hf:
+ways below take turns. Prints the median of N runs, peak resident memory, and how far the loss of any step is from hf:
 
 ours               the stage itself at tp 1: a packed row, attention within each document
 hf                 HF Trainer + PEFT as most people run it: the row's documents as a batch, padded to the longest
@@ -125,7 +125,7 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
     from rich.table import Table
 
     table = Table(title=f"{steps} steps of one packed row, {os.environ['OMP_NUM_THREADS']} threads, float32")
-    for column in ("", "real tokens/s", "ours / this", "peak RSS GiB", "loss, last step", "furthest from hf"):
+    for column in ("", "tokens/s", "ours / this", "RSS GiB", "last loss", "from hf"):
         table.add_column(column, justify="right" if column else "left")
     for way in ways:
         speeds = [run["tokens"] / run["seconds"] for run in runs[way]]
@@ -138,17 +138,17 @@ def speed(folder: Path, targets: str, pairs: int, steps: int) -> None:
         )  # fmt: skip
     Console().print(table)
     shares = [
-        run["flops"] / run["seconds"] / peak["flops"] for run, peak in zip(runs["ours"], runs["peak"], strict=True)
+        run["flops"] / run["seconds"] / peak["best"] for run, peak in zip(runs["ours"], runs["peak"], strict=True)
     ]
     share = f"{statistics.median(shares):.0%}"
-    peak = sorted(runs["peak"], key=lambda run: run["flops"])[len(runs["peak"]) // 2]
+    peak = sorted(runs["peak"], key=lambda run: run["best"])[len(runs["peak"]) // 2]
     print(f"{processor()}; matrix products in isolation, median run: {rates(peak)} GFLOP/s")
     ours = runs["ours"][-1]
     print(f"a step of ours reaches {share} of the best; it computes {ours['needed']} of {ours['tokens']} tokens")
 
 
 def rates(peak: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {peak[name] / 1e9:.0f}" for name in ("MKL", "oneDNN", "flops")).replace("flops", "best")
+    return ", ".join(f"{name} {flops / 1e9:.0f}" for name, flops in peak.items())
 
 
 def unshare(prepared: Path, target: Path) -> None:
@@ -167,8 +167,8 @@ def unshare(prepared: Path, target: Path) -> None:
             for place, position in enumerate(positions[row]):
                 if position == 0:
                     ids[row][place] = 1000 + documents[row][place]
-        place = table.schema.get_field_index("input_ids")
-        table = table.set_column(place, "input_ids", pa.array(ids, table.schema.field("input_ids").type))
+        column = table.schema.get_field_index("input_ids")
+        table = table.set_column(column, "input_ids", pa.array(ids, table.schema.field(column).type))
         pq.write_table(table, target / f"{split}.parquet")
     write_sums(target)
 
@@ -221,13 +221,14 @@ def run_ours() -> dict[str, Any]:
     timing = read_json(paths.METRICS / "timing" / "finetune_lora.json")
     curve = paths.CURVES / "plots" / "metrics" / "train" / "loss.tsv"
     tokens = metrics["train_tokens"]
+    counts = needed()
     return {
         "tokens": tokens,
         "seconds": tokens / timing["tokens_per_second"],
         "losses": [float(line.split("\t")[1]) for line in curve.read_text("utf-8").splitlines()[1:]],
         "rss_gib": timing["peak_rss_gib_per_rank"],
-        "flops": sum(2 * m * k * n * times for m, k, n, times in products(needed())),
-        "needed": sum(tokens for tokens, _ in needed()),
+        "flops": sum(2 * m * k * n * times for m, k, n, times in products(counts)),
+        "needed": sum(count for count, _ in counts),
     }
 
 
@@ -307,26 +308,26 @@ def products(steps: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
 def gemm_peak() -> dict[str, Any]:
     """FLOP/s of the model's matrix products with nothing between them, the best of several runs for each.
 
-    By MKL, by oneDNN, and (flops) each by the faster one.
+    By MKL, by oneDNN, and (best) each by the faster one.
     """
     import torch
 
     from trnlora.backends.frozen_linear import FrozenWeights
 
     flops = 0.0
-    seconds = dict.fromkeys(("MKL", "oneDNN", "flops"), 0.0)
+    seconds = dict.fromkeys(("MKL", "oneDNN", "best"), 0.0)
     for m, k, n, times in products(needed()[:1]):
         x, weight = torch.randn(m, k), torch.randn(n, k)
-        best = {}
+        fastest = {}
         for name, weights in (("MKL", FrozenWeights([weight])), ("oneDNN", FrozenWeights([weight], (), torch.float32))):
-            best[name] = math.inf
+            fastest[name] = math.inf
             for _ in range(5):
                 started = time.perf_counter()
                 weights.multiply(x)
-                best[name] = min(best[name], time.perf_counter() - started)
-        best["flops"] = min(best.values())
+                fastest[name] = min(fastest[name], time.perf_counter() - started)
+        fastest["best"] = min(fastest.values())
         flops += 2 * m * k * n * times
-        for name, each in best.items():
+        for name, each in fastest.items():
             seconds[name] += each * times
     return {name: flops / each for name, each in seconds.items()}
 

@@ -18,9 +18,9 @@ from support import ROOT
 from trnlora.errors import UserError
 from trnlora.params import Params
 from trnlora.preflight.doctor import (
-    check_bf16_products,
     check_disk,
     check_loggers,
+    check_matmul_precision,
     check_memory,
     check_port,
     check_repository,
@@ -229,7 +229,7 @@ def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("ctypes.CDLL", not_found)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("trnlora.processor.CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx sse4_2\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs libnuma\.so\.1 .*libnuma1\), g\+\+ .*, Python's headers .*, AVX2"):
@@ -237,14 +237,14 @@ def test_what_vllm_needs_of_the_system(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_products_in_bf16_need_their_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trnlora.preflight.doctor.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("trnlora.processor.CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512_bf16 avx512vbmi\n")
-    assert check_bf16_products()
+    assert check_matmul_precision()
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512vbmi\n")
     with pytest.raises(UserError, match=r"bf16 needs a processor with AVX512-BF16 or AMX: write highest"):
-        check_bf16_products()
-    assert check_bf16_products not in checks(profile("smollm2-135m-cpu"))
-    assert check_bf16_products in checks(profile("smollm2-135m-cpu", train={"matmul_precision": "bf16"}))
+        check_matmul_precision()
+    assert check_matmul_precision not in checks(profile("smollm2-135m-cpu"))
+    assert check_matmul_precision in checks(profile("smollm2-135m-cpu", train={"matmul_precision": "bf16"}))
 
 
 def test_an_arm_processor_without_bfloat16_serves_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from support.adapters import lora_params
 from support.models import FAMILIES, write_model
-from support.sharded import conversion, packed, sharded_gradients
+from support.sharded import conversion, packed, sharded_gradients, shards_of
 from torch import Tensor
 
-from trnlora.backends import frozen_linear
+from trnlora import processor
+from trnlora.backends import torch as torch_backend
 from trnlora.backends.frozen_linear import FrozenWeights, library_of_products, lora_linear, packed_dtype
+from trnlora.backends.torch import thread_backends
 from trnlora.errors import UserError
+from trnlora.model.config import ModelConfig
+from trnlora.model.decoder import DecoderLM
 
 SIZES = [12, 4, 4]
 TOLERANCE = {None: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -47,7 +51,7 @@ def test_lora_on_top_by_finite_differences(trained: tuple[bool, ...], share_a: b
     a = noise(3 if share_a else 3 * sum(trained), 8).double().requires_grad_()
     b: list[Any] = [noise(size, 3).double().requires_grad_() if is_trained else None for size, is_trained in pairs]
     x = noise(2, 5, 8).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a, *b: lora_linear(x, weights, SIZES, 0.7, a, b), (x, a, *b))
+    assert torch.autograd.gradcheck(lambda x, a, *b: lora_linear(x, weights, 0.7, a, b), (x, a, *b))
     with torch.no_grad():
         low = 0.7 * x @ a.t()
         lows = iter([low] * 3 if share_a else low.split(3, dim=-1))
@@ -56,7 +60,7 @@ def test_lora_on_top_by_finite_differences(trained: tuple[bool, ...], share_a: b
             for m, (size, is_trained) in zip(b, pairs, strict=True)
         ]
         expected = weights.multiply(x.flatten(0, 1)).view(2, 5, -1) + torch.cat(deltas, dim=-1)
-        torch.testing.assert_close(lora_linear(x, weights, SIZES, 0.7, a, b), expected)
+        torch.testing.assert_close(lora_linear(x, weights, 0.7, a, b), expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -89,7 +93,7 @@ def test_packed_weights_give_the_same_loss_and_gradients(
 def test_the_library_follows_from_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str | None, instructions: str, library: str
 ) -> None:
-    monkeypatch.setattr(frozen_linear, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     if vendor:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 25\n")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
@@ -97,10 +101,35 @@ def test_the_library_follows_from_the_processor(
     assert packed_dtype("highest") is (torch.float32 if library == "oneDNN" else None)
 
 
-def test_bf16_needs_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
-    assert packed_dtype("bf16") is torch.bfloat16
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "avx512_vbmi"])
+def test_bf16_needs_its_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu avx512f {flag} amx_tile\n")
+    if flag.endswith("bf16"):
+        assert packed_dtype("bf16") is torch.bfloat16
+        return
     with pytest.raises(UserError, match=r"^train\.matmul_precision: bf16 needs a processor with .*: write highest$"):
         packed_dtype("bf16")
+
+
+def test_a_packed_weight_leaves_the_model_and_its_file_is_mapped_again(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read through the model's own mapping of its shard would stay in memory."""
+    config = ModelConfig.from_folder(tiny_llama)
+    (shard,) = shards_of(tiny_llama, config, conversion(1, 1))
+    model = DecoderLM.from_shard(config, thread_backends([[0]])[0], 1, shard)
+    largest = max(value.nbytes for value in shard.values())
+    monkeypatch.setattr(torch_backend, "MAPPED_BYTES", largest)
+    mapped = []
+
+    def read() -> dict[str, Tensor]:
+        mapped.append(0)
+        return shard
+
+    torch_backend.pack_frozen_weights(model, read, lambda name: torch.float32 if "mlp" in name else None)
+    left = {name for name, _ in model.named_parameters()}
+    assert left == {name for name in shard if ".mlp." not in name}
+    read_bytes = sum(value.nbytes for name, value in shard.items() if ".mlp." in name)
+    assert len(mapped) >= read_bytes // (2 * largest)
+    assert len(mapped) > 1

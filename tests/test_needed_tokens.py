@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.adapters import lora_params
 from support.sharded import conversion, sharded_gradients
 
+from trnlora.model.decoder import IGNORED, next_tokens
 from trnlora.model.needed_tokens import needed_tokens
 
 DOCUMENTS = st.lists(
@@ -20,7 +21,7 @@ DOCUMENTS = st.lists(
 def batch_of(rows: list[list[tuple[list[int], int, int]]], length: int = 40) -> dict[str, torch.Tensor]:
     """Packed rows of documents: ids, the place of the first labelled token, and that after the last one."""
     batch = {name: torch.zeros((len(rows), length), dtype=torch.int64) for name in ("input_ids", "position_ids")}
-    batch["document_ids"], batch["labels"] = batch["input_ids"].clone(), torch.full((len(rows), length), -100)
+    batch["document_ids"], batch["labels"] = batch["input_ids"].clone(), torch.full((len(rows), length), IGNORED)
     for row, documents in enumerate(rows):
         start = 0
         for number, (ids, label_from, label_to) in enumerate(documents, 1):
@@ -35,7 +36,7 @@ def batch_of(rows: list[list[tuple[list[int], int, int]]], length: int = 40) -> 
 
 
 def needed(batch: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
-    labelled = torch.cat([batch["labels"][:, 1:], torch.full_like(batch["labels"][:, :1], -100)], dim=1) != -100
+    labelled = next_tokens(batch["labels"]) != IGNORED
     return needed_tokens(batch["input_ids"], batch["position_ids"], batch["document_ids"], labelled), labelled
 
 

@@ -16,7 +16,7 @@ class Documents:
 
     documents: the tokens of each, as indices of the K. Every token is in one of them or in several.
     lengths: of the documents, R in all. token (R,): which of the K, document after document. first (K,): where each
-    token is first. again (R − K,): where one is that was before.
+    token is first. again (R − K,): where one is that was before, and again_token: which of the K.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device):
@@ -27,6 +27,7 @@ class Documents:
         self.token = torch.tensor(tokens, device=device)
         self.first = torch.tensor([first[token] for token in range(len(first))], device=device)
         self.again = torch.tensor(again, dtype=torch.int64, device=device)
+        self.again_token = self.token[self.again]
 
 
 class _Expand(torch.autograd.Function):
@@ -40,9 +41,9 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         documents: Documents = ctx.documents
-        again = documents.again  # index_add is slow: only for these
         dx = grad.index_select(-2, documents.first)
-        return dx.index_add_(-2, documents.token[again], grad.index_select(-2, again)), None
+        # index_add is slow: only for these
+        return dx.index_add_(-2, documents.again_token, grad.index_select(-2, documents.again)), None
 
 
 class _Collect(torch.autograd.Function):

@@ -5,18 +5,14 @@ them for weights whose layout was changed beforehand ("packed"), which inductor 
 operators: pytorch, aten/src/ATen/native/mkldnn/Linear.cpp. bench/train.py measures both.
 """
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trnlora.errors import UserError
-
-CPU_INFO = Path("/proc/cpuinfo")
+from trnlora.processor import check_bf16_products, cpu_info
 
 
 def library_of_products() -> str:
@@ -24,28 +20,19 @@ def library_of_products() -> str:
 
     A rule and not a measurement, so that the same machine always computes the same bits.
     """
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "oneDNN" if has_avx512 and _maker() == "AuthenticAMD" and torch.backends.mkldnn.is_available() else "MKL"
+    on_amd = cpu_info("vendor_id") == "AuthenticAMD" and torch.backends.mkldnn.is_available()
+    return "oneDNN" if on_amd and torch.backends.cpu.get_cpu_capability() == "AVX512" else "MKL"
 
 
 def packed_dtype(matmul_precision: str) -> torch.dtype | None:
     """The dtype in which to pack float32 weights on this processor; None: not at all.
 
-    matmul_precision: of train in params.yaml. Raises UserError if the processor has no fast products in bfloat16.
+    matmul_precision: of train in params.yaml. Raises UserError as `check_bf16_products` does.
     """
-    if matmul_precision == "highest":
-        return torch.float32 if library_of_products() == "oneDNN" else None
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        raise UserError("train.matmul_precision: bf16 needs a processor with AVX512-BF16 or AMX: write highest")
-    return torch.bfloat16
-
-
-def _maker() -> str:
-    try:
-        found = re.search(r"^vendor_id\s*: (.+)$", CPU_INFO.read_text(), re.MULTILINE)
-    except OSError:  # not Linux
-        return ""
-    return found[1] if found else ""
+    if matmul_precision == "bf16":
+        check_bf16_products()
+        return torch.bfloat16
+    return torch.float32 if library_of_products() == "oneDNN" else None
 
 
 class PackedWeight:
@@ -85,11 +72,14 @@ class FrozenWeights:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = (), dtype: torch.dtype | None = None):
-        self._sizes = [len(weight) for weight in weights]
+        self.sizes = [len(weight) for weight in weights]
         self._bias = torch.cat(list(biases)) if biases else None
-        whole = torch.cat(list(weights)) if dtype and len(weights) > 1 else weights[0]
-        self._packed = PackedWeight(whole, dtype) if dtype else None
+        self._packed = PackedWeight(torch.cat(list(weights)), dtype) if dtype else None
         self._plain = () if dtype else tuple(weights)
+
+    def sizes_of(self, outputs: int) -> list[int]:
+        """Of so many outputs: the weights', or equal parts of the only weight's."""
+        return self.sizes if len(self.sizes) == outputs else [sum(self.sizes) // outputs] * outputs
 
     def multiply(self, x: Tensor) -> Tensor:
         """x (rows, inputs) to (rows, all outputs)."""
@@ -97,8 +87,8 @@ class FrozenWeights:
             return self._packed.multiply(x, self._bias)
         if len(self._plain) == 1:
             return F.linear(x, self._plain[0], self._bias)
-        y = x.new_empty((len(x), sum(self._sizes)))
-        for part, weight in zip(y.split(self._sizes, dim=1), self._plain, strict=True):
+        y = x.new_empty((len(x), sum(self.sizes)))
+        for part, weight in zip(y.split(self.sizes, dim=1), self._plain, strict=True):
             torch.mm(x, weight.t(), out=part)
         return y if self._bias is None else y.add_(self._bias)
 
@@ -106,7 +96,7 @@ class FrozenWeights:
         """y (rows, all outputs) to (rows, inputs)."""
         if self._packed:
             return self._packed.multiply_transposed(y)
-        (part, weight), *others = zip(y.split(self._sizes, dim=1), self._plain, strict=True)
+        (part, weight), *others = zip(y.split(self.sizes, dim=1), self._plain, strict=True)
         x = part @ weight
         for part, weight in others:
             x.addmm_(part, weight)
@@ -133,15 +123,13 @@ class _LoraLinear(torch.autograd.Function):
     """LoRA's products add to those of the frozen weights in place, so that nothing of their size is made twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: FrozenWeights, sizes: Sequence[int], scale: float, a: Tensor, *b: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: FrozenWeights, scale: float, a: Tensor, *b: Tensor | None) -> Tensor:
         rows = x.flatten(0, -2)
         y = weights.multiply(rows)
         low = (rows @ a.t()).mul_(scale)
-        for part, low_part, matrix in _parts(y, low, sizes, b):
+        for part, low_part, matrix in _parts(y, low, weights.sizes_of(len(b)), b):
             part.addmm_(low_part, matrix.t())
-        ctx.weights, ctx.sizes, ctx.scale = weights, sizes, scale
+        ctx.weights, ctx.scale = weights, scale
         ctx.save_for_backward(rows, low, a, *b)
         return y.unflatten(0, x.shape[:-1])
 
@@ -149,19 +137,17 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, *b = ctx.saved_tensors
         dy = grad.flatten(0, -2)
+        sizes = ctx.weights.sizes_of(len(b))
         dlow = torch.zeros_like(low)
-        db = []
-        for (part, low_part, matrix), (_, dlow_part, _) in zip(
-            _parts(dy, low, ctx.sizes, b), _parts(dy, dlow, ctx.sizes, b), strict=True
-        ):
+        for part, dlow_part, matrix in _parts(dy, dlow, sizes, b):
             dlow_part.addmm_(part, matrix)
-            db.append((low_part.t() @ part).t())  # twice as fast as partᵀ @ low_part
         dlow.mul_(ctx.scale)
+        # Twice as fast as partᵀ @ low_part
+        db = iter([(low_part.t() @ part).t() for part, low_part, _ in _parts(dy, low, sizes, b)])
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ctx.weights.multiply_transposed(dy).addmm_(dlow, a).unflatten(0, grad.shape[:-1])
-        found = iter(db)
-        return dx, None, None, None, dlow.t() @ x, *(None if matrix is None else next(found) for matrix in b)
+        return dx, None, None, dlow.t() @ x, *(None if matrix is None else next(db) for matrix in b)
 
 
 def _parts(
@@ -174,12 +160,10 @@ def _parts(
     return [(part, low_part, matrix) for (part, matrix), low_part in zip(parts, lows, strict=True)]
 
 
-def lora_linear(
-    x: Tensor, weights: FrozenWeights, sizes: Sequence[int], scale: float, a: Tensor, b: Sequence[Tensor | None]
-) -> Tensor:
+def lora_linear(x: Tensor, weights: FrozenWeights, scale: float, a: Tensor, b: Sequence[Tensor | None]) -> Tensor:
     """x (…, inputs) to (…, all outputs): the frozen weights' plus scale · B(A(x)).
 
-    sizes: of the outputs. a (r, inputs) or, if the trained ones do not share it, (r · their number, inputs). b: for
-    each output (its size, r), or None if it is not trained.
+    a (r, inputs) or, if the trained outputs do not share it, (r · their number, inputs). b: for each output of
+    `FrozenWeights.sizes_of` (its size, r), or None if it is not trained.
     """
-    return _LoraLinear.apply(x, weights, sizes, scale, a, *b)
+    return _LoraLinear.apply(x, weights, scale, a, *b)

@@ -72,7 +72,7 @@ class NxdBackend:
     """`trnlora.model.parallel.Backend` over NxD's groups, which `trnlora.backends.nxd_training.NxdStrategy` creates."""
 
     ops = fused_ops
-    fuses_lora = recomputes = False
+    adds_lora_in_place = recomputes = False
     static_shapes = True
     id_dtype = torch.int64
 

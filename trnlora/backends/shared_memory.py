@@ -57,21 +57,15 @@ def connect(group: dist.ProcessGroup) -> SharedMemory | None:
     if size == 1 or size > MAX_RANKS or not hasattr(os, "memfd_create"):
         return None
     length = HEADER_BYTES + 2 * size * SLOT_BYTES
-    memory = None
-    place: list[Any] = [None, None]
-    if rank == 0:
-        # Not in /dev/shm, which may be small. It is freed with the last process that has mapped it.
-        fd = os.memfd_create("trnlora-all-reduce")
-        os.ftruncate(fd, length)
-        memory = mmap.mmap(fd, length)
-        token = secrets.token_bytes(TOKEN_BYTES)
-        memory[BARRIER_BYTES:HEADER_BYTES] = token
-        _init_barrier(memory, size)
-        place = [f"/proc/{os.getpid()}/fd/{fd}", token]
+    token = secrets.token_bytes(TOKEN_BYTES)
+    # Not in /dev/shm, which may be small. It is freed with the last process that has mapped it.
+    fd = os.memfd_create("trnlora-all-reduce") if rank == 0 else -1
+    memory = _create(fd, length, token, size) if rank == 0 else None
+    place: list[Any] = [f"/proc/{os.getpid()}/fd/{fd}", token]
     dist.broadcast_object_list(place, group=group, group_src=0)
     path, token = place
     if rank > 0:
-        memory = _open(path, length, token)
+        memory = _open(path, token, length)
     found: list[Any] = [None] * size
     dist.all_gather_object(found, memory is not None, group=group)
     if rank == 0:
@@ -79,28 +73,29 @@ def connect(group: dist.ProcessGroup) -> SharedMemory | None:
     return SharedMemory(memory, rank, size) if memory and all(found) else None
 
 
-def _init_barrier(memory: mmap.mmap, count: int) -> None:
+def _create(fd: int, length: int, token: bytes, ranks: int) -> mmap.mmap:
+    """The first rank's memory, with a barrier for so many ranks."""
+    os.ftruncate(fd, length)
+    memory = mmap.mmap(fd, length)
+    memory[BARRIER_BYTES:HEADER_BYTES] = token
     libc = ctypes.CDLL(None)
-    attributes = ctypes.create_string_buffer(64)
+    attributes = ctypes.create_string_buffer(BARRIER_BYTES)  # for a pthread_barrierattr_t, which is smaller
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     libc.pthread_barrierattr_init(attributes)
     libc.pthread_barrierattr_setpshared(attributes, PTHREAD_PROCESS_SHARED)
-    if error := libc.pthread_barrier_init(ctypes.c_void_p(address), attributes, count):
+    if error := libc.pthread_barrier_init(ctypes.c_void_p(address), attributes, ranks):
         raise OSError(error, os.strerror(error))
+    return memory
 
 
-def _open(path: str, length: int, token: bytes) -> mmap.mmap | None:
-    """The first rank's memory; None if that process is not on this machine."""
+def _open(path: str, token: bytes, length: int) -> mmap.mmap | None:
+    """The first rank's memory; None if that process is not on this machine, where `path` may be something else."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:
-        if os.fstat(fd).st_size != length:
-            return None
-        memory = mmap.mmap(fd, length)
-    except OSError:
-        return None
+        memory = mmap.mmap(fd, length) if os.fstat(fd).st_size == length else None
     finally:
         os.close(fd)
-    return memory if memory[BARRIER_BYTES:HEADER_BYTES] == token else None
+    return memory if memory and memory[BARRIER_BYTES:HEADER_BYTES] == token else None

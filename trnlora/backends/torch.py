@@ -185,8 +185,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weights: FrozenWeights, part: int, labels: Tensor, group: Group) -> Tensor:
-        # hidden (N, H), weights of part = V/tp outputs, labels (N,)
+    def forward(ctx: Any, hidden: Tensor, weights: FrozenWeights, labels: Tensor, group: Group) -> Tensor:
+        # hidden (N, H), weights (V/tp, H), labels (N,)
+        (part,) = weights.sizes
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), LOSS_CHUNK):
@@ -209,9 +210,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * grad, None, None, None, None
+        return dhidden * grad, None, None, None
 
 
 class ParallelEmbedding(nn.Module):
@@ -240,12 +241,9 @@ class _ParallelLinear(nn.Module):
     def frozen(self) -> FrozenWeights:
         return self.packed or FrozenWeights([self.get_parameter("weight")])
 
-    def with_lora(self, x: Tensor, sizes: Sequence[int], scale: float, a: Tensor, b: Sequence[Tensor | None]) -> Tensor:
-        """All outputs of the frozen weights with LoRA's added, where an input is shared and an output too.
-
-        See `lora_linear`.
-        """
-        return lora_linear(x, self.frozen(), sizes, scale, a, b)
+    def with_lora(self, x: Tensor, scale: float, a: Tensor, b: Sequence[Tensor | None]) -> Any:
+        """The layer's outputs with LoRA's added, where inputs and outputs are shared: see `lora_linear`."""
+        return lora_linear(x, self.frozen(), scale, a, b)
 
 
 class ColumnParallelLinear(_ParallelLinear):
@@ -256,8 +254,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def __init__(self, input_size: int, output_size: int, group: Group):
         super().__init__()
         self.group = group
-        self.output_size = output_size // group.size
-        self.weight = nn.Parameter(torch.empty(self.output_size, input_size))
+        self.weight = nn.Parameter(torch.empty(output_size // group.size, input_size))
 
     def forward(self, x: Tensor | tuple[Tensor, ...]) -> Tensor:
         """x: the input, or a tuple with a shared input for each of as many equal blocks of this rank's outputs."""
@@ -308,7 +305,6 @@ class GQAQKVColumnParallelLinear(_ParallelLinear):
         self.output_sizes = tuple(output_sizes)
         self.kv_size_multiplier = kv_size_multiplier
         q_size, kv_size = output_sizes[0] // group.size, output_sizes[1] * kv_size_multiplier // group.size
-        self.rank_sizes = [q_size, kv_size, kv_size]
         self.weight_q = nn.Parameter(torch.empty(q_size, input_size))
         self.weight_k = nn.Parameter(torch.empty(kv_size, input_size))
         self.weight_v = nn.Parameter(torch.empty(kv_size, input_size))
@@ -326,23 +322,30 @@ class GQAQKVColumnParallelLinear(_ParallelLinear):
         else:
             x_q = x_k = x_v = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
             if self.packed:
-                return self.split(frozen_linear(x_q, self.packed))
+                return _split_qkv(frozen_linear(x_q, self.packed), self.packed.sizes)
         return (
             F.linear(x_q, self.weight_q, self.bias_q),
             F.linear(x_k, self.weight_k, self.bias_k),
             F.linear(x_v, self.weight_v, self.bias_v),
         )
 
-    def split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of all outputs. v is a copy, because attention keeps it, and as a part of y it would keep all."""
-        q, k, v = y.split(self.rank_sizes, dim=-1)
-        return q, k, v.contiguous()
-
     def frozen(self) -> FrozenWeights:
         if self.packed:
             return self.packed
         biases = [bias for bias in (self.bias_q, self.bias_k, self.bias_v) if bias is not None]
         return FrozenWeights([self.weight_q, self.weight_k, self.weight_v], biases)
+
+    def with_lora(
+        self, x: Tensor, scale: float, a: Tensor, b: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self.frozen()
+        return _split_qkv(lora_linear(x, weights, scale, a, b), weights.sizes)
+
+
+def _split_qkv(y: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """v is a copy, because attention keeps it for the backward pass, and as a part of y it would keep all of y."""
+    q, k, v = y.split(sizes, dim=-1)
+    return q, k, v.contiguous()
 
 
 def pack_frozen_weights(
@@ -372,7 +375,7 @@ class TorchBackend:
     """`trnlora.model.parallel.Backend` over a tensor-parallel group and the group of ranks with the same KV heads."""
 
     ops = fused_ops
-    fuses_lora = recomputes = True
+    adds_lora_in_place = recomputes = True
     static_shapes = False
     id_dtype = torch.int64
 
@@ -419,7 +422,7 @@ class TorchBackend:
 
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
         assert isinstance(lm_head, ColumnParallelLinear)
-        return _LinearCrossEntropy.apply(hidden, lm_head.frozen(), lm_head.output_size, targets, self.tp_group)
+        return _LinearCrossEntropy.apply(hidden, lm_head.frozen(), targets, self.tp_group)
 
     def mark_step(self) -> None:
         """Every operation has been computed."""

@@ -49,7 +49,7 @@ class StaticTorchBackend(TorchBackend):
     """
 
     ops = plain_ops
-    fuses_lora = recomputes = False
+    adds_lora_in_place = recomputes = False
     static_shapes = True
     id_dtype = torch.int32  # Trainium has no int64
 

@@ -89,10 +89,10 @@ class MLP(nn.Module):
         self.gate_up_proj = backend.column_parallel_linear(config.hidden_size, 2 * config.intermediate_size)
         self.down_proj = backend.row_parallel_linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, keep_less: bool = False) -> Tensor:
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
         gate_up = self.gate_up_proj(x)  # each rank holds [gate_r, up_r]
         y = self.backend.ops.swiglu(gate_up)
-        with not_kept(y, self.backend.ops.swiglu, gate_up, when=keep_less):
+        with not_kept(y, self.backend.ops.swiglu, gate_up, when=recompute):
             return self.down_proj(y)
 
 
@@ -112,16 +112,16 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         attention_plan: Any,
         keep: Tensor | None = None,
-        keep_less: bool = False,
+        recompute: bool = False,
     ) -> Tensor:
-        """keep: as in `DecoderLM.forward`. keep_less: for the backward pass, recompute norms and SwiGLU there."""
+        """keep: as in `DecoderLM.forward`. recompute: norms and SwiGLU in the backward pass, to keep less for it."""
         normed = self.input_layernorm(x)
-        with not_kept(normed, self.input_layernorm, x, when=keep_less):
+        with not_kept(normed, self.input_layernorm, x, when=recompute):
             attended = self.self_attn(normed, cos, sin, attention_plan, keep)
         x = self._add(x if keep is None else x[keep], attended)
         normed = self.post_attention_layernorm(x)
-        with not_kept(normed, self.post_attention_layernorm, x, when=keep_less):
-            return self._add(x, self.mlp(normed, keep_less))
+        with not_kept(normed, self.post_attention_layernorm, x, when=recompute):
+            return self._add(x, self.mlp(normed, recompute))
 
     def _add(self, residual: Tensor, x: Tensor) -> Tensor:
         return residual + x if self.residual_multiplier == 1 else residual + x * self.residual_multiplier
@@ -213,7 +213,7 @@ class DecoderLM(nn.Module):
             if self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # see `draw_dropout`
             else:
-                x = layer(*inputs, keep_less=self.backend.recomputes)
+                x = layer(*inputs, recompute=self.backend.recomputes)
         x = self.model.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 

@@ -23,11 +23,10 @@ class LoraLayer(nn.Module):
     lora_A: nn.Module
     lora_B: nn.Module
 
-    def __init__(self, base_layer: nn.Module, input_size: int, sizes: Sequence[int], model: DecoderLM, lora: Lora):
-        """input_size: of the whole layer. sizes: of this rank's outputs."""
+    def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
+        """input_size: of the whole layer."""
         super().__init__()
         self.backend = model.backend
-        self.sizes = sizes
         self.tp_rank, self.tp_size = model.backend.tp_rank, model.backend.tp_size
         self.input_size = input_size
         self.base_layer = base_layer
@@ -59,14 +58,15 @@ class LoraLayer(nn.Module):
         """The factor on B(A(dropped x))."""
         return self.scaling / (1 - self.dropout) if self.training else self.scaling
 
-    def is_fused(self, x: Tensor) -> bool:
-        """Whether `fused` computes the layer for this input."""
-        return self.backend.fuses_lora and x.dtype == torch.float32 and not (self.training and self.dropout)
+    def adds_in_place(self, x: Tensor) -> bool:
+        """Whether `in_place` computes the layer for this input."""
+        is_dropped = self.training and self.dropout > 0
+        return self.backend.adds_lora_in_place and x.dtype == torch.float32 and not is_dropped
 
-    def fused(self, x: Tensor, b: Sequence[Tensor | None]) -> Tensor:
-        """base(x) + scaling · B(A(x)) in one operation. b: for each output, or None if it is not trained."""
+    def in_place(self, x: Tensor, b: Sequence[Tensor | None]) -> Any:
+        """base(x) + scaling · B(A(x)) as one operation. b: for each output, or None if it is not trained."""
         base_layer: Any = self.base_layer
-        return base_layer.with_lora(x, self.sizes, self.scaling, self.lora_A.get_parameter("weight"), b)
+        return base_layer.with_lora(x, self.scaling, self.lora_A.get_parameter("weight"), b)
 
     def whole_weights(self) -> Iterator[nn.Parameter]:
         """The trained weights that are whole on every rank. Each rank computes a part of their gradients."""
@@ -79,8 +79,8 @@ class _LoraFusedLinear(LoraLayer):
     trained: for each output, whether LoRA trains it. lora_A: one matrix that the outputs share, or one for each.
     """
 
-    def __init__(self, base_layer: nn.Module, sizes: Sequence[int], model: DecoderLM, trained: list[bool], lora: Lora):
-        super().__init__(base_layer, model.config.hidden_size, sizes, model, lora)
+    def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
+        super().__init__(base_layer, model.config.hidden_size, model, lora)
         self.trained = trained
         self.shared = lora.share_a or sum(trained) == 1
         self.lora_A = nn.Linear(self.input_size, lora.r if self.shared else lora.r * sum(trained), bias=False)
@@ -97,21 +97,20 @@ class LoraGQAQKVParallelLinear(_LoraFusedLinear):
     """q, k and v. B holds a weight for each; those that are not trained stay zero, are frozen and are not saved."""
 
     def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
-        config, tp_size = model.config, model.backend.tp_size
-        q_size, kv_size = config.q_size // tp_size, config.kv_size * model.kv_size_multiplier // tp_size
-        super().__init__(base_layer, (q_size, kv_size, kv_size), model, trained, lora)
-        self.lora_B = model.backend.gqa_qkv_linear(lora.r, (config.q_size, config.kv_size), model.kv_size_multiplier)
+        config = model.config
+        super().__init__(base_layer, model, trained, lora)
+        sizes = (config.q_size, config.kv_size)
+        self.lora_B = model.backend.gqa_qkv_linear(lora.r, sizes, model.kv_size_multiplier)
         self.share = model.backend.share_input(self.base_layer, self.lora_B)
         for letter, is_trained in zip("qkv", trained, strict=True):
             nn.init.zeros_(self.lora_B.get_parameter(f"weight_{letter}").requires_grad_(is_trained))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.share(x)
-        if self.is_fused(x):
+        if self.adds_in_place(x):
             weights = (self.lora_B.get_parameter(f"weight_{letter}") for letter in "qkv")
             b = [weight if is_trained else None for weight, is_trained in zip(weights, self.trained, strict=True)]
-            base_layer: Any = self.base_layer
-            return base_layer.split(self.fused(x, b))
+            return self.in_place(x, b)
         low = self.low(x)
         inputs: Tensor | tuple[Tensor, ...] = low
         if not self.shared:
@@ -126,17 +125,16 @@ class LoraColumnParallelLinear(_LoraFusedLinear):
 
     def __init__(self, base_layer: nn.Module, model: DecoderLM, trained: list[bool], lora: Lora):
         config = model.config
-        size = config.intermediate_size // model.backend.tp_size
-        super().__init__(base_layer, (size, size), model, trained, lora)
+        super().__init__(base_layer, model, trained, lora)
         self.lora_B = model.backend.column_parallel_linear(lora.r, config.intermediate_size * sum(trained))
         nn.init.zeros_(self.lora_B.get_parameter("weight"))
         self.share = model.backend.share_input(self.base_layer, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.share(x)
-        if self.is_fused(x):
+        if self.adds_in_place(x):
             weights = iter(self.lora_B.get_parameter("weight").chunk(sum(self.trained)))
-            return self.fused(x, [next(weights) if is_trained else None for is_trained in self.trained])
+            return self.in_place(x, [next(weights) if is_trained else None for is_trained in self.trained])
         low = self.low(x)
         delta = self.lora_B(low if self.shared else tuple(low.split(self.r, dim=-1)))
         y = self.base_layer(x)
@@ -149,7 +147,7 @@ class LoraRowParallelLinear(LoraLayer):
     """o or down: A is cut by columns as the base weight is. B is whole."""
 
     def __init__(self, base_layer: nn.Module, input_size: int, model: DecoderLM, lora: Lora):
-        super().__init__(base_layer, input_size, (model.config.hidden_size,), model, lora)
+        super().__init__(base_layer, input_size, model, lora)
         self.lora_A = model.backend.row_parallel_linear(input_size, lora.r)
         self.lora_B = nn.Linear(lora.r, model.config.hidden_size, bias=False)
         nn.init.zeros_(self.lora_B.weight)
@@ -159,8 +157,8 @@ class LoraRowParallelLinear(LoraLayer):
         yield from self.lora_B.parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_fused(x):
-            return self.complete(self.fused(x, [self.lora_B.get_parameter("weight")]))
+        if self.adds_in_place(x):
+            return self.complete(self.in_place(x, [self.lora_B.get_parameter("weight")]))
         y = self.base_layer(x)
         low = self.lora_A(self.dropped(x.float())) * self.scale
         return self.complete(y + self.lora_B(low).to(y.dtype))

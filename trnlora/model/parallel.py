@@ -34,7 +34,7 @@ class Backend(Protocol):
 
     tp_rank: int
     tp_size: int
-    fuses_lora: bool  # whether its layers have `with_lora`, which adds LoRA's products to theirs
+    adds_lora_in_place: bool  # whether its layers have `with_lora`, which adds LoRA's products to theirs in place
     recomputes: bool  # whether to recompute cheap results in the backward pass; elsewhere a compiler decides
     static_shapes: bool  # whether every new shape would need another compilation
     id_dtype: torch.dtype  # of the ids of tokens and documents, of positions and labels

@@ -30,6 +30,7 @@ from trnlora.preflight.neuron_checks import neuron_checks
 from trnlora.preflight.nxd_checks import nxd_checks
 from trnlora.preflight.plan import GIB
 from trnlora.preflight.whole_params import check_fits, check_sources
+from trnlora.processor import check_bf16_products, cpu_info
 from trnlora.readers import read_yaml
 from trnlora.recorded import LOCK
 from trnlora.serving.vllm_neuron import NeuronServer, find_vllm
@@ -37,8 +38,6 @@ from trnlora.sources import Source, newest_commit, parse_source
 from trnlora.training.loggers import check_installed
 
 Check = Callable[[], str]
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def checks(params: Params, repro: bool = False) -> Iterator[Check]:
@@ -54,7 +53,7 @@ def checks(params: Params, repro: bool = False) -> Iterator[Check]:
     else:
         yield partial(check_backend, params)
     if params.train.matmul_precision == "bf16":
-        yield check_bf16_products
+        yield check_matmul_precision
     if params.train.loggers and not (params.on_trainium and params.neuron.python):  # which is another Python
         yield partial(check_loggers, params)
     if params.eval.engine == "host":
@@ -190,7 +189,7 @@ def check_vllm_on_cpu(params: Params) -> str:
         missing.append("g++ (apt-get install g++)")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         missing.append("Python's headers (apt-get install python3-dev)")
-    if platform.machine() == "x86_64" and " avx2 " not in CPU_INFO.read_text("utf-8").replace("\n", " "):
+    if platform.machine() == "x86_64" and "avx2" not in cpu_info("flags").split():
         missing.append("AVX2 in this processor, or in what emulates it")
     if params.model.dtype == "bfloat16" and platform.machine() == "aarch64" and not has_bf16():
         missing.append("a processor with bfloat16 instructions for model.dtype bfloat16; set model.dtype: float32")
@@ -199,10 +198,9 @@ def check_vllm_on_cpu(params: Params) -> str:
     return "libnuma, g++ and Python's headers for vLLM's CPU build"
 
 
-def check_bf16_products() -> str:
-    """What train.matmul_precision: bf16 needs of the processor, as `packed_dtype` asks of torch."""
-    if not {"avx512_bf16", "amx_tile"} & set(CPU_INFO.read_text("utf-8").split()):
-        raise UserError("train.matmul_precision: bf16 needs a processor with AVX512-BF16 or AMX: write highest")
+def check_matmul_precision() -> str:
+    """What train.matmul_precision: bf16 needs of the processor."""
+    check_bf16_products()
     return "AVX512-BF16 or AMX for train.matmul_precision: bf16"
 
 

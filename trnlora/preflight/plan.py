@@ -157,9 +157,9 @@ def layer_bytes(params: Params, config: ModelConfig, tokens: int, score: int) ->
         "gate_up_proj": outside * config.hidden_size,
         "down_proj": tokens * config.intermediate_size / tp,
     }
-    as_made = params.lora.lora_dropout or params.train.activation_checkpointing
-    if not params.on_trainium and dtype == 4 and not as_made:
-        inputs = {"o_proj": inputs["o_proj"]}  # the others are computed again in the backward pass
+    kept_as_made = params.on_trainium or params.lora.lora_dropout or params.train.activation_checkpointing
+    if dtype == 4 and not kept_as_made:
+        inputs = {"o_proj": inputs["o_proj"]}  # norms and SwiGLU are computed again in the backward pass
     item = 4 + (params.lora.lora_dropout > 0)  # float32, and the dropout's mask
     lora = sum(inputs.get(layer, 0) for layer in fused_layers(modules)) * item
     low = len(fused_layers(modules) if params.lora.share_a else modules) * params.lora.r  # the inputs of lora_B

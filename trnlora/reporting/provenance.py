@@ -2,16 +2,15 @@
 
 import os
 import platform
-import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
 from trnlora.files import sha256
+from trnlora.processor import cpu_info
 from trnlora.profiles import profile_names, profile_values
 from trnlora.readers import checked
 from trnlora.recorded import Changes, param_values
@@ -112,8 +111,4 @@ def package_versions() -> list[str]:
 
 def processor() -> str:
     """The CPU's model name, or else the machine's architecture."""
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+    return cpu_info("model name") or platform.machine()

@@ -65,12 +65,12 @@ def numeric_code(backend: str) -> dict[str, str]:
     """
     modules = sorted(name for name in sys.modules if name.startswith(NUMERIC_MODULES))
     digests = {name: _digest(_statements(Path(str(sys.modules[name].__file__)))) for name in modules}
-    return digests | {
+    code = digests | {
         "backend": backend,
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "products": library_of_products() if backend == "cpu" else backend,
     }
+    return code | {"products": library_of_products()} if backend == "cpu" else code
 
 
 def _statements(source: Path) -> str:
