@@ -1,5 +1,6 @@
 """The decoder over parallel layers: logits, losses, gradients equal HF's and PEFT's, by family and sharding."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import trnlora.model.config
 from trnlora.backends.torch import TorchBackend, run_as_threads, thread_backends
 from trnlora.errors import UserError
+from trnlora.model import fused_ops
 from trnlora.model.config import Family, ModelConfig
 from trnlora.model.decoder import DecoderLM
 from trnlora.model.lora import dropout_mask, random_words
@@ -139,6 +141,37 @@ def test_recomputed_layers_have_the_same_gradients(tiny_llama: Path) -> None:
     row = packed([20, 20], 48, 1536)
     loss, _, gradients = sharded_gradients(tiny_llama, conversion(3, 1), lora, row)
     again, _, recomputed = sharded_gradients(tiny_llama, conversion(3, 1), lora, row, recompute=True)
+    assert torch.equal(loss, again)
+    for rank, named in enumerate(gradients):
+        assert named.keys() == recomputed[rank].keys()
+        assert all(torch.equal(gradient, recomputed[rank][name]) for name, gradient in named.items())
+
+
+@pytest.mark.parametrize("pack", [None, torch.float32])
+def test_norms_and_swiglu_recomputed_for_many_tokens_have_the_same_gradients(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, pack: torch.dtype | None
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., torch.Tensor]:
+        function = getattr(fused_ops, name)
+
+        def call(*arguments: Any) -> torch.Tensor:
+            calls.append(name)
+            return function(*arguments)
+
+        return call
+
+    for name in ("rms_norm", "swiglu"):
+        monkeypatch.setattr(fused_ops, name, counted(name))
+    arguments = tiny_llama, conversion(3, 1), lora_params(), packed([20, 20], 48, 1536)
+    loss, _, gradients = sharded_gradients(*arguments, pack=pack, only_needed=True)
+    kept = Counter(calls)
+    calls.clear()
+    monkeypatch.setattr("trnlora.model.decoder.KEPT_TOKENS", 0)
+    again, _, recomputed = sharded_gradients(*arguments, pack=pack, only_needed=True)
+    layers = 3 * ModelConfig.from_folder(tiny_llama).num_hidden_layers  # of all ranks
+    assert Counter(calls) - kept == {"rms_norm": 2 * layers, "swiglu": layers}
     assert torch.equal(loss, again)
     for rank, named in enumerate(gradients):
         assert named.keys() == recomputed[rank].keys()

