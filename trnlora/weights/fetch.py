@@ -211,7 +211,7 @@ def parsed_once() -> Iterator[None]:
     """Let the gguf library keep what it has computed, since transformers asks for the same again.
 
     It parses the whole file for the config, the weights and the tokenizer each, and makes the table of tensor names for
-    every module of the model (modeling_gguf_pytorch_utils.py): 9 s of 25 for the default model.
+    every module of the model (modeling_gguf_pytorch_utils.py): 10 s of 27 for the default model.
     """
     import gguf
 
