@@ -194,6 +194,7 @@ def test_the_params_that_a_stage_reads_are_those_that_dvc_reads(path: Path, cont
 
 @fuzz
 @given(value=VALUES.filter(lambda value: "nan" not in repr(value)))
+@example(value={":0": None})
 def test_yaml_that_is_written_is_read_again(path: Path, value: Any) -> None:
     write_yaml({"a": value}, path)
     for read in (read_mapping(path), dvc_value(path)):

@@ -81,11 +81,15 @@ FAMILIES_AND_LORAS = [*(("llama", lora) for lora in LORAS), ("qwen3", LORAS[1])]
 
 
 @pytest.mark.parametrize(
-    ("family", "lora", "backend_name", "recompute"),
+    ("family", "lora", "backend_name", "recompute", "tokens"),
     [
-        *((*each, "cpu", recompute) for each in FAMILIES_AND_LORAS for recompute in (False, True)),
         *(
-            pytest.param(*FAMILIES_AND_LORAS[n], "neuron", recompute, marks=pytest.mark.slow)
+            (*each, "cpu", recompute, tokens)
+            for each in FAMILIES_AND_LORAS
+            for recompute, tokens in ((False, 512), (False, 1024), (True, 512))
+        ),
+        *(
+            pytest.param(*FAMILIES_AND_LORAS[n], "neuron", recompute, 512, marks=pytest.mark.slow)
             for n, recompute in ((2, False), (4, False), (1, True))
         ),
     ],
@@ -96,6 +100,7 @@ def test_activations_are_those_autograd_keeps(
     lora: dict[str, Any],
     backend_name: str,
     recompute: bool,
+    tokens: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The planned bytes, compared with the tensors that a forward pass on the torch backend saves for backward.
@@ -114,6 +119,7 @@ def test_activations_are_those_autograd_keeps(
             "convert": params.convert.model_copy(update={"tp_size": 1}),
             "lora": params.lora.model_copy(update=lora),
             "train": params.train.model_copy(update={"activation_checkpointing": recompute}),
+            "data": params.data.model_copy(update={"seq_len": tokens}),
         }
     )
     config = ModelConfig.from_folder(write_model(tmp_path / "model", family, num_hidden_layers=6, head_dim=32))
@@ -130,7 +136,6 @@ def test_activations_are_those_autograd_keeps(
     model.recompute_layers = recompute
     if backend_name == "neuron":
         compile_model(model)
-    tokens = params.data.seq_len
     ids = torch.arange(tokens)[None] % config.vocab_size
     documents = 1 + (torch.arange(tokens)[None] > tokens // 3)
     batch = (tensor.to(torch.int32) for tensor in (ids, torch.arange(tokens)[None], documents))

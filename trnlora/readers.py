@@ -159,6 +159,7 @@ def write_yaml(value: Any, target: Path) -> None:
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe")
+    yaml.default_flow_style = False  # {:0: 1}, as it writes the key ":0" in braces, it cannot read
     yaml.allow_unicode = False  # escaped: as they are, U+0085 and U+2028 would be read as line breaks
     with target.open("w", encoding="utf-8") as file:
         yaml.dump(value, file)

@@ -11,9 +11,9 @@ from trnlora.errors import UserError
 from trnlora.model.hf_config import HFConfig, ModelKind
 from trnlora.readers import checked, read_json
 
-# Rows of logits that exist at once on the torch backend: 256 × 49,152 in float32 are 48 MiB. Here because the preflight
-# plan needs it without importing torch.
-LOSS_CHUNK = 256
+# What the torch backend keeps in memory. Here because the preflight plan needs it without importing torch.
+LOSS_CHUNK = 256  # rows of logits that exist at once: 256 × 49,152 in float32 are 48 MiB
+KEPT_TOKENS = 512  # of a batch. With more, norms and SwiGLU are recomputed: their results would take too much memory
 
 
 @dataclasses.dataclass(frozen=True)

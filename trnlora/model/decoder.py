@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trnlora.errors import UserError
-from trnlora.model.config import ModelConfig
+from trnlora.model.config import KEPT_TOKENS, ModelConfig
 from trnlora.model.needed_tokens import needed_tokens
 from trnlora.model.parallel import Backend
 from trnlora.model.recompute import not_kept
 from trnlora.model.tensors import EMBEDDINGS, LM_HEAD
 
 IGNORED = -100  # the label of a position that is not trained on, as in HF
-KEPT_TOKENS = 512  # of a batch. With more, norms and SwiGLU are recomputed: their results would take too much memory
 
 
 class RMSNorm(nn.Module):

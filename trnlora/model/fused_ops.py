@@ -16,7 +16,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()  # the mean is taken in float32 whatever the dtype, as in HF's Llama
-        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # one pass over x
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()  # one pass over x
         rstd = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (wide * rstd).to(x.dtype).mul_(weight)

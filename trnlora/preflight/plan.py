@@ -7,7 +7,7 @@ in words.
 import dataclasses
 import math
 
-from trnlora.model.config import LOSS_CHUNK, ModelConfig
+from trnlora.model.config import KEPT_TOKENS, LOSS_CHUNK, ModelConfig
 from trnlora.model.targets import (
     adapter_tensors,
     fused_layers,
@@ -158,7 +158,7 @@ def layer_bytes(params: Params, config: ModelConfig, tokens: int, score: int) ->
         "down_proj": tokens * config.intermediate_size / tp,
     }
     kept_as_made = params.on_trainium or params.lora.lora_dropout or params.train.activation_checkpointing
-    if dtype == 4 and not kept_as_made:
+    if dtype == 4 and tokens > KEPT_TOKENS and not kept_as_made:
         inputs = {"o_proj": inputs["o_proj"]}  # norms and SwiGLU are computed again in the backward pass
     item = 4 + (params.lora.lora_dropout > 0)  # float32, and the dropout's mask
     lora = sum(inputs.get(layer, 0) for layer in fused_layers(modules)) * item
