@@ -142,9 +142,7 @@ def test_recomputed_layers_have_the_same_gradients(tiny_llama: Path) -> None:
     loss, _, gradients = sharded_gradients(tiny_llama, conversion(3, 1), lora, row)
     again, _, recomputed = sharded_gradients(tiny_llama, conversion(3, 1), lora, row, recompute=True)
     assert torch.equal(loss, again)
-    for rank, named in enumerate(gradients):
-        assert named.keys() == recomputed[rank].keys()
-        assert all(torch.equal(gradient, recomputed[rank][name]) for name, gradient in named.items())
+    assert_equal_gradients(recomputed, gradients)
 
 
 @pytest.mark.parametrize("pack", [None, torch.float32])
@@ -173,9 +171,14 @@ def test_norms_and_swiglu_recomputed_for_many_tokens_have_the_same_gradients(
     layers = 3 * ModelConfig.from_folder(tiny_llama).num_hidden_layers  # of all ranks
     assert Counter(calls) - kept == {"rms_norm": 2 * layers, "swiglu": layers}
     assert torch.equal(loss, again)
-    for rank, named in enumerate(gradients):
-        assert named.keys() == recomputed[rank].keys()
-        assert all(torch.equal(gradient, recomputed[rank][name]) for name, gradient in named.items())
+    assert_equal_gradients(recomputed, gradients)
+
+
+def assert_equal_gradients(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:
+    """Every rank's, to the bit."""
+    for own, named in zip(found, expected, strict=True):
+        assert own.keys() == named.keys()
+        assert all(torch.equal(gradient, named[name]) for name, gradient in own.items())
 
 
 def assert_same_gradient(found: torch.Tensor, expected: torch.Tensor) -> None:
