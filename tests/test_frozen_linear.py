@@ -13,7 +13,13 @@ from torch import Tensor
 
 from trnlora import processor
 from trnlora.backends import torch as torch_backend
-from trnlora.backends.frozen_linear import FrozenWeights, library_of_products, lora_linear, packed_dtype
+from trnlora.backends.frozen_linear import (
+    ROW_MULTIPLE,
+    FrozenWeights,
+    library_of_products,
+    lora_linear,
+    packed_dtype,
+)
 from trnlora.backends.torch import thread_backends
 from trnlora.errors import UserError
 from trnlora.model.config import ModelConfig
@@ -61,6 +67,25 @@ def test_lora_on_top_by_finite_differences(trained: tuple[bool, ...], share_a: b
         ]
         expected = weights.multiply(x.flatten(0, 1)).view(2, 5, -1) + torch.cat(deltas, dim=-1)
         torch.testing.assert_close(lora_linear(x, weights, 0.7, a, b), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 2 * ROW_MULTIPLE, 2 * ROW_MULTIPLE + 5])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, True), (False, False, True)])
+@pytest.mark.parametrize("share_a", [True, False])
+def test_lora_on_packed_weights(rows: int, trained: tuple[bool, ...], share_a: bool) -> None:
+    """Values and gradients are those with plain weights, whichever library multiplies by LoRA's."""
+    weights = [noise(size, 24, seed=size + place) for place, size in enumerate(SIZES)]
+    results = []
+    for dtype in (None, torch.float32):
+        a = noise(3 if share_a else 3 * sum(trained), 24).requires_grad_()
+        pairs = zip(SIZES, trained, strict=True)
+        b = [noise(size, 3).requires_grad_() if is_trained else None for size, is_trained in pairs]
+        x = noise(rows, 24).requires_grad_()
+        y = lora_linear(x, FrozenWeights(weights, (), dtype), 0.7, a, b)
+        inputs = (x, a, *(matrix for matrix in b if matrix is not None))
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, noise(rows, sum(SIZES), seed=2))))
+    for plain, packed_one in zip(*results, strict=True):
+        torch.testing.assert_close(packed_one, plain, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

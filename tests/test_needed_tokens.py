@@ -35,9 +35,10 @@ def batch_of(rows: list[list[tuple[list[int], int, int]]], length: int = 40) -> 
     return batch
 
 
-def needed(batch: dict[str, torch.Tensor]):  # type: ignore[no-untyped-def]
+def needed(batch: dict[str, torch.Tensor], multiple: int = 1):  # type: ignore[no-untyped-def]
     labelled = next_tokens(batch["labels"]) != IGNORED
-    return needed_tokens(batch["input_ids"], batch["position_ids"], batch["document_ids"], labelled), labelled
+    columns = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
+    return needed_tokens(*columns, labelled, multiple), labelled
 
 
 def test_a_beginning_is_shared_up_to_the_first_label_and_nothing_follows_the_last() -> None:
@@ -53,7 +54,16 @@ def test_a_beginning_is_shared_up_to_the_first_label_and_nothing_follows_the_las
 
 def test_nothing_is_needed_without_labels() -> None:
     assert needed(batch_of([[([1, 2, 3], 0, 0)]]))[0] is None
-    assert needed(batch_of([[]]))[0] is None
+    assert needed(batch_of([[]]), multiple=16)[0] is None
+
+
+@pytest.mark.parametrize(("multiple", "padding"), [(1, 0), (3, 0), (4, 2), (16, 10)])
+def test_padding_is_a_document_of_its_own(multiple: int, padding: int) -> None:
+    found, _ = needed(batch_of([[([7, 8, 9, 5, 5], 2, 4), ([7, 6, 5, 5], 1, 4)]]), multiple)
+    assert found.padding == padding
+    assert found.places.tolist() == [0, 1, 2, 5, 6, 7] + [0] * padding
+    assert found.documents[:2] == [[0, 1, 2], [3, 4, 5]]
+    assert found.documents[2:] == ([list(range(6, 6 + padding))] if padding else [])
 
 
 @settings(max_examples=300, deadline=None)
@@ -78,10 +88,12 @@ def test_each_needed_token_has_its_documents_tokens_before_it(rows: list[list[tu
     assert {token for document in found.documents for token in document} == set(range(len(found.places)))
 
 
+@pytest.mark.parametrize("row_multiple", [1, 16])
+@pytest.mark.parametrize("first_is_labelled", [False, True])  # whose place is that of the padding
 @pytest.mark.parametrize(("tp_size", "multiplier"), [(1, 1), (3, 1)])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_loss_and_its_gradients_are_those_of_all_tokens(
-    tiny_llama: Path, tp_size: int, multiplier: int, seed: int
+    tiny_llama: Path, tp_size: int, multiplier: int, seed: int, first_is_labelled: bool, row_multiple: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(1, 1536, (12,), generator=generator).tolist()
@@ -91,11 +103,14 @@ def test_the_loss_and_its_gradients_are_those_of_all_tokens(
         begins = int(torch.randint(3, 12, (), generator=generator))
         return [*prompt[:begins], *own], begins + 2, begins + 6
 
-    batch = batch_of([[document() for _ in range(3)] for _ in range(2)], length=64)
+    first = [([3, 2, 1], 1, 3)] if first_is_labelled else []
+    batch = batch_of([first + [document() for _ in range(3)] for _ in range(2)], length=64)
     arguments = (tiny_llama, conversion(tp_size, multiplier), lora_params(target_modules="all-linear"), batch)
     expected, _, all_gradients = sharded_gradients(*arguments)
-    loss, _, gradients = sharded_gradients(*arguments, only_needed=True)
-    found, _ = needed(batch)
+    loss, _, gradients = sharded_gradients(*arguments, only_needed=True, row_multiple=row_multiple)
+    found, labelled = needed(batch)
+    assert labelled[0, 0] == first_is_labelled
+    assert len(found.places) % 16
     assert len(found.places) < 0.8 * sum(map(len, found.documents))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for rank, own in enumerate(all_gradients):

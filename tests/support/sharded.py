@@ -69,10 +69,12 @@ def sharded_gradients(
     make: Callable[..., TorchBackend] = TorchBackend,
     pack: torch.dtype | None = None,
     only_needed: bool = False,
+    row_multiple: int = 1,
 ) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
     """The loss of one packed row, and every rank's adapter and gradients.
 
-    pack: in which dtype to pack the frozen weights, if at all. only_needed: compute only the tokens that are needed.
+    pack: in which dtype to pack the frozen weights, if at all. only_needed: compute only the tokens that are needed,
+    padded to a multiple of row_multiple.
     make: of a backend, given the group of all ranks and that of the ranks with the same KV heads.
     B is random, otherwise A has no gradient. Both are small: a large adapter saturates attention, and then the
     gradients are mostly rounding errors.
@@ -90,7 +92,7 @@ def sharded_gradients(
         pack_frozen_weights(model, functools.partial(shards.__getitem__, backend.tp_rank), lambda name: pack)
         add_lora(model, lora)
         model.recompute_layers = recompute
-        model.only_needed_tokens = only_needed
+        model.only_needed_tokens, model.row_multiple = only_needed, row_multiple
         set_adapter(model, values, convert)
         if isinstance(backend, StaticTorchBackend):
             compile_model(model)

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from trnlora.processor import check_bf16_products, cpu_info
 
+# oneDNN makes a kernel for each number of rows and shape of a weight: 2 ms and about 0.6 MiB, for 1,024 of them. So
+# batches have a multiple of this number of tokens, where weights are packed.
+ROW_MULTIPLE = 16
+
 
 def library_of_products() -> str:
     """What multiplies by frozen float32 weights on this processor: oneDNN with packed weights, or MKL, torch's choice.
@@ -102,6 +106,13 @@ class FrozenWeights:
             x.addmm_(part, weight)
         return x
 
+    def product(self, x: Tensor, matrix: Tensor, rows: int) -> Tensor:
+        """x @ matrix, one size of which is `rows`; by the frozen weights' library, if it has a kernel for so many."""
+        if not self._packed or not rows or rows % ROW_MULTIPLE:
+            return x @ matrix
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix.t(), None, "none", [], "")
+        return y
+
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
@@ -120,44 +131,57 @@ def frozen_linear(x: Tensor, weights: FrozenWeights) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """LoRA's products add to those of the frozen weights in place, so that nothing of their size is made twice."""
+    """The B's of all outputs are one matrix, so that LoRA adds few products, and none of the frozen ones' size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: FrozenWeights, scale: float, a: Tensor, *b: Tensor | None) -> Tensor:
         rows = x.flatten(0, -2)
-        y = weights.multiply(rows)
-        low = (rows @ a.t()).mul_(scale)
-        for part, low_part, matrix in _parts(y, low, weights.sizes_of(len(b)), b):
-            part.addmm_(low_part, matrix.t())
-        ctx.weights, ctx.scale = weights, scale
-        ctx.save_for_backward(rows, low, a, *b)
+        blocks = _blocks(b, weights.sizes_of(len(b)), len(a))
+        whole_b = _one_below_the_other(b, blocks, sum(weights.sizes), len(a))
+        low = weights.product(rows, a.t(), len(rows)).mul_(scale)
+        y = weights.multiply(rows).addmm_(low, whole_b.t())
+        ctx.weights, ctx.scale, ctx.blocks = weights, scale, blocks
+        ctx.save_for_backward(rows, low, a, whole_b)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, *b = ctx.saved_tensors
-        dy = grad.flatten(0, -2)
-        sizes = ctx.weights.sizes_of(len(b))
-        dlow = torch.zeros_like(low)
-        for part, dlow_part, matrix in _parts(dy, dlow, sizes, b):
-            dlow_part.addmm_(part, matrix)
-        dlow.mul_(ctx.scale)
-        # Twice as fast as partᵀ @ low_part
-        db = iter([(low_part.t() @ part).t() for part, low_part, _ in _parts(dy, low, sizes, b)])
+        x, low, a, whole_b = ctx.saved_tensors
+        weights, dy = ctx.weights, grad.flatten(0, -2)
+        dlow = weights.product(dy, whole_b, len(dy)).mul_(ctx.scale)
+        dwhole_b = weights.product(low.t(), dy, len(dy)).t()  # twice as fast as dyᵀ @ low
+        db = [None if block is None else dwhole_b[block] for block in ctx.blocks]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.weights.multiply_transposed(dy).addmm_(dlow, a).unflatten(0, grad.shape[:-1])
-        return dx, None, None, dlow.t() @ x, *(None if matrix is None else next(db) for matrix in b)
+            dx = weights.multiply_transposed(dy).addmm_(dlow, a).unflatten(0, grad.shape[:-1])
+        return dx, None, None, weights.product(dlow.t(), x, len(dy)), *db
 
 
-def _parts(
-    y: Tensor, low: Tensor, sizes: Sequence[int], b: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each output that is trained: its columns of y, its columns of low (which all may share), and its B."""
-    parts = [(part, matrix) for part, matrix in zip(y.split(list(sizes), dim=1), b, strict=True) if matrix is not None]
-    rank = parts[0][1].shape[1]
-    lows = low.split(rank, dim=1) if low.shape[1] > rank else [low] * len(parts)
-    return [(part, low_part, matrix) for (part, matrix), low_part in zip(parts, lows, strict=True)]
+def _blocks(b: Sequence[Tensor | None], sizes: Sequence[int], columns: int) -> list[tuple[slice, slice] | None]:
+    """Where each trained output's B is in that of all outputs: its rows, and its columns if they have no common A."""
+    rank = next(matrix.shape[1] for matrix in b if matrix is not None)
+    blocks: list[tuple[slice, slice] | None] = []
+    row = column = 0
+    for matrix, size in zip(b, sizes, strict=True):
+        blocks.append(None if matrix is None else (slice(row, row + size), slice(column, column + rank)))
+        row += size
+        if matrix is not None and columns > rank:
+            column += rank
+    return blocks
+
+
+def _one_below_the_other(
+    b: Sequence[Tensor | None], blocks: Sequence[tuple[slice, slice] | None], rows: int, columns: int
+) -> Tensor:
+    """(rows, columns), 0 outside the blocks."""
+    first = next(matrix for matrix in b if matrix is not None)
+    if first.shape == (rows, columns):
+        return first
+    whole = first.new_zeros(rows, columns)
+    for matrix, block in zip(b, blocks, strict=True):
+        if matrix is not None and block is not None:
+            whole[block] = matrix
+    return whole
 
 
 def lora_linear(x: Tensor, weights: FrozenWeights, scale: float, a: Tensor, b: Sequence[Tensor | None]) -> Tensor:

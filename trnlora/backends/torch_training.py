@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from trnlora.backends.frozen_linear import packed_dtype
+from trnlora.backends.frozen_linear import ROW_MULTIPLE, packed_dtype
 from trnlora.backends.torch import pack_frozen_weights, process_backend
 from trnlora.model.config import ModelConfig
 from trnlora.model.decoder import DecoderLM
@@ -46,6 +46,8 @@ def pack(model: DecoderLM, file: Path, matmul_precision: str) -> None:
     """
     dtype, head = packed_dtype(matmul_precision), packed_dtype("highest")
     pack_frozen_weights(model, lambda: load_rank(file), lambda name: head if name == "lm_head" else dtype)
+    if dtype:
+        model.row_multiple = ROW_MULTIPLE
     if dist.get_rank() == 0:
         how = f"oneDNN, weights packed in {str(dtype).removeprefix('torch.')}" if dtype else "MKL"
         print(f"matrix products: {how}", flush=True)

@@ -149,6 +149,7 @@ class DecoderLM(nn.Module):
         self.recompute_layers = False
         # Compute only `needed_tokens` in `loss`. Not with dropout, whose masks differ for tokens that would be equal.
         self.only_needed_tokens = False
+        self.row_multiple = 1  # of which their number is made one by padding
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
         self._frequencies: Tensor | None = None
@@ -245,9 +246,12 @@ class DecoderLM(nn.Module):
         labelled = targets != IGNORED
         if self.backend.static_shapes:
             hidden = self(input_ids, position_ids, document_ids)
-        elif self.only_needed_tokens and (needed := needed_tokens(input_ids, position_ids, document_ids, labelled)):
-            rows = (x.flatten()[needed.places][None] for x in (input_ids, position_ids, document_ids, labelled))
-            hidden, targets = self(*rows, needed.documents), targets[labelled]
+        elif self.only_needed_tokens and (
+            needed := needed_tokens(input_ids, position_ids, document_ids, labelled, self.row_multiple)
+        ):
+            *rows, keep = (x.flatten()[needed.places][None] for x in (input_ids, position_ids, document_ids, labelled))
+            keep[:, keep.shape[1] - needed.padding :] = False
+            hidden, targets = self(*rows, keep, needed.documents), targets[labelled]
         else:
             hidden, targets = self(input_ids, position_ids, document_ids, labelled), targets[labelled]
         return self.backend.cross_entropy(hidden, self.lm_head, targets), labelled.sum()

@@ -133,8 +133,11 @@ class LoraColumnParallelLinear(_LoraFusedLinear):
     def forward(self, x: Tensor) -> Tensor:
         x = self.share(x)
         if self.adds_in_place(x):
-            weights = iter(self.lora_B.get_parameter("weight").chunk(sum(self.trained)))
-            return self.in_place(x, [next(weights) if is_trained else None for is_trained in self.trained])
+            weight = self.lora_B.get_parameter("weight")
+            if self.shared and all(self.trained):
+                return self.in_place(x, [weight])
+            parts = iter(weight.chunk(sum(self.trained)))
+            return self.in_place(x, [next(parts) if is_trained else None for is_trained in self.trained])
         low = self.low(x)
         delta = self.lora_B(low if self.shared else tuple(low.split(self.r, dim=-1)))
         y = self.base_layer(x)

@@ -16,23 +16,24 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class NeededTokens:
-    """The K different tokens that the loss of a batch (B, T) depends on.
+    """The K different tokens that the loss of a batch (B, T) depends on, and P tokens of padding.
 
-    places (K,): theirs in the flattened batch, ascending. documents: for each document with a labelled token, which of
-    the K its needed tokens are, in its order.
+    places (K + P,): the K's in the flattened batch, ascending, then P times that of the first one. documents: for each
+    document with a labelled token, which of the K its needed tokens are, in its order; the padding is the last one.
     """
 
     places: Tensor
     documents: list[list[int]]
+    padding: int
 
 
 def needed_tokens(
-    input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, labelled: Tensor
+    input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, labelled: Tensor, multiple: int = 1
 ) -> NeededTokens | None:
     """Find them in a batch of four (B, T) tensors, of which document 0 is padding. None if no token is needed.
 
     labelled: bool, whether a position predicts a token that is trained on. From a document's first such position on,
-    tokens are not compared, so that each labelled position is among the K.
+    tokens are not compared, so that each labelled position is among the K. multiple: K + P is one of it.
     """
     columns = [column.flatten().tolist() for column in (input_ids, position_ids, labelled)]
     known: dict[tuple[int, int, int], int] = {}  # the token before (−1: none), id, position → which of the K
@@ -53,7 +54,13 @@ def needed_tokens(
                 places.append(start + offset)
             tokens.append(before)
         documents.append(tokens)
-    return NeededTokens(torch.tensor(places, device=input_ids.device), documents) if places else None
+    if not places:
+        return None
+    padding = -len(places) % multiple
+    if padding:
+        documents.append(list(range(len(places), len(places) + padding)))
+        places += places[:1] * padding
+    return NeededTokens(torch.tensor(places, device=input_ids.device), documents, padding)
 
 
 def document_runs(document_ids: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -309,6 +309,7 @@ def fit(trainer: pl.Trainer, module: LoraFinetuner, start: Start) -> int:
     kept_step = module.choose_adapter()
     if is_first() and kept_step != trainer.global_step:
         print(f"keeping the adapter of step {kept_step} (train.keep: best): {lowest}", flush=True)
+    trainer.strategy.barrier("fit")  # the last checkpoint and the lines above, before another rank can fail to write
     return kept_step
 
 
