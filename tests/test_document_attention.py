@@ -1,5 +1,7 @@
 """Attention within the documents of a batch: of short ones at once, of others one by one."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ def documents_of(*lengths: int) -> Documents:
     return Documents(tokens, torch.device("cpu"))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, tokens: list[list[int]]) -> Tensor:
+def attend(qkv: Sequence[Tensor], tokens: list[list[int]]) -> Tensor:
+    q, k, v = qkv
     return attention_within_documents(q, k, v, Documents(tokens, torch.device("cpu")), 0.3)
 
 
@@ -47,10 +50,10 @@ def test_at_once_and_one_by_one(
     qkv = random_qkv(rows, heads, kv_heads, 5, dtype)
     tokens = SHARING if rows == 3 else [[0, 1, 2], [0, 3, 4]]
     grad = torch.randn(rows, heads, 5, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
-    at_once = attend(*qkv, tokens)
+    at_once = attend(qkv, tokens)
     gradients = torch.autograd.grad(at_once, qkv, grad)
     monkeypatch.setattr(document_attention, "SHORT", 0)
-    one_by_one = attend(*qkv, tokens)
+    one_by_one = attend(qkv, tokens)
     expected = torch.autograd.grad(one_by_one, qkv, grad)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(at_once, one_by_one, atol=tolerance, rtol=tolerance)
@@ -60,12 +63,12 @@ def test_at_once_and_one_by_one(
 
 def test_gradients_by_finite_differences() -> None:
     qkv = random_qkv(3, 4, 2, 5, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, SHARING), qkv)
+    assert torch.autograd.gradcheck(lambda *qkv: attend(qkv, SHARING), qkv)
 
 
 def test_it_is_the_softmax_over_the_tokens_before() -> None:
     q, k, v = (x.detach() for x in random_qkv(3, 4, 2, 5, torch.float32))
-    y = attend(q, k, v, SHARING).transpose(1, 2).flatten(0, 1)
+    y = attend((q, k, v), SHARING).transpose(1, 2).flatten(0, 1)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     for document in SHARING:
         for place, token in enumerate(document):

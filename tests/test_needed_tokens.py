@@ -37,8 +37,8 @@ def batch_of(rows: list[list[tuple[list[int], int, int]]], length: int = 40) -> 
 
 def needed(batch: dict[str, torch.Tensor], multiple: int = 1):  # type: ignore[no-untyped-def]
     labelled = next_tokens(batch["labels"]) != IGNORED
-    columns = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
-    return needed_tokens(*columns, labelled, multiple), labelled
+    ids, positions, documents = (batch[name] for name in ("input_ids", "position_ids", "document_ids"))
+    return needed_tokens(ids, positions, documents, labelled, multiple), labelled
 
 
 def test_a_beginning_is_shared_up_to_the_first_label_and_nothing_follows_the_last() -> None:

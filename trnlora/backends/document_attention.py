@@ -92,8 +92,9 @@ class _ShortAttention(torch.autograd.Function):
         return dscores @ k, dscores.mT @ q, probabilities.mT @ grad, None, None
 
 
-def _attention_of_padded(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
-    """q (K, heads, D), k and v (K, KV heads, D) to (R, heads, D). A document's padding is after its tokens."""
+def _attention_of_padded(qkv: Sequence[Tensor], documents: Documents, scale: float) -> Tensor:
+    """q (K, heads, D), k and v (K, KV heads, D) to (R, KV heads, D · heads / KV heads). Padding follows the tokens."""
+    q, k, v = qkv
     kv_heads, size = k.shape[1:]
     longest = documents.lengths[0]
     per_kv_head = q.shape[1] // kv_heads
@@ -111,8 +112,9 @@ def attention_within_documents(q: Tensor, k: Tensor, v: Tensor, documents: Docum
     """As `trnlora.model.parallel.Backend.attention`: q (B, heads, T, D), k and v (B, KV heads, T, D); K is B·T."""
     batch, gqa = q.shape[0], q.shape[1] != k.shape[1]
     if documents.padded and q.dtype.itemsize >= 4:  # others are summed in float32 by the functions below
-        y = _attention_of_padded(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), documents, scale)
-        return _Collect.apply(y, documents).view(batch, -1, *q.shape[1::2]).transpose(1, 2)
+        by_token = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        y = _Collect.apply(_attention_of_padded(by_token, documents, scale), documents)
+        return y.view(batch, -1, *q.shape[1::2]).transpose(1, 2)
     q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v))  # (1, heads, K, D)
     repeats = documents.padded or len(documents.again) > 0
     if repeats:

@@ -84,8 +84,6 @@ def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
         # again: 5 % slower with 4 MiB.
         "MALLOC_MMAP_THRESHOLD_": str(2**23),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),
-        # Pages of 2 MiB, where Linux has them (`madvise` in /sys/kernel/mm/transparent_hugepage/enabled): 3 % faster.
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         # MKL must not use fewer threads on a busy machine: the last bits of sums would differ.
         "MKL_DYNAMIC": "FALSE",
     }
