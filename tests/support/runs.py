@@ -18,7 +18,7 @@ TRAIN = {"epochs": 2, "checkpoint_every_steps": 3}
 STOPS_EARLY: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.0},
     "train": {
-        "epochs": 3, "lr": 0.3, "warmup_ratio": 1.0, "validate_every_steps": 2, "keep": "best",
+        "epochs": 3, "lr": 0.25, "warmup_ratio": 1.0, "validate_every_steps": 2, "keep": "best",
         "early_stopping_patience": 2, "checkpoint_every_steps": 3, "checkpoints_kept": 100,
     },
 }  # fmt: skip
