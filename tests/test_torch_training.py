@@ -8,7 +8,7 @@ from support.ranks import in_ranks
 from support.sharded import conversion, shards_of
 from torch.distributed.device_mesh import init_device_mesh
 
-from trnlora.backends.frozen_linear import library_of_products
+from trnlora.backends.frozen_linear import ROW_MULTIPLE, library_of_products
 from trnlora.backends.torch import ProcessGroup, _ParallelLinear
 from trnlora.backends.torch_training import build_model
 from trnlora.model.config import ModelConfig
@@ -43,6 +43,7 @@ def build(rank: int, folder: Path) -> dict[str, Any]:
             "packed": sum(layer.packed is not None for layer in base),
             "their parameters": sum(len(list(layer.parameters())) for layer in base),
             "only needed tokens": model.only_needed_tokens,
+            "their multiple": model.row_multiple,
             "shared memory": group.shared is not None,
         }
     return found
@@ -64,7 +65,10 @@ def test_a_rank_packs_shares_memory_and_computes_only_what_is_needed(tiny_llama:
             "packed": packed,
             "their parameters": 0 if packed else unpacked_parameters,
             "only needed tokens": True,
+            "their multiple": ROW_MULTIPLE if packed else 1,
             "shared memory": True,
         }
         assert found["dropout"] == found["default"] | {"only needed tokens": False}
-        assert found["bfloat16"] == found["default"] | {"packed": 0, "their parameters": unpacked_parameters}
+        assert found["bfloat16"] == found["default"] | {
+            "packed": 0, "their parameters": unpacked_parameters, "their multiple": 1,
+        }  # fmt: skip
