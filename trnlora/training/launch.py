@@ -80,9 +80,9 @@ def rank_environment(ranks: int, threads: int | None) -> dict[str, str]:
         # 1 ms), in which the other thread, on a busy machine, does not run: 130 to 3,200 tokens/s instead of 4,400.
         "GOMP_SPINCOUNT": "1000",
         # glibc would raise this to 32 MiB and keep large freed tensors in its heap, which then fragments: 4.9 GiB
-        # instead of 3.0 after three steps of 2,048 tokens. With less, the gates of short rows would be mapped again and
-        # again: 5 % slower with 4 MiB.
-        "MALLOC_MMAP_THRESHOLD_": str(2**23),
+        # instead of 3.0 after three steps of 2,048 tokens, and 3.6 with 8 MiB. Below 4 MiB, short rows would be 20 %
+        # slower.
+        "MALLOC_MMAP_THRESHOLD_": str(2**22),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),
         # MKL must not use fewer threads on a busy machine: the last bits of sums would differ.
         "MKL_DYNAMIC": "FALSE",
