@@ -20,8 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Operators by kind. All other ones of aten are element-wise operations, copies or sums.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "mkldnn::_linear_pointwise"),
     "attention": (
+        "aten::baddbmm",
+        "aten::bmm",
+        "aten::_softmax",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ),
