@@ -1,8 +1,13 @@
 """Params that cannot run are refused before DVC deletes an output, and do not stay in the working tree."""
 
 import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from support import ROOT
 from support.project import Project
 from support.repro import ran
 
@@ -56,6 +61,31 @@ def test_an_experiment_with_bad_params_leaves_the_working_tree_as_it_was(finishe
     assert RESTORED not in refused(project, *EXPERIMENT)
     assert RESTORED not in refused(project, ".venv/bin/dvc", "repro")
     assert RESTORED not in refused(project, ".venv/bin/dvc", "repro", "--force", "eval_vllm")
+
+
+def test_a_second_experiment_at_once_does_not_take_the_stash_of_the_first(tmp_path: Path) -> None:
+    own = "from trnlora.preflight.experiment import restore_params; raise SystemExit(f'restored: {restore_params()}')"
+    (tmp_path / "refuse.py").write_text(own, "utf-8")
+    (tmp_path / "dvc.yaml").write_text(
+        f"stages: {{refuse: {{cmd: {sys.executable} refuse.py, params: [lr]}}}}\n", "utf-8"
+    )
+    params = tmp_path / "params.yaml"
+    committed, edited = "lr: 1\n", "lr: 2  # mine\n"
+    params.write_text(committed, "utf-8")
+    author = {f"GIT_{who}_{what}": "a@b.example" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    env = os.environ | author | {"PYTHONPATH": str(ROOT)}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    dvc = str(Path(sys.executable).with_name("dvc"))
+    for command in (("git", "init", "-q"), (dvc, "init", "-q"), ("git", "add", "."), ("git", "commit", "-qm", "First")):
+        assert run(*command).returncode == 0
+    for before in (edited, committed, edited):
+        params.write_text(before, "utf-8")
+        done = run(dvc, "exp", "run", "--set-param", "lr=3")
+        assert "restored: True" in done.stderr, done.stdout + done.stderr
+        assert params.read_text("utf-8") == before
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ import contextlib
 import itertools
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -48,16 +50,22 @@ def _started() -> float | None:
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's process, or one that has just ended
             if {("exp", "run"), ("experiments", "run")} & set(itertools.pairwise(process.cmdline())):
-                return process.create_time()
+                return process.create_time() + _fraction_of_boot_time()
     return None
+
+
+def _fraction_of_boot_time() -> float:
+    """Seconds by which psutil's times of processes are too early: on Linux it counts them from a whole second."""
+    if sys.platform != "linux":
+        return 0
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
 
 
 def _user_stash(started: float) -> str | None:
     """The commit in which DVC has stashed the working tree since `started`; None if there was nothing to stash.
 
     A stash has HEAD and a commit of the index as parents, and Git's own message; a queued experiment has another one.
-    The stash of an earlier command on the same HEAD is older: a `dvc exp run` takes seconds after its stash, and Git's
-    times are in whole seconds.
+    The stash of an earlier command on the same HEAD was written before `started`.
     """
     head, until = _git("rev-parse", BASELINE), _git("show", "--no-patch", "--format=%ct", EXPERIMENT)
     if head is None or until is None:
@@ -68,11 +76,23 @@ def _user_stash(started: float) -> str | None:
     stashes = []
     for line in shown.splitlines():
         identity, _, subject = line.partition(b":")
-        time, commit, *parents = identity.split()
-        is_stash = parents[:1] == [head] and len(parents) > 1 and subject.startswith(b"WIP on ")
-        if is_stash and int(started) - 1 <= int(time) <= int(until):
-            stashes.append((int(time), commit.decode()))
+        seconds, commit, *parents = identity.decode().split()
+        is_stash = parents[:1] == [head.decode()] and len(parents) > 1 and subject.startswith(b"WIP on ")
+        if is_stash and int(started) <= int(seconds) <= int(until) and started < _written(commit):
+            stashes.append((int(seconds), commit))
     return max(stashes)[1] if stashes else None
+
+
+def _written(commit: str) -> float:
+    """When Git wrote a commit, in seconds since 1970, to the fraction; 0 for what Git has packed since.
+
+    Git's own times are in whole seconds. A dropped stash has a file of its own in Git's store while the command runs.
+    """
+    path = _git("rev-parse", "--git-path", f"objects/{commit[:2]}/{commit[2:]}")
+    if path is None or not (file := Path(os.fsdecode(path))).is_file():
+        return 0
+    written = file.stat().st_mtime
+    return written if written % 1 else written + 1  # a file system that keeps whole seconds
 
 
 def _content(revision: str) -> bytes | None:
