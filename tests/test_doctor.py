@@ -127,6 +127,16 @@ def test_a_lock_file_that_a_killed_dvc_left_is_named(broken: Path, monkeypatch: 
         check_repository()
 
 
+@pytest.mark.parametrize("text", ["", '{"write": {}, "rea'])
+def test_a_lock_of_outputs_that_a_killed_dvc_left_is_named(
+    broken: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(broken)
+    Path(".dvc/tmp/rwlock").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=r"^\.dvc/tmp/rwlock is unreadable, .*: delete it when no dvc is running"):
+        check_repository()
+
+
 def test_names_what_a_trn2_profile_lacks_on_this_machine() -> None:
     done = doctor("--profile", "llama3-8b-trn2-nxd", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1

@@ -125,7 +125,7 @@ def check_repository() -> str:
     lock = Path(".dvc/tmp/rwlock")
     if lock.exists():
         try:
-            json.loads(lock.read_text("utf-8") or "{}")
+            json.loads(lock.read_text("utf-8"))  # DVC refuses an empty one too
         except ValueError:
             raise UserError(
                 f"{lock} is unreadable, left by an interrupted run: delete it when no dvc is running"
