@@ -1,6 +1,7 @@
 """Only the tokens that a loss needs are computed, and what documents begin with in common once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from support.adapters import lora_params
 from support.sharded import conversion, sharded_gradients
 
+from trnlora.backends import torch as torch_backend
+from trnlora.backends.torch import TorchBackend
 from trnlora.model.decoder import IGNORED, next_tokens
 from trnlora.model.needed_tokens import needed_tokens
 
@@ -116,3 +119,26 @@ def test_the_loss_and_its_gradients_are_those_of_all_tokens(
     for rank, own in enumerate(all_gradients):
         for name, gradient in own.items():
             assert (gradients[rank][name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_all_products_have_a_multiple_of_rows(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all needed tokens, and in the last layer and the head those of the labelled ones."""
+    rows: list[int] = []
+
+    def record(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(x.shape[:-1].numel())
+        return lora_linear(x, *rest)
+
+    def record_head(self: TorchBackend, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(hidden))
+        return cross_entropy(self, hidden, *rest)
+
+    lora_linear, cross_entropy = torch_backend.lora_linear, TorchBackend.cross_entropy
+    monkeypatch.setattr(torch_backend, "lora_linear", record)
+    monkeypatch.setattr(TorchBackend, "cross_entropy", record_head)
+    batch = batch_of([[(list(range(1, 40)), 30, 37), (list(range(50, 70)), 3, 9)]], length=64)
+    lora = lora_params(target_modules="all-linear")
+    for multiple, expected in ((1, {36 + 8, 7 + 6}), (16, {48, 16})):
+        rows.clear()
+        sharded_gradients(tiny_llama, conversion(1, 1), lora, batch, only_needed=True, row_multiple=multiple)
+        assert set(rows) == expected

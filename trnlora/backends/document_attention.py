@@ -87,8 +87,7 @@ class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, probabilities = ctx.saved_tensors
-        dscores = grad @ v.mT
-        dscores.sub_(torch.linalg.vecdot(dscores, probabilities).unsqueeze(-1)).mul_(probabilities).mul_(ctx.scale)
+        dscores = torch._softmax_backward_data(grad @ (v * ctx.scale).mT, probabilities, -1, grad.dtype)
         return dscores @ k, dscores.mT @ q, probabilities.mT @ grad, None, None
 
 

@@ -19,6 +19,7 @@ from trnlora.backends.mkl import settle_vector_math
 from trnlora.backends.shared_memory import SharedMemory, connect
 from trnlora.model import fused_ops
 from trnlora.model.config import LOSS_CHUNK
+from trnlora.model.decoder import IGNORED
 from trnlora.model.needed_tokens import document_runs
 
 MAPPED_BYTES = 2**26  # of a shard, that packing its weights reads before it maps the file again
@@ -200,9 +201,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label_logit = group.all_reduce(logits.gather(-1, local).squeeze(-1) * here)
             exp = logits.exp_()
             exp_sum = group.all_reduce(exp.sum(-1))
-            total += (exp_sum.log() - label_logit).sum()
+            counts = labels[rows] != IGNORED
+            total += (exp_sum.log() - label_logit)[counts].sum()
             if dhidden is not None:
-                softmax = exp.div_(exp_sum[:, None])
+                softmax = exp.mul_((counts / exp_sum)[:, None])
                 softmax.scatter_add_(-1, local, -here[:, None].to(softmax.dtype))
                 dhidden[rows] = weights.multiply_transposed(softmax.to(hidden.dtype))
         if dhidden is not None:
@@ -404,12 +406,12 @@ class TorchBackend:
     def share_input(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
         for layer in layers:
             layer.input_is_shared = True  # type: ignore[assignment]
-        return lambda x: _CopyToRegion.apply(x, self.tp_group)
+        return lambda x: x if self.tp_size == 1 else _CopyToRegion.apply(x, self.tp_group)
 
     def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
         for layer in layers:
             layer.output_is_shared = True  # type: ignore[assignment]
-        return lambda y: _ReduceFromRegion.apply(y, self.tp_group)
+        return lambda y: y if self.tp_size == 1 else _ReduceFromRegion.apply(y, self.tp_group)
 
     def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Documents:
         """Padding counts as a document."""

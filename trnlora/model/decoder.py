@@ -149,7 +149,8 @@ class DecoderLM(nn.Module):
         self.recompute_layers = False
         # Compute only `needed_tokens` in `loss`. Not with dropout, whose masks differ for tokens that would be equal.
         self.only_needed_tokens = False
-        self.row_multiple = 1  # of which their number is made one by padding
+        # Their number, and that of the labelled ones, is made a multiple of this: by padding, and by unlabelled ones.
+        self.row_multiple = 1
         self.model = Decoder(config, backend, kv_size_multiplier)
         self.lm_head = backend.column_parallel_linear(config.hidden_size, config.vocab_size)
         self._frequencies: Tensor | None = None
@@ -249,9 +250,13 @@ class DecoderLM(nn.Module):
         elif self.only_needed_tokens and (
             needed := needed_tokens(input_ids, position_ids, document_ids, labelled, self.row_multiple)
         ):
-            *rows, keep = (x.flatten()[needed.places][None] for x in (input_ids, position_ids, document_ids, labelled))
-            keep[:, keep.shape[1] - needed.padding :] = False
-            hidden, targets = self(*rows, keep, needed.documents), targets[labelled]
+            columns = (input_ids, position_ids, document_ids, targets)
+            *rows, targets = (column.flatten()[needed.places][None] for column in columns)
+            targets[:, targets.shape[1] - needed.padding :] = IGNORED
+            keep = targets != IGNORED
+            unlabelled = (~keep).nonzero(as_tuple=True)[1]
+            keep[:, unlabelled[: -int(keep.sum()) % self.row_multiple]] = True
+            hidden, targets = self(*rows, keep, needed.documents), targets[keep]
         else:
             hidden, targets = self(input_ids, position_ids, document_ids, labelled), targets[labelled]
         return self.backend.cross_entropy(hidden, self.lm_head, targets), labelled.sum()
