@@ -15,7 +15,7 @@ from torch import Tensor
 from trnlora.processor import check_bf16_products, cpu_info
 
 # oneDNN makes a kernel for each number of rows and shape of a weight: 2 ms and about 0.6 MiB, for 1,024 of them. So
-# batches have a multiple of this number of tokens, where weights are packed.
+# batches have a multiple of this number of tokens, and of labelled ones, where weights are packed.
 ROW_MULTIPLE = 16
 
 
