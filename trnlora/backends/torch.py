@@ -187,7 +187,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weights: FrozenWeights, labels: Tensor, group: Group) -> Tensor:
-        # hidden (N, H), weights (V/tp, H), labels (N,)
+        # hidden (N, H), weights (V/tp, H), labels (N,), IGNORED where there is none
         (part,) = weights.sizes
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -201,10 +201,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             label_logit = group.all_reduce(logits.gather(-1, local).squeeze(-1) * here)
             exp = logits.exp_()
             exp_sum = group.all_reduce(exp.sum(-1))
-            counts = labels[rows] != IGNORED
-            total += (exp_sum.log() - label_logit)[counts].sum()
+            counted = labels[rows] != IGNORED
+            total += (exp_sum.log() - label_logit)[counted].sum()
             if dhidden is not None:
-                softmax = exp.mul_((counts / exp_sum)[:, None])
+                softmax = exp.mul_((counted / exp_sum)[:, None])  # 0 for the others, which get no gradient
                 softmax.scatter_add_(-1, local, -here[:, None].to(softmax.dtype))
                 dhidden[rows] = weights.multiply_transposed(softmax.to(hidden.dtype))
         if dhidden is not None:

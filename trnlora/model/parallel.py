@@ -87,7 +87,7 @@ class Backend(Protocol):
     def cross_entropy(self, hidden: Tensor, lm_head: nn.Module, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies in nats of the model's output against targets: token ids, or −100 for none.
 
-        hidden (N, H) and targets (N,) are of the labelled tokens, and perhaps of a few more. With static_shapes they
+        hidden (N, H) and targets (N,) are of the labelled tokens, and perhaps of a few others. With static_shapes they
         are of all tokens: targets (B, T), and hidden (B, T, H), or with sequence parallelism this rank's part of the
         tokens. lm_head: the frozen column_parallel_linear from H to the vocabulary, which gathers that part.
         """

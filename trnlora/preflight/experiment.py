@@ -56,9 +56,7 @@ def _started() -> float | None:
 
 def _fraction_of_boot_time() -> float:
     """Seconds by which psutil's times of processes are too early: on Linux it counts them from a whole second."""
-    if sys.platform != "linux":
-        return 0
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - psutil.boot_time()
+    return (time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) % 1 if sys.platform == "linux" else 0
 
 
 def _user_stash(started: float) -> str | None:
