@@ -168,6 +168,11 @@ class _CopyToRegion(torch.autograd.Function):
         return ctx.group.all_reduce(grad), None
 
 
+def _copy_to_region(x: Tensor, group: Group) -> Tensor:
+    """x, whose gradient is the sum of all ranks'."""
+    return x if group.size == 1 else _CopyToRegion.apply(x, group)
+
+
 class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -176,6 +181,11 @@ class _ReduceFromRegion(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def _reduce_from_region(x: Tensor, group: Group) -> Tensor:
+    """The sum of all ranks' x, whose gradient each of them gets."""
+    return x if group.size == 1 else _ReduceFromRegion.apply(x, group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -232,7 +242,7 @@ class ParallelEmbedding(nn.Module):
         local = ids - self.group.rank * self.part
         here = (local >= 0) & (local < self.part)
         vectors = F.embedding(local.clamp(0, self.part - 1), self.weight) * here[..., None].to(self.weight.dtype)
-        return _ReduceFromRegion.apply(vectors, self.group)
+        return _reduce_from_region(vectors, self.group)
 
 
 class _ParallelLinear(nn.Module):
@@ -263,7 +273,7 @@ class ColumnParallelLinear(_ParallelLinear):
         if isinstance(x, tuple):
             blocks = zip(x, self.weight.chunk(len(x)), strict=True)
             return torch.cat([F.linear(part, rows) for part, rows in blocks], dim=-1)
-        x = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
+        x = x if self.input_is_shared else _copy_to_region(x, self.group)
         return frozen_linear(x, self.packed) if self.packed else F.linear(x, self.weight)
 
 
@@ -279,7 +289,7 @@ class RowParallelLinear(_ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = frozen_linear(x, self.packed) if self.packed else F.linear(x, self.weight)
-        return y if self.output_is_shared else _ReduceFromRegion.apply(y, self.group)
+        return y if self.output_is_shared else _reduce_from_region(y, self.group)
 
 
 class GQAQKVColumnParallelLinear(_ParallelLinear):
@@ -322,7 +332,7 @@ class GQAQKVColumnParallelLinear(_ParallelLinear):
         if isinstance(x, tuple):
             x_q, x_k, x_v = x
         else:
-            x_q = x_k = x_v = x if self.input_is_shared else _CopyToRegion.apply(x, self.group)
+            x_q = x_k = x_v = x if self.input_is_shared else _copy_to_region(x, self.group)
             if self.packed:
                 return _split_qkv(frozen_linear(x_q, self.packed), self.packed.sizes)
         return (
@@ -406,12 +416,12 @@ class TorchBackend:
     def share_input(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
         for layer in layers:
             layer.input_is_shared = True  # type: ignore[assignment]
-        return lambda x: x if self.tp_size == 1 else _CopyToRegion.apply(x, self.tp_group)
+        return lambda x: _copy_to_region(x, self.tp_group)
 
     def share_output(self, *layers: nn.Module) -> Callable[[Tensor], Tensor]:
         for layer in layers:
             layer.output_is_shared = True  # type: ignore[assignment]
-        return lambda y: y if self.tp_size == 1 else _ReduceFromRegion.apply(y, self.tp_group)
+        return lambda y: _reduce_from_region(y, self.tp_group)
 
     def prepare_attention(self, document_ids: Tensor, documents: list[list[int]] | None = None) -> Documents:
         """Padding counts as a document."""
